@@ -1,0 +1,36 @@
+"""Batch normalization for any array library: one core, one state, the same numbers everywhere."""
+
+from anybn import backends
+from anybn._core import Gradients
+from anybn._dispatch import BackendInfo, register_backend, unregister_backend, use_backend
+from anybn._functional import batch_norm, batch_norm_vjp, moments
+from anybn._layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from anybn._moments import Moments
+from anybn._state import BatchNormState
+from anybn.errors import BackendNotInstalled, CheckpointError, NonFiniteError, StateError
+from anybn.interop import fold
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendInfo",
+    "BackendNotInstalled",
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormState",
+    "CheckpointError",
+    "Gradients",
+    "Moments",
+    "NonFiniteError",
+    "StateError",
+    "backends",
+    "batch_norm",
+    "batch_norm_vjp",
+    "fold",
+    "moments",
+    "register_backend",
+    "unregister_backend",
+    "use_backend",
+]

@@ -1,0 +1,107 @@
+"""A state as a safetensors file: its arrays, its settings and a checksum over both. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anybn._dispatch import backend_for
+from anybn._state import Arrays, BatchNormState
+from anybn.errors import BackendNotInstalled, CheckpointError
+
+_FORMAT = "anybn.BatchNormState"
+_VERSION = 1
+_SETTINGS = ("num_features", "eps", "momentum", "affine", "track_running_stats", "ddof", "dtype")
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise BackendNotInstalled(f"checkpoints need safetensors ({error}): pip install safetensors") from error
+    return safetensors
+
+
+def _checksum(tensors: dict[str, np.ndarray], settings: str) -> str:
+    digest = hashlib.sha256(settings.encode())
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"{name} {array.dtype.name} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def save(state: BatchNormState, path: str | os.PathLike[str]) -> None:
+    """See `BatchNormState.save`."""
+    safetensors = _safetensors()
+    arrays = state._arrays
+    tensors = {
+        name: backend_for(a).to_numpy(a)
+        for name, a in zip(Arrays._fields[:4], arrays[:4], strict=True)
+        if a is not None
+    }
+    tensors["num_batches_tracked"] = np.asarray(int(arrays.num_batches_tracked), np.int64)
+    settings = json.dumps({name: getattr(state, name) for name in _SETTINGS})
+    metadata = {
+        "format": _FORMAT,
+        "version": str(_VERSION),
+        "settings": settings,
+        "sha256": _checksum(tensors, settings),
+    }
+    # Whole or not at all: a reader never meets half a file, and the old one survives a full disk.
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(safetensors.numpy.save(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load(path: str | os.PathLike[str]) -> BatchNormState:
+    """See `BatchNormState.load`."""
+    safetensors = _safetensors()
+    path = Path(path)
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04" or start[:1] == b"\x80":
+        raise CheckpointError(
+            f"{path} is a pickle or a zip (torch or npz), which may run code when read: read it with "
+            "torch.load(path, weights_only=True) or np.load(path), then give the arrays to load_state_dict"
+        )
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # safetensors raises several kinds, depending on which part is damaged
+        raise CheckpointError(f"{path} is truncated, damaged or no safetensors file ({error})") from error
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path} was not written by BatchNormState.save: read its arrays with safetensors and give one layer's to "
+            "load_state_dict"
+        )
+    if metadata.get("version") != str(_VERSION):
+        raise CheckpointError(
+            f"{path} has version {metadata.get('version')!r}, this anybn reads {_VERSION}: upgrade anybn"
+        )
+    if metadata.get("sha256") != _checksum(tensors, metadata.get("settings", "")):
+        raise CheckpointError(f"{path} is damaged: its contents do not have the checksum that was written with them")
+    try:
+        settings = json.loads(metadata["settings"])
+        state = BatchNormState(**settings)
+        if not state.track_running_stats:
+            state.num_batches_tracked = int(tensors.pop("num_batches_tracked"))
+        state.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no valid state ({error})") from error
+    return state

@@ -1,0 +1,236 @@
+"""Every check of an argument, before anything is computed or changed; so the words are the same on all backends.
+
+Each function returns the argument as it is used from then on, or raises with: what it was, what was wanted, what to do.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+
+from anybn._core import Array, dtype_name
+from anybn.backends._base import Backend
+
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+
+
+# -- settings --------------------------------------------------------------------------------------------------
+
+
+def _number(name: str, value: Any, kind: type, wanted: str) -> Any:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be {wanted}")
+    return value
+
+
+def num_features(value: Any) -> int:
+    value = int(_number("num_features", value, numbers.Integral, "an int, the number of channels"))
+    if value < 0:
+        raise ValueError(f"num_features is {value}; it must be the number of channels, 0 or more")
+    return value
+
+
+def eps(value: Any) -> float:
+    value = float(_number("eps", value, numbers.Real, "a float"))
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"eps is {value}; it must be positive and finite: it keeps sqrt(var + eps) away from 0")
+    return value
+
+
+def momentum(value: Any) -> float | None:
+    if value is None:
+        return None
+    value = float(_number("momentum", value, numbers.Real, "a float, or None for the cumulative average"))
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"momentum is {value}; it must lie in [0, 1]: new = (1 - momentum) * old + momentum * batch; "
+            "Keras's momentum is 1 minus this"
+        )
+    return value
+
+
+def ddof(value: Any) -> int:
+    value = int(_number("ddof", value, numbers.Integral, "the int 0 or 1"))
+    if value not in (0, 1):
+        raise ValueError(
+            f"ddof is {value}; running_var averages m2 / (count - ddof): use 1 as torch does, or 0 as Keras, Flax and "
+            "ONNX do"
+        )
+    return value
+
+
+def axis(value: Any) -> int:
+    return int(_number("axis", value, numbers.Integral, "an int, the channel axis of x"))
+
+
+def positive(name: str, value: Any) -> int:
+    value = int(_number(name, value, numbers.Integral, "an int"))
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be 1 or more")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be True or False")
+    return bool(value)
+
+
+def batch_count(value: Any) -> int:
+    value = int(_number("num_batches_tracked", value, numbers.Integral, "an int"))
+    if value < 0:
+        raise ValueError(f"num_batches_tracked is {value}; it counts batches, so it must be 0 or more")
+    return value
+
+
+def state_dtype(dtype: Any) -> str:
+    name = "float32" if dtype is None else dtype_name(dtype)
+    if name not in FLOATING:
+        raise TypeError(f"dtype is {dtype!r}; weight and bias must be one of {', '.join(FLOATING)}")
+    return name
+
+
+def choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+    return value
+
+
+# -- arrays ----------------------------------------------------------------------------------------------------
+
+
+def shape_of(array: Array) -> tuple[int, ...]:
+    return tuple(array.shape)
+
+
+def floating_array(name: str, value: Array, backend: Backend) -> Array:
+    if message := backend.refusal(value):
+        raise TypeError(message)
+    dtype = dtype_name(value.dtype)
+    if dtype in FLOATING:
+        return value
+    if dtype.startswith("complex"):
+        advice = "normalize real and imaginary parts separately"
+    elif dtype.startswith(("int", "uint", "bool")):
+        advice = "cast to float32"
+    else:
+        advice = f"cast to one of {', '.join(FLOATING)}"
+    raise TypeError(f"{name} has dtype {dtype}: {advice}")
+
+
+def batch(x: Array, backend: Backend, channel_axis: Any, num_features: int | None) -> int:
+    """The channel axis of x as an index from the front."""
+    floating_array("x", x, backend)
+    shape = shape_of(x)
+    if len(shape) < 2:
+        advice = "for one sample use x[None]" if len(shape) == 1 else "give it a batch and a channel axis"
+        raise ValueError(f"x has shape {shape}; batch norm needs (N, C, ...): {advice}")
+    given = axis(channel_axis)
+    if not -len(shape) <= given < len(shape):
+        raise ValueError(
+            f"axis is {given} but x has shape {shape}: the channel axis must lie in [{-len(shape)}, {len(shape) - 1}]"
+        )
+    index = given % len(shape)
+    if num_features is not None and shape[index] != num_features:
+        if shape[-1] == num_features:
+            advice = f"its shape {shape} looks channels-last: pass axis=-1"
+        elif shape[1] == num_features:
+            advice = f"its shape {shape} looks channels-first: pass axis=1"
+        else:
+            advice = f"its shape is {shape}: pass the channel axis as axis, or use a state of {shape[index]} channels"
+        raise ValueError(f"x has {shape[index]} channels on axis {given} but the state has {num_features}; {advice}")
+    return index
+
+
+def same_place(name: str, value: Array, x: Array, backend: Backend) -> None:
+    if not backend.owns(type(value)):
+        cls = type(value)
+        raise TypeError(
+            f"{name} is a {cls.__module__}.{cls.__qualname__} but x is a {backend.name} array: "
+            f"pass {name} as an array of x's library"
+        )
+    if backend.device_of(value) != backend.device_of(x):
+        raise ValueError(
+            f"{name} is on {backend.device_of(value)} but x is on {backend.device_of(x)}: move one to the other"
+        )
+
+
+def like_x(name: str, value: Array, x: Array, backend: Backend) -> Array:
+    """residual, out and dy: x's library, device, shape and dtype."""
+    same_place(name, value, x, backend)
+    if shape_of(value) != shape_of(x):
+        raise ValueError(f"{name} has shape {shape_of(value)} but x has {shape_of(x)}: they must be the same")
+    if value.dtype != x.dtype:
+        raise TypeError(
+            f"{name} has dtype {dtype_name(value.dtype)} but x has {dtype_name(x.dtype)}: cast {name} to x's dtype"
+        )
+    return value
+
+
+def mask(value: Array, x: Array, axis: int, backend: Backend) -> Array:
+    """The mask with a 1 on the channel axis, so that it broadcasts against x."""
+    same_place("mask", value, x, backend)
+    if dtype_name(value.dtype) != "bool":
+        raise TypeError(f"mask has dtype {dtype_name(value.dtype)}; it must be bool: use mask != 0")
+    wanted = tuple(size for i, size in enumerate(shape_of(x)) if i != axis)
+    shape = shape_of(value)
+    if len(shape) > len(wanted) or any(
+        m not in (1, w) for m, w in zip(reversed(shape), reversed(wanted), strict=False)
+    ):
+        raise ValueError(
+            f"mask has shape {shape}; x has {shape_of(x)} with channels on axis {axis}, so it must be {wanted} "
+            "or broadcast to that: x's shape without the channel axis"
+        )
+    xp = backend.namespace(x)
+    value = xp.reshape(value, (1,) * (len(wanted) - len(shape)) + shape)
+    return xp.expand_dims(value, axis=axis)
+
+
+def out(value: Array, x: Array, residual: Array | None, state_arrays: list[Array], backend: Backend) -> Array:
+    if not backend.writable:
+        raise TypeError(f"out was given but {backend.name} arrays cannot be written to: use the returned array")
+    like_x("out", value, x, backend)
+    if problem := backend.write_problem(value):
+        raise ValueError(f"out {problem}")
+    for name, array in (("x", x), ("residual", residual)):
+        if array is not None and backend.overlaps(value, array) and not backend.same_memory(value, array):
+            raise ValueError(f"out shares part of {name}'s memory: pass {name} itself, or an array of its own")
+    if any(backend.owns(type(a)) and backend.overlaps(value, a) for a in state_arrays):
+        raise ValueError("out shares memory with the state: pass an array of its own")
+    return value
+
+
+def state_array(backend: Backend, name: str, value: Array, num_features: int) -> None:
+    """What weight, bias, running_mean and running_var may be set to."""
+    floating_array(name, value, backend)
+    if shape_of(value) != (num_features,):
+        raise ValueError(
+            f"{name} has shape {shape_of(value)}; the state has {num_features} channels: it must be ({num_features},)"
+        )
+    if name.startswith("running") and not backend.is_traced(value):
+        problem = impossible_statistics(name, backend.to_numpy(value))
+        if problem:
+            raise ValueError(problem)
+
+
+def impossible_statistics(name: str, values: Any) -> str:
+    """Why these NumPy values cannot be a running mean or variance; or ""."""
+    values = np.asarray(values, dtype=np.float64)
+    bad = ~np.isfinite(values) if name == "running_mean" else ~(np.isfinite(values) & (values >= 0))
+    if not bad.any():
+        return ""
+    c = int(np.argmax(bad))
+    wanted = "finite" if name == "running_mean" else "finite and not negative"
+    return f"{name} is {values[c]} in channel {c}; it must be {wanted}"
+
+
+def enough_values(count: int, shape: tuple[int, ...], masked: bool) -> None:
+    if count < 2:
+        unmasked = f" with {count} unmasked" if masked else ""
+        raise ValueError(
+            f"training needs more than 1 value per channel, got shape {shape}{unmasked}: "
+            "use a larger batch, eval mode, or a layer or group norm"
+        )

@@ -1,0 +1,266 @@
+"""The mathematics of batch normalization over any Array API namespace.
+
+Pure functions of arrays: no branching on values, no host copies, no in-place writes, so that ``jax.jit`` can trace
+them, Dask keeps them lazy and ``array-api-strict`` accepts them on each of its devices.
+
+Shapes: x is ``(N, C, *spatial)`` with the channels on ``axis``; everything per channel is ``(C,)``; ``mask`` is x's
+shape with 1 on ``axis``.
+
+Precision: the *working dtype* is float64 where the device has it, else float32. Where it is wider than x, each value of
+y is computed in it and rounded once, so y is correct to half a unit in the last place, and two backends agree bit for
+bit on nearly all data. Where it is not (float64 input, or a device without float64), the mean is kept as the
+unevaluated sum ``mean + shift`` of two working numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Array = Any
+Sum = Callable[[Any, Array, tuple[int, ...]], Array]
+
+
+class Statistics(NamedTuple):
+    """What x is normalized with. ``mean + shift`` is the mean; ``shift`` is None where mean alone is exact enough.
+
+    Of a batch: ``count`` values per channel, ``m2`` their summed squared deviations, ``var = m2 / count``.
+    Running statistics are constants in the backward pass and have neither count nor m2.
+    """
+
+    count: int | Array | None
+    mean: Array
+    shift: Array | None
+    var: Array
+    m2: Array | None = None
+
+
+class Spec(NamedTuple):
+    """What stays the same from call to call of one layer; hashable, so that compiled code can be keyed by it."""
+
+    axis: int
+    eps: float
+    relu: bool
+
+
+def native_sum(xp: Any, a: Array, axes: tuple[int, ...]) -> Array:
+    """The library's own sum: good enough in a working dtype wider than x, or from a library that adds in trees."""
+    return xp.sum(a, axis=axes)
+
+
+def blocked_sum(xp: Any, a: Array, axes: tuple[int, ...], block: int = 16) -> Array:
+    """Sum along one axis after the other in blocks, so that rounding errors do not grow with the number of values.
+
+    NumPy adds pairwise along the fastest axis only; down the rows of an (N, C) array it keeps one accumulator per
+    channel, and 1e7 rows cost about three digits.
+    """
+    for axis in sorted(axes, reverse=True):
+        while a.shape[axis] > block:
+            blocks = a.shape[axis] // block
+            before, after = (slice(None),) * axis, (slice(None),) * (a.ndim - axis - 1)
+            head = a[(*before, slice(0, blocks * block), *after)]
+            head = xp.sum(xp.reshape(head, (*a.shape[:axis], blocks, block, *a.shape[axis + 1 :])), axis=axis + 1)
+            tail = a[(*before, slice(blocks * block, None), *after)]
+            a = xp.concat([head, tail], axis=axis)
+        a = xp.sum(a, axis=axis)
+    return a
+
+
+def dtype_name(dtype: Any) -> str:
+    """``"float32"`` for ``np.float32``, ``np.dtype("f4")``, ``torch.float32``, ``jnp.float32``, ``"float32"``."""
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    return name.rpartition(".")[2]
+
+
+def is_wide(working: Any, x: Array) -> bool:
+    """True if sums of x in the working dtype are exact to well under one unit in the last place of x."""
+    return dtype_name(working) == "float64" and dtype_name(x.dtype) != "float64"
+
+
+def reduced_axes(ndim: int, axis: int) -> tuple[int, ...]:
+    return tuple(i for i in range(ndim) if i != axis)
+
+
+def along(xp: Any, channel: Array, axis: int, ndim: int) -> Array:
+    """(C,) -> (1, C, 1, 1): per-channel values in a shape that broadcasts against x."""
+    return xp.reshape(channel, tuple(-1 if i == axis else 1 for i in range(ndim)))
+
+
+def value_count(xp: Any, x: Array, axis: int, mask: Array | None) -> int | Array:
+    """Values per channel: an int, or a 0-d integer array where a mask decides."""
+    if mask is None:
+        return math.prod(x.shape[i] for i in reduced_axes(x.ndim, axis))
+    everywhere = xp.broadcast_to(mask, tuple(1 if i == axis else size for i, size in enumerate(x.shape)))
+    return xp.sum(xp.astype(everywhere, xp.int32))
+
+
+def divisor(xp: Any, count: int | Array, working: Any) -> int | Array:
+    """count as a number that can be divided by: 1 where nothing was counted."""
+    if isinstance(count, int):
+        return max(count, 1)
+    return xp.astype(xp.where(count > 0, count, xp.ones_like(count)), working)
+
+
+def batch_statistics(xp: Any, x: Array, axis: int, mask: Array | None, working: Any, sum: Sum) -> Statistics:
+    """Mean and biased variance per channel of a non-empty x, from deviations, never from ``E[x^2] - E[x]^2``.
+
+    The corrected two-pass algorithm (Chan, Golub & LeVeque 1983): a first mean, then the mean and the squares of the
+    deviations from it. A channel whose positions are all masked has mean 0 and variance 0.
+    """
+    axes, ndim = reduced_axes(x.ndim, axis), x.ndim
+    wide = is_wide(working, x)
+    sum = native_sum if wide else sum
+    x = xp.astype(x, working)
+    count = value_count(xp, x, axis, mask)
+    n = divisor(xp, count, working)
+    if mask is not None:
+        x = xp.where(mask, x, xp.zeros_like(x))  # NaN * 0 is NaN: what is masked must not reach any product
+
+    def total(values: Array) -> Array:
+        return sum(xp, values if mask is None else xp.where(mask, values, xp.zeros_like(values)), axes)
+
+    if wide:
+        mean, shift = total(x) / n, None
+        deviation = x - along(xp, mean, axis, ndim)
+    else:
+        # Measured from a value of the channel, a constant channel is 0 all the way down and its y exactly bias,
+        # and a mean far from 0 is not rounded while it is summed.
+        inside = x if mask is None else xp.where(mask, x, xp.full_like(x, -xp.inf))
+        origin = xp.max(inside, axis=axes)
+        origin = xp.where(xp.isfinite(origin), origin, xp.zeros_like(origin))
+        mean = origin + total(x - along(xp, origin, axis, ndim)) / n
+        deviation = x - along(xp, mean, axis, ndim)
+        shift = total(deviation) / n
+        deviation = deviation - along(xp, shift, axis, ndim)
+    m2 = total(deviation * deviation)
+    return Statistics(count, mean, shift, m2 / n, m2)
+
+
+def centered(xp: Any, x: Array, statistics: Statistics, axis: int) -> Array:
+    """``(x - mean) - shift`` in the working dtype. Never ``x - (mean + shift)``: that rounds the mean away."""
+    deviation = xp.astype(x, statistics.mean.dtype) - along(xp, statistics.mean, axis, x.ndim)
+    if statistics.shift is not None:
+        deviation = deviation - along(xp, statistics.shift, axis, x.ndim)
+    return deviation
+
+
+def reciprocal_std(xp: Any, statistics: Statistics, eps: float) -> Array:
+    return 1.0 / xp.sqrt(statistics.var + eps)
+
+
+def scale_of(xp: Any, statistics: Statistics, weight: Array | None, eps: float) -> Array:
+    rstd = reciprocal_std(xp, statistics, eps)
+    return rstd if weight is None else rstd * xp.astype(weight, rstd.dtype)
+
+
+def rounded_to(xp: Any, a: Array, dtype: Any) -> Array:
+    """Cast to x's dtype. 16-bit results go through float32 everywhere, because some libraries always do."""
+    if dtype_name(dtype) in ("float16", "bfloat16"):
+        a = xp.astype(a, xp.float32)
+    return xp.astype(a, dtype)
+
+
+def normalize(
+    xp: Any,
+    x: Array,
+    statistics: Statistics,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    mask: Array | None,
+    spec: Spec,
+) -> Array:
+    """``relu((x - mean) / sqrt(var + eps) * weight + bias + residual)``, rounded to x's dtype once, at the end."""
+    axis, working = spec.axis, statistics.mean.dtype
+    if mask is not None:
+        x = xp.where(mask, x, xp.zeros_like(x))  # a masked NaN must not reach the derivative either
+    y = centered(xp, x, statistics, axis) * along(xp, scale_of(xp, statistics, weight, spec.eps), axis, x.ndim)
+    if bias is not None:
+        y = y + along(xp, xp.astype(bias, working), axis, x.ndim)
+    if residual is not None:
+        y = y + xp.astype(residual, working)
+    if spec.relu:
+        y = xp.where(y <= 0, xp.zeros_like(y), y)  # keeps NaN, which y must show; its derivative at 0 is 0
+    if mask is not None:
+        y = xp.where(mask, y, xp.zeros_like(y))
+    return rounded_to(xp, y, x.dtype)
+
+
+class Gradients(NamedTuple):
+    """Gradients of a loss with respect to what went into batch norm; None for what did not.
+
+    ``x`` and ``residual`` have x's shape and dtype; ``weight`` and ``bias`` are ``(C,)`` in the dtype of weight and bias.
+    """
+
+    x: Array
+    weight: Array | None
+    bias: Array | None
+    residual: Array | None
+
+
+def gradients(
+    xp: Any,
+    dy: Array,
+    x: Array,
+    statistics: Statistics,
+    weight: Array | None,
+    active: Array | None,
+    mask: Array | None,
+    spec: Spec,
+    sum: Sum,
+) -> Gradients:
+    """The gradient of ``normalize`` (Ioffe & Szegedy 2015, section 3), all four inputs at once.
+
+    With ``xhat = (x - mean) * rstd`` and sums over the count values of a channel::
+
+        dbias = sum(dy)    dweight = sum(dy * xhat)
+        dx = weight * rstd * (dy - dbias / count - xhat * dweight / count)
+
+    where the last two terms are how x acts through the batch statistics, absent when ``statistics.count`` is None.
+    ``active`` is ``y > 0`` under relu. The gradient of the residual is dy behind the relu.
+    """
+    axis, ndim, axes, working = spec.axis, x.ndim, reduced_axes(x.ndim, spec.axis), statistics.mean.dtype
+    sum = native_sum if is_wide(working, x) else sum
+    dy = xp.astype(dy, working)
+    for keep in (active, mask):
+        if keep is not None:
+            dy = xp.where(keep, dy, xp.zeros_like(dy))
+    xhat = centered(xp, x, statistics, axis)
+    xhat = xhat * along(xp, reciprocal_std(xp, statistics, spec.eps), axis, ndim)
+    if mask is not None:
+        xhat = xp.where(mask, xhat, xp.zeros_like(xhat))
+    dbias, dweight = sum(xp, dy, axes), sum(xp, dy * xhat, axes)
+    dx = dy
+    if statistics.count is not None:
+        n = divisor(xp, statistics.count, working)
+        dx = dx - along(xp, dbias / n, axis, ndim) - xhat * along(xp, dweight / n, axis, ndim)
+        if mask is not None:
+            dx = xp.where(mask, dx, xp.zeros_like(dx))
+    dx = dx * along(xp, scale_of(xp, statistics, weight, spec.eps), axis, ndim)
+    if weight is None:
+        return Gradients(rounded_to(xp, dx, x.dtype), None, None, rounded_to(xp, dy, x.dtype))
+    return Gradients(
+        rounded_to(xp, dx, x.dtype),
+        rounded_to(xp, dweight, weight.dtype),
+        rounded_to(xp, dbias, weight.dtype),
+        rounded_to(xp, dy, x.dtype),
+    )
+
+
+def updated_running_statistics(
+    xp: Any,
+    running_mean: Array,
+    running_var: Array,
+    batch_mean: Array,
+    batch_var: Array,
+    momentum: float | Array,
+    propagate: bool,
+) -> tuple[Array, Array]:
+    """``running = (1 - momentum) * running + momentum * batch``, except in channels whose batch is not finite."""
+    new_mean = (1.0 - momentum) * running_mean + momentum * xp.astype(batch_mean, running_mean.dtype)
+    new_var = (1.0 - momentum) * running_var + momentum * xp.astype(batch_var, running_var.dtype)
+    if propagate:
+        return new_mean, new_var
+    finite = xp.isfinite(batch_mean) & xp.isfinite(batch_var)
+    return xp.where(finite, new_mean, running_mean), xp.where(finite, new_var, running_var)

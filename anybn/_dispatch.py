@@ -1,0 +1,248 @@
+"""Array type -> backend, found without importing anything that the user has not imported.
+
+A type's backend is the first that owns it: those registered last come first, then the built-in table, then the Array
+API core for anything that has ``__array_namespace__``. What was found is remembered per type.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from anybn.backends._base import Backend, root_module
+from anybn.errors import BackendNotInstalled
+
+_BUILTIN = {
+    "numpy": ("anybn.backends.numpy", "NumPyBackend", "numpy"),
+    "cupy": ("anybn.backends.cupy", "CuPyBackend", "cupy-cuda13x"),
+    "torch": ("anybn.backends.torch", "TorchBackend", "torch"),
+    "jax": ("anybn.backends.jax", "JaxBackend", "jax"),
+    "dask": ("anybn.backends.dask", "DaskBackend", "'dask[array]'"),
+    "array_api_strict": ("anybn.backends.array_api", "ArrayAPIBackend", "array-api-strict"),
+}
+#: Root module of an array type -> the built-in backend for it, where the two names differ.
+_LIBRARY_OF = {"jaxlib": "jax"}
+
+_registered: dict[str, Backend] = {}
+_loaded: dict[str, Backend] = {}
+_by_type: dict[type, Backend] = {}
+_entry_points_read = False
+_preferred: ContextVar[Backend | None] = ContextVar("anybn_preferred_backend", default=None)
+
+
+def register_backend(backend: Backend | type[Backend]) -> None:
+    """Make a backend known, before all others for the arrays it owns.
+
+    A package can do the same without being imported: an entry point in the group ``anybn.backends`` that names the
+    class. A backend of the same name is replaced.
+
+    Raises TypeError if it is not a `Backend` with a ``name`` and ``libraries``.
+
+    >>> import anybn
+    >>> from anybn.backends.numpy import NumPyBackend
+    >>> class Loud(NumPyBackend):
+    ...     name = "loud"
+    ...     def batch_statistics(self, x, axis, mask):
+    ...         print("statistics of", x.shape)
+    ...         return super().batch_statistics(x, axis, mask)
+    >>> anybn.register_backend(Loud)
+    >>> moments = anybn.moments(np.ones((4, 2)))
+    statistics of (4, 2)
+    >>> anybn.unregister_backend("loud")
+    """
+    instance = backend() if isinstance(backend, type) else backend
+    if not (isinstance(instance, Backend) and getattr(instance, "name", "") and getattr(instance, "libraries", ())):
+        raise TypeError(
+            f"backend is {backend!r}; register_backend needs a subclass of anybn.backends.Backend "
+            "with a name and the root modules of its array types in libraries"
+        )
+    _registered[instance.name] = instance
+    _by_type.clear()
+
+
+def unregister_backend(name: str) -> None:
+    """Forget a backend that `register_backend` added. Raises ValueError if there is none of this name."""
+    if name not in _registered:
+        raise ValueError(f"no backend {name!r} was registered; registered are {sorted(_registered) or 'none'}")
+    del _registered[name]
+    _by_type.clear()
+
+
+def _read_entry_points() -> None:
+    global _entry_points_read
+    if not _entry_points_read:
+        _entry_points_read = True
+        for entry_point in entry_points(group="anybn.backends"):
+            if entry_point.name not in _registered:
+                register_backend(entry_point.load())
+
+
+def _builtin(name: str) -> Backend:
+    if name not in _loaded:
+        module, cls, pip = _BUILTIN[name]
+        try:
+            backend = getattr(importlib.import_module(module), cls)
+            _loaded[name] = backend(name) if name == "array_api_strict" else backend()
+            _loaded[name].module()
+        except ImportError as error:
+            _loaded.pop(name, None)
+            raise BackendNotInstalled(
+                f"the {name} backend was asked for but {name} cannot be imported ({error}): pip install {pip}"
+            ) from error
+    return _loaded[name]
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of this name: registered, built in, or the core over an importable Array API namespace.
+
+    Raises BackendNotInstalled for a known one that is missing, ValueError for an unknown one.
+    """
+    _read_entry_points()
+    if name in _registered:
+        return _registered[name]
+    if name in _BUILTIN:
+        return _builtin(name)
+    if name not in _loaded:
+        if not name.isidentifier() or importlib.util.find_spec(name) is None:
+            raise _unknown_backend(name)
+        if not hasattr(importlib.import_module(name), "__array_namespace_info__"):
+            raise _unknown_backend(name)
+        from anybn.backends.array_api import ArrayAPIBackend
+
+        _loaded[name] = ArrayAPIBackend(name)
+    return _loaded[name]
+
+
+def _unknown_backend(name: str) -> ValueError:
+    known = ", ".join(sorted({*_BUILTIN, *_registered}))
+    return ValueError(f"backend {name!r} is not known; known are {known}, and any importable Array API namespace")
+
+
+def backend_for(x: Any, argument: str = "x") -> Backend:
+    """The backend that owns x. Raises TypeError, naming what is installed, if none does."""
+    cls = type(x)
+    preferred = _preferred.get()
+    if preferred is not None and preferred.owns(cls):
+        return preferred
+    if (backend := _by_type.get(cls)) is None:
+        backend = _by_type[cls] = _find(x, cls, argument)
+    return backend
+
+
+def _find(x: Any, cls: type, argument: str) -> Backend:
+    _read_entry_points()
+    for backend in reversed(_registered.values()):
+        if backend.owns(cls):
+            return backend
+    for base in cls.__mro__:
+        name = _LIBRARY_OF.get(root_module(base), root_module(base))
+        if name in _BUILTIN and (backend := _builtin(name)).owns(cls):
+            return backend
+    if hasattr(x, "__array_namespace__") and root_module(cls) != "sparse":
+        return backend_named(x.__array_namespace__().__name__)
+    what = f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
+    if isinstance(x, (list, tuple, int, float, complex)) or cls.__module__ == "numpy":
+        advice = "wrap it with np.asarray"
+    elif cls.__name__ == "MaskedArray":
+        advice = "pass x.data, and mask= for the positions that count (True counts there, False in x.mask)"
+    elif root_module(cls) in ("scipy", "sparse"):
+        advice = "zeros do not stay zeros, so make it dense: x.toarray() or x.todense()"
+    else:
+        advice = "convert it first, e.g. with np.asarray"
+    installed = ", ".join(name for name in _BUILTIN if _is_installed(name))
+    raise TypeError(
+        f"{argument} is a {what}, not an array that anybn knows: {advice}. "
+        f"Backends installed: {installed}, and any array with __array_namespace__"
+    )
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the ``with`` block, choose this backend for the arrays it owns; other arrays keep theirs.
+
+    Holds for the current thread or task.
+
+    Raises ValueError if the name is unknown, BackendNotInstalled if the library is missing.
+
+    >>> import anybn
+    >>> with anybn.use_backend("numpy"):
+    ...     anybn.moments(np.array([[1.0], [3.0]])).mean
+    array([2.])
+    """
+    token = _preferred.set(backend_named(name))
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One line of ``anybn.backends()``.
+
+    Attributes:
+        name: what ``state.to(name)`` and ``use_backend(name)`` take.
+        version: of the library.
+        devices: those that can be used now, named as in ``state.to("name:device")``.
+        how: how the work is done there.
+        problem: why an installed library cannot be used, or "".
+    """
+
+    name: str
+    version: str
+    devices: tuple[str, ...]
+    how: str
+    problem: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return bool(self.devices) and not self.problem
+
+
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def installed_backends() -> dict[str, BackendInfo]:
+    """``anybn.backends()``: what is installed, with versions and devices, by name. Imports what it reports on.
+
+    >>> import anybn
+    >>> anybn.backends()["numpy"].devices
+    ('cpu',)
+    """
+    _read_entry_points()
+    found = {}
+    for name in dict.fromkeys((*_BUILTIN, *_registered)):
+        if name not in _registered and not _is_installed(name):
+            continue
+        try:
+            backend = backend_named(name)
+            found[name] = BackendInfo(name, backend.version(), tuple(backend.devices()), backend.how)
+        except Exception as error:  # a broken installation may raise anything, and the others are still of interest
+            found[name] = BackendInfo(name, "unknown", (), "", f"{type(error).__name__}: {error}")
+    return found
+
+
+def installation_of(name: str) -> str:
+    """The pip line of a built-in backend."""
+    return f"pip install {_BUILTIN[name][2]}"
+
+
+def known_backends() -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*_BUILTIN, *_registered)))
+
+
+def resolve_target(target: Any) -> tuple[Backend, Any]:
+    """``"torch:cuda:0"`` or an array -> (backend, device)."""
+    if isinstance(target, str):
+        name, _, device = target.partition(":")
+        backend = backend_named(name)
+        return backend, backend.device(device)
+    backend = backend_for(target, "target")
+    return backend, backend.device_of(target)

@@ -1,0 +1,266 @@
+"""batch_norm, batch_norm_vjp and moments: check, dispatch, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from anybn import _checks, _core
+from anybn._core import Array, Gradients, Spec, Statistics
+from anybn._dispatch import backend_for
+from anybn._moments import Moments
+from anybn._state import Arrays, BatchNormState
+from anybn.backends._base import Backend
+from anybn.errors import NonFiniteError
+
+
+class _Call(NamedTuple):
+    """A call whose arguments have been checked."""
+
+    backend: Backend
+    x: Array
+    state: BatchNormState
+    before: Arrays
+    """the state's arrays as they are, and beside x:"""
+    arrays: Arrays
+    spec: Spec
+    mask: Array | None
+    residual: Array | None
+    out: Array | None
+    nonfinite: str
+    uses_batch: bool
+    """normalize with the batch's own statistics, and"""
+    commits: bool
+    """fold them into the running ones."""
+
+
+def batch_norm(
+    x: Array,
+    state: BatchNormState,
+    *,
+    training: bool = False,
+    axis: int = 1,
+    mask: Array | None = None,
+    residual: Array | None = None,
+    activation: str | None = None,
+    nonfinite: str = "skip",
+    group: Any = None,
+    out: Array | None = None,
+) -> Array:
+    """Normalize every channel of x to mean 0 and variance 1, then scale and shift it (Ioffe & Szegedy 2015).
+
+    ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with mean and biased variance over all axes but ``axis``: of x
+    itself in training, which also folds them into the state's running statistics; the running ones in evaluation.
+
+    Args:
+        x: ``(N, C, *spatial)`` in any order of axes, float16, bfloat16, float32 or float64, of any array library.
+        state: of C channels; it moves to where x is.
+        training: whether to normalize with x's own statistics and to learn from them.
+        axis: the channel axis; -1 for channels last.
+        mask: bool, x's shape without the channel axis or broadcastable to it. Only True positions enter the statistics
+            and gradients; y is 0 elsewhere.
+        residual: x's shape and dtype, added before the activation.
+        activation: None or "relu". ``relu(bn(x) + residual)`` is rounded once.
+        nonfinite: what a channel whose batch statistics are NaN or infinite does to the running ones: "skip" leaves
+            them, "raise" raises NonFiniteError, "propagate" commits them as torch does. y shows the NaN in any case.
+        group: statistics over all members of a group of processes; not available yet.
+        out: x's shape, dtype and device, may be x itself: filled with y and returned.
+
+    Returns:
+        y: x's shape, dtype, library, device and layout, every value correctly rounded where the device has float64 and
+        x is narrower. Differentiable in x, state.weight, state.bias and residual in torch and JAX, to any order. An
+        empty x gives an empty y and leaves the state alone.
+
+    Raises:
+        TypeError, ValueError: for arguments outside of the above; fewer than 2 values per channel in training.
+        NonFiniteError: see ``nonfinite``.
+        StateError: a traced JAX call that would change a state not passed into it.
+
+    Whatever is raised, the state is as it was.
+
+    >>> import numpy as np, anybn
+    >>> x = np.array([[1.0, 5.0], [3.0, 9.0]], dtype=np.float32)
+    >>> anybn.batch_norm(x, anybn.BatchNormState(2), training=True)
+    array([[-0.999995  , -0.99999875],
+           [ 0.999995  ,  0.99999875]], dtype=float32)
+    """
+    call = _check(x, state, training, axis, mask, residual, activation, nonfinite, group, out)
+    y, statistics = _forward(call)
+    _finish(call, statistics)
+    return y
+
+
+def batch_norm_vjp(
+    x: Array,
+    state: BatchNormState,
+    *,
+    training: bool = False,
+    axis: int = 1,
+    mask: Array | None = None,
+    residual: Array | None = None,
+    activation: str | None = None,
+    nonfinite: str = "skip",
+    group: Any = None,
+    out: Array | None = None,
+) -> tuple[Array, Callable[[Array], Gradients]]:
+    """`batch_norm` and its gradient, for libraries without automatic differentiation.
+
+    Takes and raises what `batch_norm` does. The library's own automatic differentiation does not see this call.
+
+    Returns:
+        (y, pullback): ``pullback(dy)``, with dy like y, gives ``Gradients(x, weight, bias, residual)``; weight and bias
+        are None without affine, residual without one. It uses this call's statistics, whatever the state does later,
+        may be called again, and reads x: do not write to x before.
+
+    >>> import numpy as np, anybn
+    >>> x = np.array([[1.0, 5.0], [3.0, 9.0], [8.0, 1.0]])
+    >>> y, pullback = anybn.batch_norm_vjp(x, anybn.BatchNormState(2), training=True)
+    >>> grads = pullback(np.ones_like(x))
+    >>> grads.bias
+    array([3., 3.], dtype=float32)
+    >>> bool(np.abs(grads.x).max() < 1e-15)  # a constant added to y is lost in the mean
+    True
+    """
+    call = _check(x, state, training, axis, mask, residual, activation, nonfinite, group, out, recorded=False)
+    backend = call.backend
+    with backend.no_grad():
+        if out is not None and backend.overlaps(out, x):
+            call = call._replace(x=backend.copy(x))
+        y, statistics = _forward(call)
+        active = y > 0 if call.spec.relu else None
+        _finish(call, statistics)
+    weight = call.arrays.weight
+
+    def pullback(dy: Array) -> Gradients:
+        """Gradients(x, weight, bias, residual) for the gradient dy of y."""
+        owner = backend_for(dy, "dy")
+        _checks.like_x("dy", _checks.floating_array("dy", dy, owner), call.x, backend)
+        with backend.no_grad():
+            grads = backend.gradients(dy, call.x, statistics, weight, active, call.mask, call.spec)
+        return grads if residual is not None else grads._replace(residual=None)
+
+    return y, pullback
+
+
+def moments(x: Array, *, axis: int = 1, mask: Array | None = None) -> Moments:
+    """Count, mean and summed squared deviations of each channel of x, to merge with those of other data.
+
+    Args:
+        x: ``(N, C, *spatial)`` as in `batch_norm`, possibly empty.
+        axis: the channel axis.
+        mask: bool, x's shape without the channel axis or broadcastable to it; only True positions count.
+
+    Raises TypeError or ValueError for arguments outside of the above.
+
+    >>> import numpy as np, anybn
+    >>> m = anybn.moments(np.array([[1.0, 5.0], [3.0, 9.0]]))
+    >>> m.count, m.mean, m.m2, m.var(ddof=1)
+    (2, array([2., 7.]), array([2., 8.]), array([2., 8.]))
+    """
+    backend = backend_for(x)
+    index = _checks.batch(x, backend, axis, None)
+    if mask is not None:
+        mask = _checks.mask(mask, x, index, backend)
+    if 0 in x.shape:
+        zeros = _zeros(backend, x, x.shape[index])
+        return Moments(0, zeros, zeros)
+    statistics = backend.batch_statistics(x, index, mask)
+    mean, count = statistics.mean, statistics.count
+    if statistics.shift is not None:
+        mean = mean + statistics.shift
+    return Moments(count if backend.is_traced(x) or count is None else int(count), mean, statistics.m2)
+
+
+def _zeros(backend: Backend, x: Array, size: int) -> Array:
+    device = backend.device_of(x)
+    return backend.from_numpy(np.zeros(size, "float64" if backend.has_float64(device) else "float32"), device)
+
+
+def _check(
+    x: Array,
+    state: BatchNormState,
+    training: bool,
+    axis: int,
+    mask: Array | None,
+    residual: Array | None,
+    activation: str | None,
+    nonfinite: str,
+    group: Any,
+    out: Array | None,
+    recorded: bool = True,
+) -> _Call:
+    """Everything that can be wrong, before anything is computed. ``recorded``: gradients are the library's business."""
+    backend = backend_for(x)
+    if not isinstance(state, BatchNormState):
+        raise TypeError(f"state is a {type(state).__name__}; it must be an anybn.BatchNormState of x's channels")
+    index = _checks.batch(x, backend, axis, state.num_features)
+    training = _checks.flag("training", training)
+    _checks.choice("activation", activation, (None, "relu"))
+    _checks.choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
+    if group is not None:
+        raise NotImplementedError("group is not available yet: pass group=None, or merge anybn.moments by hand")
+    if mask is not None:
+        mask = _checks.mask(mask, x, index, backend)
+    if residual is not None:
+        _checks.like_x("residual", residual, x, backend)
+    before, arrays = state._beside(backend, x)
+    if any(backend.owns(type(a)) and backend.overlaps(x, a) for a in before.channels()):
+        raise ValueError("x shares memory with the state: give one of them a copy")
+    if out is not None:
+        _checks.out(out, x, residual, before.channels(), backend)
+        if recorded and backend.records(x, arrays.weight, arrays.bias, residual):
+            raise ValueError("out was given but autograd is to record this call: drop out, or use torch.no_grad()")
+
+    empty = 0 in x.shape
+    uses_batch = (training or not state.track_running_stats) and not empty
+    commits = training and state.track_running_stats and not empty
+    if uses_batch:
+        if mask is None or not backend.is_traced(mask):
+            count = int(_core.value_count(backend.namespace(x), x, index, mask))
+            _checks.enough_values(count, _checks.shape_of(x), mask is not None)
+        if nonfinite == "raise" and backend.is_traced(x):
+            raise ValueError(
+                'nonfinite is "raise" but x has no values yet (it is traced or lazy): use "skip", or look at y'
+            )
+    if commits:
+        state._require_commit_possible(backend, x)
+    spec = Spec(index, state.eps, activation == "relu")
+    return _Call(backend, x, state, before, arrays, spec, mask, residual, out, nonfinite, uses_batch, commits)
+
+
+def _forward(call: _Call) -> tuple[Array, Statistics]:
+    backend, arrays = call.backend, call.arrays
+    rest = arrays.weight, arrays.bias, call.residual, call.mask, call.spec, call.out
+    if call.uses_batch:
+        return backend.train(call.x, *rest)
+    if arrays.running_mean is not None:
+        statistics = Statistics(None, arrays.running_mean, None, arrays.running_var)
+    else:  # an empty batch, which has no values to normalize with anything
+        zeros = _zeros(backend, call.x, call.state.num_features)
+        statistics = Statistics(None, zeros, None, zeros)
+    return backend.evaluate(call.x, statistics, *rest), statistics
+
+
+def _finish(call: _Call, statistics: Statistics) -> None:
+    """What changes the state, after everything else has succeeded."""
+    backend = call.backend
+    if call.uses_batch and call.nonfinite == "raise":
+        _require_finite(backend, statistics)
+    if call.commits:
+        call.state._commit(backend, call.x, statistics, call.nonfinite)
+    elif not backend.is_traced(call.x):
+        call.state._settle(call.before, call.arrays)
+
+
+def _require_finite(backend: Backend, statistics: Statistics) -> None:
+    mean, var = (backend.to_numpy(backend.detached(a)) for a in (statistics.mean, statistics.var))
+    channels = tuple(int(c) for c in np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var))))
+    if channels:
+        named = ", ".join(map(str, channels[:10])) + (", ..." if len(channels) > 10 else "")
+        raise NonFiniteError(
+            f"x gives statistics that are NaN or infinite in {len(channels)} of {len(mean)} channels ({named}): "
+            'look for NaN or inf in x, or use nonfinite="skip"',
+            channels,
+        )

@@ -1,0 +1,151 @@
+"""BatchNorm: a state with a mode, called like a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+from anybn import _checks, _functional
+from anybn._core import Array, Gradients
+from anybn._dispatch import backend_for
+from anybn._state import BatchNormState
+
+
+class BatchNorm:
+    """Batch normalization of ``(N, C, *spatial)`` arrays of any library; starts in training mode.
+
+    Args:
+        num_features: C, the number of channels.
+        eps, momentum, affine, track_running_stats, ddof, dtype: the state's, see `BatchNormState`.
+        axis: the channel axis; -1 for channels last.
+        activation: None or "relu".
+        group: see `batch_norm`.
+        state: a `BatchNormState` to use, perhaps with other layers, in place of a new one; its settings hold, so none
+            may be given beside it.
+
+    Attributes:
+        state: the `BatchNormState`, which moves to where x is.
+        training: the mode; `train` and `eval` set it.
+
+    In training it normalizes with the batch's statistics and folds them into the running ones; in evaluation it uses
+    the running ones, or without them the batch's, as torch does.
+
+    Raises TypeError or ValueError for arguments outside of the above.
+
+    >>> import numpy as np, anybn
+    >>> bn = anybn.BatchNorm(3)
+    >>> x = np.random.default_rng(0).normal(5, 2, (64, 3, 8, 8)).astype(np.float32)
+    >>> y = bn(x)
+    >>> bool(abs(y.mean()) < 1e-6), bool(abs(y.std() - 1) < 1e-5)
+    (True, True)
+    >>> bn.eval()
+    BatchNorm(3, eps=1e-05, momentum=0.1, axis=1) in evaluation on numpy, 1 batches tracked
+    """
+
+    _ranks: ClassVar[tuple[int, ...]] = ()
+    _shapes: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        ddof: int = 1,
+        dtype: Any = None,
+        axis: int = 1,
+        activation: str | None = None,
+        group: Any = None,
+        state: BatchNormState | None = None,
+    ):
+        fresh = BatchNormState(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            ddof=ddof,
+            dtype=dtype,
+        )
+        self.state = fresh if state is None else _shared(state, fresh)
+        self.axis = _checks.axis(axis)
+        self.activation = _checks.choice("activation", activation, (None, "relu"))
+        self.group = group
+        self.training = True
+
+    def __call__(
+        self, x: Array, *, mask: Array | None = None, residual: Array | None = None, out: Array | None = None
+    ) -> Array:
+        """y, as `batch_norm` gives it in this layer's mode; shapes, mask, residual, out and errors as there."""
+        return _functional.batch_norm(x, self.state, mask=mask, residual=residual, out=out, **self._settings(x))
+
+    def vjp(
+        self, x: Array, *, mask: Array | None = None, residual: Array | None = None, out: Array | None = None
+    ) -> tuple[Array, Callable[[Array], Gradients]]:
+        """(y, pullback), as `batch_norm_vjp` gives them in this layer's mode."""
+        return _functional.batch_norm_vjp(x, self.state, mask=mask, residual=residual, out=out, **self._settings(x))
+
+    def _settings(self, x: Array) -> dict[str, Any]:
+        if self._ranks:
+            backend_for(x)
+            if len(x.shape) not in self._ranks:
+                advice = ": for one sample use x[None]" if len(x.shape) == self._ranks[0] - 1 else ""
+                shape = _checks.shape_of(x)
+                raise ValueError(f"x has shape {shape}; {type(self).__name__} needs {self._shapes}{advice}")
+        return {
+            "training": self.training, "axis": self.axis, "activation": self.activation, "group": self.group
+        }  # fmt: skip
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, or with False evaluation mode; returns self."""
+        self.training = _checks.flag("mode", mode)
+        return self
+
+    def eval(self) -> Self:
+        """Set evaluation mode; returns self."""
+        return self.train(False)
+
+    def to(self, target: Any) -> Self:
+        """Move the state, see `BatchNormState.to`; returns self."""
+        self.state.to(target)
+        return self
+
+    def __repr__(self) -> str:
+        inside, _, after = repr(self.state).removeprefix("BatchNormState(").rpartition(")")
+        options = f", axis={self.axis}" + (f", activation={self.activation!r}" if self.activation else "")
+        mode = "training" if self.training else "evaluation"
+        return f"{type(self).__name__}({inside}{options}) in {mode}{after}"
+
+
+def _shared(state: BatchNormState, settings: BatchNormState) -> BatchNormState:
+    """state, if the settings given beside it do not contradict it."""
+    if not isinstance(state, BatchNormState):
+        raise TypeError(f"state is a {type(state).__name__}; it must be an anybn.BatchNormState")
+    defaults = BatchNormState(settings.num_features)
+    for name in ("num_features", "eps", "momentum", "affine", "track_running_stats", "ddof", "dtype"):
+        given, held = getattr(settings, name), getattr(state, name)
+        if given != held and (name == "num_features" or given != getattr(defaults, name)):
+            raise ValueError(
+                f"{name} is {given!r} but the state given has {held!r}: the state's settings hold, drop {name}"
+            )
+    return state
+
+
+class BatchNorm1d(BatchNorm):
+    """`BatchNorm` that takes ``(N, C)`` or ``(N, C, L)`` only; with ``axis=-1``, ``(N, L, C)``."""
+
+    _ranks, _shapes = (2, 3), "(N, C) or (N, C, L)"
+
+
+class BatchNorm2d(BatchNorm):
+    """`BatchNorm` that takes ``(N, C, H, W)`` only; with ``axis=-1``, ``(N, H, W, C)``."""
+
+    _ranks, _shapes = (4,), "(N, C, H, W)"
+
+
+class BatchNorm3d(BatchNorm):
+    """`BatchNorm` that takes ``(N, C, D, H, W)`` only; with ``axis=-1``, ``(N, D, H, W, C)``."""
+
+    _ranks, _shapes = (5,), "(N, C, D, H, W)"

@@ -1,0 +1,392 @@
+"""BatchNormState: gamma, beta and the running statistics, shared by every backend."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from anybn import _checks, _core
+from anybn._core import Array, Statistics
+from anybn._dispatch import backend_for, resolve_target
+from anybn.backends._base import Backend
+from anybn.errors import StateError
+
+# Guards every read-modify-write of a state. It is held for work on C values only, and one lock for all states can be
+# renewed in a forked child, where the thread that held it no longer exists.
+_lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+class Arrays(NamedTuple):
+    """The contents of a state. Never written to: a change replaces the whole tuple in one assignment, so that a reader
+    in another thread, or an exception at any point, sees the old values or the new ones."""
+
+    weight: Array | None
+    bias: Array | None
+    running_mean: Array | None
+    running_var: Array | None
+    num_batches_tracked: int | Array
+
+    def channels(self) -> list[Array]:
+        return [a for a in self[:4] if a is not None]
+
+
+class BatchNormState:
+    """The one object that batch norm keeps: weight (gamma), bias (beta), running statistics and their conventions.
+
+    Args:
+        num_features: C, the number of channels, >= 0.
+        eps: added to the variance before the square root, > 0. Never clamped.
+        momentum: in ``running = (1 - momentum) * running + momentum * batch``, within [0, 1]; Keras's momentum is 1
+            minus this. None: the cumulative average over every batch so far.
+        affine: False leaves out weight and bias.
+        track_running_stats: False leaves out the running statistics; evaluation then uses the batch's own.
+        ddof: ``running_var`` averages ``sum((x - mean)**2) / (count - ddof)``; 1 is torch's convention, 0 that of
+            Keras, Flax and ONNX. Normalization always divides by count.
+        dtype: of weight and bias: float16, bfloat16, float32 (the default) or float64, of any library or by name.
+        like: an array to start beside, or a target as in `to`. The default is NumPy.
+
+    Attributes:
+        weight, bias: ``(C,)`` in dtype, starting at 1 and 0; None without affine.
+        running_mean, running_var: ``(C,)`` in float64 where library and device have it, else float32, starting at 0
+            and 1; None without track_running_stats. They cost C values, and float32 means lose digits.
+        num_batches_tracked: training batches so far, an int.
+
+    The state lives in one place at a time. A call with x elsewhere moves it there. Its arrays are replaced, never
+    written to, so an array read from it stays what it was. All methods may be called from several threads.
+
+    Raises TypeError or ValueError for arguments outside of the above.
+
+    >>> import numpy as np, anybn
+    >>> state = anybn.BatchNormState(2)
+    >>> y = anybn.batch_norm(np.array([[1.0, 10.0], [3.0, 30.0]]), state, training=True)
+    >>> state.running_mean, state.running_var, state.num_batches_tracked
+    (array([0.2, 2. ]), array([ 1.1, 20.9]), 1)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        ddof: int = 1,
+        dtype: Any = None,
+        like: Any = None,
+    ):
+        self._num_features = _checks.num_features(num_features)
+        self.eps, self.momentum, self.ddof = eps, momentum, ddof  # type: ignore[assignment]
+        affine = _checks.flag("affine", affine)
+        track_running_stats = _checks.flag("track_running_stats", track_running_stats)
+        self._dtype = _checks.state_dtype(dtype)
+        c, numpy_dtype = self._num_features, _numpy_dtype(self._dtype)
+        self._arrays = Arrays(
+            np.ones(c, numpy_dtype) if affine else None,
+            np.zeros(c, numpy_dtype) if affine else None,
+            np.zeros(c) if track_running_stats else None,
+            np.ones(c) if track_running_stats else None,
+            0,
+        )
+        if like is not None:
+            self.to(like)
+        if "jax" in sys.modules:
+            from anybn import jax as _  # noqa: F401 makes the state a pytree; nothing else would before jax.jit sees it
+
+    # -- settings ----------------------------------------------------------------------------------------------
+
+    @property
+    def num_features(self) -> int:
+        return self._num_features
+
+    @property
+    def dtype(self) -> str:
+        """The name of weight's and bias's dtype."""
+        return self._dtype
+
+    @property
+    def affine(self) -> bool:
+        return self._arrays.weight is not None
+
+    @property
+    def track_running_stats(self) -> bool:
+        return self._arrays.running_mean is not None
+
+    @property
+    def eps(self) -> float:
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = _checks.eps(value)
+
+    @property
+    def momentum(self) -> float | None:
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        self._momentum = _checks.momentum(value)
+
+    @property
+    def ddof(self) -> int:
+        return self._ddof
+
+    @ddof.setter
+    def ddof(self, value: int) -> None:
+        self._ddof = _checks.ddof(value)
+
+    # -- arrays ------------------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Array | None:
+        return self._arrays.weight
+
+    @weight.setter
+    def weight(self, value: Array) -> None:
+        self._set("weight", value)
+
+    @property
+    def bias(self) -> Array | None:
+        return self._arrays.bias
+
+    @bias.setter
+    def bias(self, value: Array) -> None:
+        self._set("bias", value)
+
+    @property
+    def running_mean(self) -> Array | None:
+        return self._arrays.running_mean
+
+    @running_mean.setter
+    def running_mean(self, value: Array) -> None:
+        self._set("running_mean", value)
+
+    @property
+    def running_var(self) -> Array | None:
+        return self._arrays.running_var
+
+    @running_var.setter
+    def running_var(self, value: Array) -> None:
+        self._set("running_var", value)
+
+    @property
+    def num_batches_tracked(self) -> int:
+        n = self._arrays.num_batches_tracked
+        return n if isinstance(n, int) or backend_for(n).is_traced(n) else int(n)
+
+    @num_batches_tracked.setter
+    def num_batches_tracked(self, value: int) -> None:
+        with _lock:
+            self._arrays = self._arrays._replace(num_batches_tracked=_checks.batch_count(value))
+
+    def _set(self, name: str, value: Array) -> None:
+        """Take value as it is where its dtype allows (a torch Parameter stays itself); the state moves beside it."""
+        with _lock:
+            if getattr(self._arrays, name) is None:
+                option = "affine" if name in ("weight", "bias") else "track_running_stats"
+                raise ValueError(f"{name} cannot be set, this state has {option}=False: make one with {option}=True")
+            if value is getattr(self._arrays, name):
+                return
+            backend = backend_for(value, name)
+            _checks.state_array(backend, name, value, self._num_features)
+            others = self._arrays._replace(**{name: None})
+            for other, array in zip(others._fields, others, strict=True):
+                if array is not None and not isinstance(array, int) and backend.owns(type(array)):
+                    if backend.overlaps(value, array):
+                        raise ValueError(f"{name} shares memory with {other}: give it a copy")
+            device = backend.device_of(value)
+            dtype = backend.dtype(self._dtype_of(name, backend, device))
+            if value.dtype != dtype:
+                value = backend.namespace(value).astype(value, dtype)
+            self._arrays = self._placed(others, backend, device)._replace(**{name: value})
+
+    def _dtype_of(self, name: str, backend: Backend, device: Any) -> str:
+        """The dtype that the array called name has there: what is wanted, or float32 where there is no float64."""
+        wanted = self._dtype if name in ("weight", "bias") else "float64"
+        return wanted if wanted != "float64" or backend.has_float64(device) else "float32"
+
+    def _placed(self, arrays: Arrays, backend: Backend, device: Any) -> Arrays:
+        """arrays with those that lie elsewhere copied to this device; the same object if none does."""
+        moved = {}
+        for name, array in zip(Arrays._fields[:4], arrays, strict=False):
+            if array is None or (backend.owns(type(array)) and backend.device_of(array) == device):
+                continue
+            dtype = _numpy_dtype(self._dtype_of(name, backend, device))
+            with np.errstate(over="ignore"):
+                moved[name] = backend.from_numpy(backend_for(array).to_numpy(array).astype(dtype), device)
+        return arrays._replace(**moved) if moved else arrays
+
+    def to(self, target: Any) -> BatchNormState:
+        """Move to ``"numpy"``, ``"cupy"``, ``"torch"``, ``"torch:cuda:0"``, ``"jax"``, or beside an array; returns self.
+
+        Raises BackendNotInstalled for a library that is missing, ValueError for an unknown one or an unknown device.
+
+        >>> import anybn
+        >>> anybn.BatchNormState(3).to("numpy").weight
+        array([1., 1., 1.], dtype=float32)
+        """
+        backend, device = resolve_target(target)
+        with _lock:
+            self._arrays = self._placed(self._arrays, backend, device)
+        return self
+
+    # -- used by the calls and by loading -----------------------------------------------------------------------------
+
+    def _beside(self, backend: Backend, x: Array) -> tuple[Arrays, Arrays]:
+        """(the arrays as they are, the arrays beside x). The state itself moves when the call has succeeded."""
+        arrays = self._arrays
+        return arrays, self._placed(arrays, backend, backend.device_of(x))
+
+    def _settle(self, before: Arrays, beside: Arrays) -> None:
+        """Adopt the arrays moved for a call that is done, unless the state has changed since."""
+        if beside is not before:
+            with _lock:
+                if self._arrays is before:
+                    self._arrays = beside
+
+    def _replace_values(self, values: dict[str, Any]) -> None:
+        """Take over NumPy values by field name, all in one swap, in the place and the dtypes of the present ones."""
+        with _lock:
+            arrays = self._arrays
+            for name, value in values.items():
+                if name != "num_batches_tracked":
+                    like = getattr(arrays, name)
+                    backend = backend_for(like)
+                    device = backend.device_of(like)
+                    dtype = _numpy_dtype(self._dtype_of(name, backend, device))
+                    values[name] = backend.from_numpy(value.astype(dtype), device)
+            self._arrays = arrays._replace(**values)
+
+    def _require_commit_possible(self, backend: Backend, x: Array) -> None:
+        running_mean = self._arrays.running_mean
+        if running_mean is not None and not backend.may_commit(x, running_mean):
+            raise StateError(
+                "the state was not passed into this traced call, so the call cannot change it: make the state an "
+                "argument of the traced function and return it, e.g. "
+                "jax.jit(lambda x, state: (anybn.batch_norm(x, state, training=True), state))"
+            )
+
+    def _commit(self, backend: Backend, x: Array, statistics: Statistics, nonfinite: str) -> None:
+        """Count the batch and fold its statistics into the running ones: one swap, after everything has succeeded."""
+        detached = backend.detached
+        mean, m2 = detached(statistics.mean), detached(statistics.m2)
+        if statistics.shift is not None:
+            mean = mean + detached(statistics.shift)
+        xp = backend.namespace(mean)
+        n = statistics.count - self._ddof  # type: ignore[operator] # a batch has a count
+        batch_var = m2 / (n if isinstance(n, int) else xp.astype(detached(n), m2.dtype))
+        with _lock, np.errstate(all="ignore"):
+            arrays = self._placed(self._arrays, backend, backend.device_of(x))
+            batches = arrays.num_batches_tracked + 1
+            running_mean, running_var = _core.updated_running_statistics(
+                xp,
+                arrays.running_mean,
+                arrays.running_var,
+                mean,
+                batch_var,
+                1.0 / batches if self._momentum is None else self._momentum,
+                propagate=nonfinite == "propagate",
+            )
+            self._arrays = arrays._replace(
+                running_mean=running_mean, running_var=running_var, num_batches_tracked=batches
+            )
+
+    # -- copies and checkpoints --------------------------------------------------------------------------------
+
+    def copy(self) -> BatchNormState:
+        """An independent state with the same settings and values, in the same place."""
+        new = object.__new__(BatchNormState)
+        new.__dict__.update(self.__dict__)
+        new._arrays = Arrays(
+            *(None if a is None else backend_for(a).copy(a) for a in self._arrays[:4]), self._arrays.num_batches_tracked
+        )
+        return new
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchNormState:
+        return self.copy()
+
+    def state_dict(self, convention: str = "torch") -> dict[str, Array]:
+        """Copies of the arrays by the names of a convention, in the state's library.
+
+        ``"torch"``: weight, bias, running_mean, running_var, num_batches_tracked (0-d int64); those switched off are
+        absent. `load_state_dict` takes it back, and so does ``torch.nn.BatchNorm2d.load_state_dict`` once they are
+        tensors.
+
+        Raises ValueError for an unknown convention.
+
+        >>> import anybn
+        >>> sorted(anybn.BatchNormState(3, affine=False).state_dict())
+        ['num_batches_tracked', 'running_mean', 'running_var']
+        """
+        from anybn import interop
+
+        return interop.state_dict(self, convention)
+
+    def load_state_dict(self, mapping: Mapping[str, Array], convention: str = "torch") -> None:
+        """Take over the arrays of a mapping, from any library; all of them or, on an error, none.
+
+        Raises CheckpointError that lists every missing and extra key, wrong shape and impossible value; ValueError for
+        an unknown convention.
+        """
+        from anybn import interop
+
+        interop.load_state_dict(self, mapping, convention)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file with the arrays, the settings and a checksum; the old file stays until it is whole.
+
+        Raises BackendNotInstalled without safetensors, OSError if the file cannot be written.
+        """
+        from anybn import _checkpoint
+
+        _checkpoint.save(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> BatchNormState:
+        """The state of a file that `save` wrote, in NumPy.
+
+        Raises CheckpointError if it is truncated, damaged, newer or no such file; nothing in it is executed.
+
+        >>> import anybn, tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "bn.safetensors"
+        >>> anybn.BatchNormState(3, momentum=None).save(path)
+        >>> anybn.BatchNormState.load(path)
+        BatchNormState(3, eps=1e-05, momentum=None) on numpy, 0 batches tracked
+        """
+        from anybn import _checkpoint
+
+        return _checkpoint.load(path)
+
+    def __repr__(self) -> str:
+        settings = [str(self._num_features), f"eps={self._eps}", f"momentum={self._momentum}"]
+        defaults = {"affine": True, "track_running_stats": True, "ddof": 1, "dtype": "float32"}
+        settings += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v]
+        where = ""
+        if held := self._arrays.channels():
+            backend = backend_for(held[0])
+            where = f" on {backend.place(held[0])}"
+        tracked = f", {self.num_batches_tracked} batches tracked" if self.track_running_stats else ""
+        return f"BatchNormState({', '.join(settings)}){where}{tracked}"
+
+
+def _numpy_dtype(name: str) -> np.dtype:
+    from anybn.backends.numpy import NumPyBackend
+
+    return NumPyBackend().dtype(name)

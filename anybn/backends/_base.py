@@ -1,0 +1,193 @@
+"""What a backend is, and what it inherits: every operation through the Array API core."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import array_api_compat
+import numpy as np
+
+from anybn import _core
+from anybn._core import Array, Gradients, Spec, Statistics
+
+
+def root_module(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+class Backend:
+    """Batch norm for the arrays of one library.
+
+    A subclass sets ``name`` and, where the library's arrays have another type module, ``libraries``. Everything else
+    works as inherited for any library that follows the Array API standard, and may be overridden. Laws:
+
+    - No method changes its arguments, except ``out``.
+    - ``from_numpy(to_numpy(a), device_of(a))`` equals ``a``.
+    - Results lie in the library and on the device of x.
+    """
+
+    name: ClassVar[str]
+    #: Root modules of the array types this backend owns: ``("jax", "jaxlib")``.
+    libraries: ClassVar[tuple[str, ...]]
+    #: How the work is done, for ``python -m anybn info``.
+    how: ClassVar[str] = "the Array API core"
+    #: False where arrays cannot be written to, so that ``out=`` is refused.
+    writable: ClassVar[bool] = True
+
+    # -- arrays ------------------------------------------------------------------------------------------------
+
+    def owns(self, array_type: type) -> bool:
+        """Whether arrays of this type are this backend's; decided by the type alone, so that it can be remembered."""
+        return any(root_module(cls) in self.libraries for cls in array_type.__mro__)
+
+    def refusal(self, x: Array) -> str:
+        """Why this x of the library cannot be normalized, and what to do; or ""."""
+        return ""
+
+    def namespace(self, x: Array) -> Any:
+        return array_api_compat.array_namespace(x)
+
+    def device_of(self, x: Array) -> Any:
+        """Where x lies, as something that compares equal for the same place."""
+        return array_api_compat.device(x)
+
+    def device(self, name: str) -> Any:
+        """The device called ``name`` in ``state.to("library:name")``; the default one for ``""``."""
+        info = self.module().__array_namespace_info__()
+        if not name:
+            return info.default_device()
+        for device in info.devices():
+            if name in (str(device), getattr(device, "_device", None)):
+                return device
+        raise ValueError(f"{self.name} has no device {name!r}; it has {', '.join(map(str, info.devices()))}")
+
+    def module(self) -> Any:
+        """The Array API namespace of the library, without an array at hand."""
+        return importlib.import_module(self.libraries[0])
+
+    def devices(self) -> list[str]:
+        """The devices that can be used, for ``anybn.backends()``."""
+        return [str(device) for device in self.module().__array_namespace_info__().devices()]
+
+    def version(self) -> str:
+        return str(getattr(importlib.import_module(self.libraries[0]), "__version__", "unknown"))
+
+    def has_float64(self, device: Any) -> bool:
+        return "float64" in self.module().__array_namespace_info__().dtypes(device=device)
+
+    def dtype(self, name: str) -> Any:
+        """The library's dtype called ``"float32"``."""
+        return getattr(self.module(), name)
+
+    def from_numpy(self, array: np.ndarray, device: Any) -> Array:
+        """A copy of a NumPy array on this backend's device."""
+        return self.module().asarray(array, device=device, copy=True)
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        """A copy of x in NumPy."""
+        default = self.device("")
+        if self.device_of(x) != default:
+            x = array_api_compat.to_device(x, default)
+        return np.array(x)
+
+    def is_traced(self, x: Array) -> bool:
+        """True if x has no values yet (``jax.jit``, Dask), so that nothing may depend on them."""
+        return False
+
+    def detached(self, x: Array) -> Array:
+        """x as a constant for the library's automatic differentiation."""
+        return x
+
+    def copy(self, x: Array) -> Array:
+        """An independent copy, constant for automatic differentiation."""
+        return self.namespace(x).asarray(self.detached(x), copy=True)
+
+    def place(self, x: Array) -> str:
+        """Where x lies, as ``state.to`` takes it."""
+        device = self.device_of(x)
+        return self.name if device in (None, "cpu") or str(device) == "cpu" else f"{self.name}:{device}"
+
+    def may_commit(self, x: Array, running_mean: Array) -> bool:
+        """False if x has no values yet and the state that holds running_mean would be left with none either."""
+        return True
+
+    def write_problem(self, out: Array) -> str:
+        """Why out cannot be written to, and what to do; or ""."""
+        return ""
+
+    def no_grad(self) -> AbstractContextManager[Any]:
+        """Turns the library's recording of gradients off, where it records eagerly; and its warnings about NaN."""
+        return np.errstate(all="ignore")
+
+    def records(self, *arrays: Array | None) -> bool:
+        """True if the library's automatic differentiation would record an operation on these arrays."""
+        return False
+
+    def overlaps(self, a: Array, b: Array) -> bool:
+        """True if a and b may share memory."""
+        return a is b
+
+    def same_memory(self, a: Array, b: Array) -> bool:
+        """True if a and b are the same elements of the same memory in the same order."""
+        return a is b
+
+    # -- batch norm --------------------------------------------------------------------------------------------
+
+    sum: Callable[[Any, Array, tuple[int, ...]], Array] = staticmethod(_core.blocked_sum)
+
+    def working_dtype(self, x: Array) -> Any:
+        return self.dtype("float64" if self.has_float64(self.device_of(x)) else "float32")
+
+    def batch_statistics(self, x: Array, axis: int, mask: Array | None) -> Statistics:
+        with np.errstate(all="ignore"):
+            return _core.batch_statistics(self.namespace(x), x, axis, mask, self.working_dtype(x), self.sum)
+
+    def train(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        mask: Array | None,
+        spec: Spec,
+        out: Array | None = None,
+    ) -> tuple[Array, Statistics]:
+        """Normalize x with its own statistics, which come back with y. Differentiable where the library is."""
+        statistics = self.batch_statistics(x, spec.axis, mask)
+        return self.evaluate(x, statistics, weight, bias, residual, mask, spec, out), statistics
+
+    def evaluate(
+        self,
+        x: Array,
+        statistics: Statistics,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        mask: Array | None,
+        spec: Spec,
+        out: Array | None = None,
+    ) -> Array:
+        """Normalize x with given statistics. Differentiable in x, weight, bias and residual where the library is."""
+        with np.errstate(all="ignore"):
+            y = _core.normalize(self.namespace(x), x, statistics, weight, bias, residual, mask, spec)
+        if out is None:
+            return y
+        out[...] = y
+        return out
+
+    def gradients(
+        self,
+        dy: Array,
+        x: Array,
+        statistics: Statistics,
+        weight: Array | None,
+        active: Array | None,
+        mask: Array | None,
+        spec: Spec,
+    ) -> Gradients:
+        """See `anybn._core.gradients`."""
+        with np.errstate(all="ignore"):
+            return _core.gradients(self.namespace(x), dy, x, statistics, weight, active, mask, spec, self.sum)

@@ -1,0 +1,67 @@
+"""Dask arrays: the core, lazily. Nothing computes until the user computes."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import array_api_compat.dask.array
+import dask
+import dask.array
+import numpy as np
+
+from anybn import _core
+from anybn._core import Array
+from anybn.backends._base import Backend
+
+
+class DaskBackend(Backend):
+    name = "dask"
+    libraries = ("dask",)
+    how = "the Array API core, lazily"
+    writable = False
+    # Dask adds within each chunk and merges the chunks in a tree; slicing blocks out would cut across its chunks.
+    sum = staticmethod(_core.native_sum)
+
+    def owns(self, array_type: type) -> bool:
+        return issubclass(array_type, dask.array.Array)
+
+    def refusal(self, x: Array) -> str:
+        if any(np.isnan(size) for size in x.shape):
+            return f"x has the unknown shape {x.shape}: call x.compute_chunk_sizes() first"
+        return ""
+
+    def module(self) -> ModuleType:
+        return array_api_compat.dask.array
+
+    def namespace(self, x: Array) -> ModuleType:
+        return array_api_compat.dask.array
+
+    def version(self) -> str:
+        return str(dask.__version__)
+
+    def device_of(self, x: Array) -> str:
+        return "cpu"
+
+    def devices(self) -> list[str]:
+        return ["cpu"]
+
+    def device(self, name: str) -> str:
+        return "cpu"
+
+    def has_float64(self, device: Any) -> bool:
+        return True
+
+    def dtype(self, name: str) -> Any:
+        from anybn.backends.numpy import NumPyBackend
+
+        return NumPyBackend().dtype(name)
+
+    def from_numpy(self, array: np.ndarray, device: Any) -> Array:
+        return dask.array.from_array(np.array(array))
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        return np.array(x.compute())
+
+    def is_traced(self, x: Array) -> bool:
+        return True

@@ -1,0 +1,167 @@
+"""torch tensors on any device, inside autograd to any order."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import array_api_compat.torch
+import numpy as np
+import torch
+
+from anybn._core import Array, Spec, Statistics
+from anybn.backends._base import Backend
+
+
+class TorchBackend(Backend):
+    name = "torch"
+    libraries = ("torch",)
+    how = "the Array API core, inside autograd"
+
+    def owns(self, array_type: type) -> bool:
+        return issubclass(array_type, torch.Tensor)
+
+    def refusal(self, x: torch.Tensor) -> str:
+        if x.layout is not torch.strided:
+            return f"x has the layout {x.layout}: zeros do not stay zeros, so make it dense: x.to_dense()"
+        if x.is_quantized:
+            return "x is quantized: cast it with x.dequantize()"
+        return ""
+
+    def module(self) -> ModuleType:
+        return array_api_compat.torch
+
+    def namespace(self, x: Array) -> ModuleType:
+        return array_api_compat.torch
+
+    def version(self) -> str:
+        return str(torch.__version__)
+
+    def device_of(self, x: torch.Tensor) -> torch.device:
+        return x.device
+
+    def device(self, name: str) -> torch.device:
+        device = torch.device(name or "cpu")
+        return torch.zeros((), device=device).device  # "cuda" -> "cuda:0", and an error now if there is none
+
+    def devices(self) -> list[str]:
+        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        return [*found, "mps"] if torch.backends.mps.is_available() else found
+
+    def has_float64(self, device: torch.device) -> bool:
+        return device.type != "mps"
+
+    def from_numpy(self, array: np.ndarray, device: torch.device) -> torch.Tensor:
+        array = np.array(array)
+        if array.dtype.name == "bfloat16":  # torch does not know ml_dtypes, but the bits are the same
+            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16).to(device)
+        return torch.from_numpy(array).to(device)
+
+    def to_numpy(self, x: torch.Tensor) -> np.ndarray:
+        x = x.detach().cpu().contiguous()
+        if x.dtype == torch.bfloat16:
+            from ml_dtypes import bfloat16
+
+            return x.view(torch.uint16).numpy().view(bfloat16).copy()
+        return np.array(x.numpy())
+
+    def detached(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach()
+
+    def no_grad(self) -> torch.no_grad:
+        return torch.no_grad()
+
+    def records(self, *arrays: torch.Tensor | None) -> bool:
+        return torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arrays)
+
+    def write_problem(self, out: torch.Tensor) -> str:
+        if self.records(out):
+            return "requires grad, and autograd cannot record a write to it: drop out, or use torch.no_grad()"
+        if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+            return "is an expanded view, whose elements share memory: pass a tensor of its own"
+        return ""
+
+    def overlaps(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        if a.device != b.device or not a.numel() or not b.numel():
+            return False
+        first, second = _extent(a), _extent(b)
+        return first[0] < second[1] and second[0] < first[1]
+
+    def same_memory(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+
+    # -- batch norm --------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        spec: Spec,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Statistics]:
+        if not self.records(x, weight, bias, residual):
+            return super().train(x, weight, bias, residual, mask, spec, out)
+        with torch.no_grad():
+            statistics = self.batch_statistics(x, spec.axis, mask)
+        return _Normalize.apply(x, weight, bias, residual, self, statistics, mask, spec), statistics
+
+    def evaluate(
+        self,
+        x: torch.Tensor,
+        statistics: Statistics,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        spec: Spec,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if not self.records(x, weight, bias, residual):
+            return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
+        return _Normalize.apply(x, weight, bias, residual, self, statistics, mask, spec)
+
+
+class _Normalize(torch.autograd.Function):
+    """y with its gradient as one node of the graph: it keeps x and C values, not the core's float64 temporaries.
+
+    The statistics are this call's own, whatever the state does before the backward pass. Under ``create_graph`` the
+    backward pass is recorded op by op, with the batch statistics computed from x again, which makes it differentiable
+    to any order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        backend: TorchBackend,
+        statistics: Statistics,
+        mask: torch.Tensor | None,
+        spec: Spec,
+    ) -> torch.Tensor:
+        y = Backend.evaluate(backend, x, statistics, weight, bias, residual, mask, spec)
+        active = y > 0 if spec.relu else None
+        ctx.save_for_backward(x, weight, mask, active)
+        ctx.backend, ctx.statistics, ctx.spec, ctx.has_residual = backend, statistics, spec, residual is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mask, active = ctx.saved_tensors
+        statistics = ctx.statistics
+        if torch.is_grad_enabled() and statistics.count is not None and x.numel():
+            statistics = ctx.backend.batch_statistics(x, ctx.spec.axis, mask)
+        grads = ctx.backend.gradients(dy, x, statistics, weight, active, mask, ctx.spec)
+        residual = grads.residual if ctx.has_residual else None
+        return grads.x, grads.weight, grads.bias, residual, None, None, None, None
+
+
+def _extent(a: torch.Tensor) -> tuple[int, int]:
+    """First and one past the last address that a's elements touch; torch has no negative strides."""
+    span = sum((size - 1) * stride for size, stride in zip(a.shape, a.stride(), strict=True))
+    return a.data_ptr(), a.data_ptr() + (span + 1) * a.element_size()

@@ -1,0 +1,155 @@
+"""Other frameworks' names and conventions for a state's arrays; folding a state into the layer before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from anybn import _checks, _core
+from anybn._core import Array
+from anybn._dispatch import backend_for
+from anybn._state import Arrays, BatchNormState
+from anybn.errors import CheckpointError
+
+#: convention -> the names of weight, bias, running_mean, running_var and num_batches_tracked in it.
+_NAMES = {"torch": Arrays._fields}
+
+
+def _names_of(state: BatchNormState, convention: str) -> dict[str, str]:
+    """{field: name in the convention} of what this state holds."""
+    _checks.choice("convention", convention, tuple(_NAMES))
+    fields = (*Arrays._fields[:2],) * state.affine + (*Arrays._fields[2:],) * state.track_running_stats
+    return {field: name for field, name in zip(Arrays._fields, _NAMES[convention], strict=True) if field in fields}
+
+
+def state_dict(state: BatchNormState, convention: str) -> dict[str, Array]:
+    """See `BatchNormState.state_dict`."""
+    arrays = state._arrays
+    result = {}
+    for field, name in _names_of(state, convention).items():
+        value = getattr(arrays, field)
+        if field == "num_batches_tracked":
+            value = _count_like(value, arrays.running_mean)
+        else:
+            value = backend_for(value).copy(value)
+        result[name] = value
+    return result
+
+
+def _count_like(count: int | Array, like: Array) -> Array:
+    """The counter as a 0-d array beside the others: int64 where there is one."""
+    backend = backend_for(like)
+    if not isinstance(count, int):
+        return count
+    device = backend.device_of(like)
+    integer = backend.module().__array_namespace_info__().default_dtypes(device=device)["indexing"]
+    return backend.from_numpy(np.asarray(count, _core.dtype_name(integer)), device)
+
+
+def load_state_dict(state: BatchNormState, mapping: Mapping[str, Array], convention: str) -> None:
+    """See `BatchNormState.load_state_dict`."""
+    names = _names_of(state, convention)
+    if not isinstance(mapping, Mapping):
+        raise TypeError(f"mapping is a {type(mapping).__name__}; it must be a mapping of names to arrays")
+    problems = [f"missing key {name!r}" for name in names.values() if name not in mapping]
+    problems += [f"extra key {name!r}" for name in mapping if name not in names.values()]
+    values: dict[str, Any] = {}
+    for field, name in names.items():
+        if name in mapping:
+            try:
+                values[field] = _loaded(field, mapping[name], state.num_features)
+            except (TypeError, ValueError) as error:
+                problems.append(str(error))
+    if problems:
+        raise CheckpointError(f"nothing was loaded: {'; '.join(problems)}")
+    state._replace_values(values)
+
+
+def _loaded(field: str, value: Any, num_features: int) -> Any:
+    """value as NumPy (the counter as an int), if it can be this field of a state."""
+    if field == "num_batches_tracked":
+        if not isinstance(value, int):
+            value = backend_for(value, field).to_numpy(value)
+            if value.size != 1 or value.dtype.kind not in "iu":
+                raise ValueError(f"{field} has shape {value.shape} and dtype {value.dtype}; it must be one integer")
+            value = int(value.reshape(()))
+        return _checks.batch_count(value)
+    backend = backend_for(value, field)
+    _checks.state_array(backend, field, value, num_features)
+    value = backend.to_numpy(value)
+    if field.startswith("running") and (problem := _checks.impossible_statistics(field, value)):
+        raise ValueError(problem)
+    return value
+
+
+def fold(
+    state: BatchNormState, weight: Array, bias: Array | None = None, *, channel_axis: int = 0, groups: int = 1
+) -> tuple[Array, Array]:
+    """Fold evaluation-mode batch norm into the linear or convolution layer before it.
+
+    ``bn(layer(x)) == folded(x)``, with ``scale = state.weight / sqrt(running_var + eps)``::
+
+        weight * scale along the output channels        (bias - running_mean) * scale + state.bias
+
+    Args:
+        state: with running statistics, of as many channels as the layer gives out.
+        weight: the layer's, with its output channels on channel_axis: ``(out, in)``, ``(out, in / groups, *kernel)``;
+            for a transposed convolution ``(in, out / groups, *kernel)`` with ``channel_axis=1``; Keras's
+            ``(*kernel, in, out)`` with ``channel_axis=-1``.
+        bias: ``(out,)`` or None.
+        groups: of a transposed convolution; other layers do not need it.
+
+    Returns:
+        (weight, bias) in weight's library and dtype, computed in float64 and rounded once.
+
+    Raises TypeError for what is no floating array, ValueError for a state without running statistics or for shapes
+    that do not fit.
+
+    >>> import numpy as np, anybn
+    >>> rng = np.random.default_rng(0)
+    >>> state, x, w = anybn.BatchNormState(4), rng.normal(size=(9, 3)), rng.normal(size=(4, 3))
+    >>> _ = anybn.batch_norm(x @ w.T, state, training=True)
+    >>> folded_w, folded_b = anybn.fold(state, w)
+    >>> np.allclose(x @ folded_w.T + folded_b, anybn.batch_norm(x @ w.T, state))
+    True
+    """
+    if not isinstance(state, BatchNormState):
+        raise TypeError(f"state is a {type(state).__name__}; it must be an anybn.BatchNormState")
+    if not state.track_running_stats:
+        raise ValueError("state has track_running_stats=False, so there are no constants to fold: evaluate it instead")
+    backend = backend_for(weight, "weight")
+    _checks.floating_array("weight", weight, backend)
+    shape, c = _checks.shape_of(weight), state.num_features
+    index = _checks.axis(channel_axis)
+    if not -len(shape) <= index < len(shape):
+        raise ValueError(f"channel_axis is {index} but weight has shape {shape}")
+    index %= len(shape)
+    groups = _checks.positive("groups", groups)
+    in_groups = groups if index != 0 else 1  # (out, in / groups, ...): axis 0 has all output channels already
+    if shape[index] * in_groups != c or (in_groups > 1 and shape[0] % groups):
+        raise ValueError(
+            f"weight has shape {shape} with channel_axis={channel_axis} and groups={groups}, which does not give the "
+            f"state's {c} channels: pass the axis of the output channels"
+        )
+    if bias is not None:
+        _checks.same_place("bias", bias, weight, backend)
+        if _checks.shape_of(_checks.floating_array("bias", bias, backend)) != (c,):
+            raise ValueError(f"bias has shape {_checks.shape_of(bias)}; it must be ({c},)")
+    _, arrays = state._beside(backend, weight)
+    xp, running_var = backend.namespace(weight), arrays.running_var
+    working = running_var.dtype
+    scale = 1.0 / xp.sqrt(running_var + state.eps)
+    shift = -arrays.running_mean if bias is None else xp.astype(bias, working) - arrays.running_mean
+    if arrays.weight is not None:
+        scale = scale * xp.astype(arrays.weight, working)
+    shift = shift * scale
+    if arrays.bias is not None:
+        shift = shift + xp.astype(arrays.bias, working)
+    # (groups, in / groups, ..., out / groups, ...) * (groups, 1, ..., out / groups, ...)
+    split = xp.reshape(xp.astype(weight, working), (in_groups, shape[0] // in_groups, *shape[1:]))
+    by_group = [1] * split.ndim
+    by_group[0], by_group[index + 1] = in_groups, shape[index]
+    folded = xp.reshape(split * xp.reshape(scale, tuple(by_group)), shape)
+    return _core.rounded_to(xp, folded, weight.dtype), _core.rounded_to(xp, shift, weight.dtype)

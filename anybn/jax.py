@@ -1,0 +1,39 @@
+"""For users of JAX: importing this makes `BatchNormState` a pytree.
+
+It happens by itself when a state is made after JAX was imported. The arrays and ``num_batches_tracked`` are leaves, the
+settings are static, so ``jax.jit``, ``vmap``, ``lax.scan`` and ``jax.tree.map`` take a state and give one back:
+
+>>> import jax, anybn
+>>> @jax.jit
+... def step(x, state):
+...     y = anybn.batch_norm(x, state, training=True)
+...     return y, state
+>>> y, state = step(jax.numpy.ones((4, 2)), anybn.BatchNormState(2))
+>>> state.num_batches_tracked, state.running_mean
+(1, Array([0.1, 0.1], dtype=float32))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from anybn._state import Arrays, BatchNormState
+
+_SETTINGS = ("_num_features", "_eps", "_momentum", "_ddof", "_dtype")
+
+
+def _flatten(state: BatchNormState) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
+    keys = map(jax.tree_util.GetAttrKey, Arrays._fields)
+    return tuple(zip(keys, state._arrays, strict=True)), tuple(getattr(state, name) for name in _SETTINGS)
+
+
+def _unflatten(settings: tuple[Any, ...], arrays: Any) -> BatchNormState:
+    """No checks: JAX also unflattens placeholders that are no arrays."""
+    state = object.__new__(BatchNormState)
+    state.__dict__.update(zip(_SETTINGS, settings, strict=True), _arrays=Arrays(*arrays))
+    return state
+
+
+jax.tree_util.register_pytree_with_keys(BatchNormState, _flatten, _unflatten)
