@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from anybn._dispatch import backend_for
-from anybn._state import Arrays, BatchNormState
+from anybn._state import BatchNormState
 from anybn.errors import BackendNotInstalled, CheckpointError
 
 _FORMAT = "anybn.BatchNormState"
@@ -41,11 +41,7 @@ def save(state: BatchNormState, path: str | os.PathLike[str]) -> None:
     """See `BatchNormState.save`."""
     safetensors = _safetensors()
     arrays = state._arrays
-    tensors = {
-        name: backend_for(a).to_numpy(a)
-        for name, a in zip(Arrays._fields[:4], arrays[:4], strict=True)
-        if a is not None
-    }
+    tensors = {name: backend_for(a).to_numpy(a) for name, a in arrays.held().items()}
     tensors["num_batches_tracked"] = np.asarray(int(arrays.num_batches_tracked), np.int64)
     settings = json.dumps({name: getattr(state, name) for name in _SETTINGS})
     metadata = {
@@ -62,9 +58,9 @@ def save(state: BatchNormState, path: str | os.PathLike[str]) -> None:
             file.write(safetensors.numpy.save(tensors, metadata))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink()
         raise
 
 
@@ -82,7 +78,7 @@ def load(path: str | os.PathLike[str]) -> BatchNormState:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
     except Exception as error:  # safetensors raises several kinds, depending on which part is damaged
         raise CheckpointError(f"{path} is truncated, damaged or no safetensors file ({error})") from error
     if metadata.get("format") != _FORMAT:

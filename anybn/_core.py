@@ -29,7 +29,7 @@ class Statistics(NamedTuple):
     Running statistics are constants in the backward pass and have neither count nor m2.
     """
 
-    count: int | Array | None
+    count: int | Array | None  # type: ignore[assignment] # hides tuple.count, which nobody misses
     mean: Array
     shift: Array | None
     var: Array
@@ -87,12 +87,13 @@ def along(xp: Any, channel: Array, axis: int, ndim: int) -> Array:
     return xp.reshape(channel, tuple(-1 if i == axis else 1 for i in range(ndim)))
 
 
-def value_count(xp: Any, x: Array, axis: int, mask: Array | None) -> int | Array:
+def value_count(xp: Any, x: Array, axis: int, mask: Array | None, working: Any) -> int | Array:
     """Values per channel: an int, or a 0-d integer array where a mask decides."""
     if mask is None:
         return math.prod(x.shape[i] for i in reduced_axes(x.ndim, axis))
     everywhere = xp.broadcast_to(mask, tuple(1 if i == axis else size for i, size in enumerate(x.shape)))
-    return xp.sum(xp.astype(everywhere, xp.int32))
+    integer = xp.int64 if dtype_name(working) == "float64" else xp.int32  # what has one mostly has the other
+    return xp.sum(xp.astype(everywhere, integer), dtype=integer)
 
 
 def divisor(xp: Any, count: int | Array, working: Any) -> int | Array:
@@ -102,7 +103,9 @@ def divisor(xp: Any, count: int | Array, working: Any) -> int | Array:
     return xp.astype(xp.where(count > 0, count, xp.ones_like(count)), working)
 
 
-def batch_statistics(xp: Any, x: Array, axis: int, mask: Array | None, working: Any, sum: Sum) -> Statistics:
+def batch_statistics(
+    xp: Any, sum: Sum, x: Array, axis: int, mask: Array | None, count: int | Array, working: Any
+) -> Statistics:
     """Mean and biased variance per channel of a non-empty x, from deviations, never from ``E[x^2] - E[x]^2``.
 
     The corrected two-pass algorithm (Chan, Golub & LeVeque 1983): a first mean, then the mean and the squares of the
@@ -112,7 +115,6 @@ def batch_statistics(xp: Any, x: Array, axis: int, mask: Array | None, working: 
     wide = is_wide(working, x)
     sum = native_sum if wide else sum
     x = xp.astype(x, working)
-    count = value_count(xp, x, axis, mask)
     n = divisor(xp, count, working)
     if mask is not None:
         x = xp.where(mask, x, xp.zeros_like(x))  # NaN * 0 is NaN: what is masked must not reach any product
@@ -163,13 +165,13 @@ def rounded_to(xp: Any, a: Array, dtype: Any) -> Array:
 
 def normalize(
     xp: Any,
+    spec: Spec,
     x: Array,
     statistics: Statistics,
     weight: Array | None,
     bias: Array | None,
     residual: Array | None,
     mask: Array | None,
-    spec: Spec,
 ) -> Array:
     """``relu((x - mean) / sqrt(var + eps) * weight + bias + residual)``, rounded to x's dtype once, at the end."""
     axis, working = spec.axis, statistics.mean.dtype
@@ -190,7 +192,7 @@ def normalize(
 class Gradients(NamedTuple):
     """Gradients of a loss with respect to what went into batch norm; None for what did not.
 
-    ``x`` and ``residual`` have x's shape and dtype; ``weight`` and ``bias`` are ``(C,)`` in the dtype of weight and bias.
+    ``x`` and ``residual`` have x's shape and dtype; ``weight`` and ``bias`` are ``(C,)`` in the state's dtype.
     """
 
     x: Array
@@ -201,14 +203,14 @@ class Gradients(NamedTuple):
 
 def gradients(
     xp: Any,
+    sum: Sum,
+    spec: Spec,
     dy: Array,
     x: Array,
     statistics: Statistics,
     weight: Array | None,
     active: Array | None,
     mask: Array | None,
-    spec: Spec,
-    sum: Sum,
 ) -> Gradients:
     """The gradient of ``normalize`` (Ioffe & Szegedy 2015, section 3), all four inputs at once.
 

@@ -44,7 +44,7 @@ def register_backend(backend: Backend | type[Backend]) -> None:
 
     Raises TypeError if it is not a `Backend` with a ``name`` and ``libraries``.
 
-    >>> import anybn
+    >>> import numpy as np, anybn
     >>> from anybn.backends.numpy import NumPyBackend
     >>> class Loud(NumPyBackend):
     ...     name = "loud"
@@ -57,7 +57,8 @@ def register_backend(backend: Backend | type[Backend]) -> None:
     >>> anybn.unregister_backend("loud")
     """
     instance = backend() if isinstance(backend, type) else backend
-    if not (isinstance(instance, Backend) and getattr(instance, "name", "") and getattr(instance, "libraries", ())):
+    named = all(getattr(instance, attribute, None) for attribute in ("name", "libraries"))
+    if not isinstance(instance, Backend) or not named:
         raise TypeError(
             f"backend is {backend!r}; register_backend needs a subclass of anybn.backends.Backend "
             "with a name and the root modules of its array types in libraries"
@@ -87,11 +88,11 @@ def _builtin(name: str) -> Backend:
     if name not in _loaded:
         module, cls, pip = _BUILTIN[name]
         try:
-            backend = getattr(importlib.import_module(module), cls)
-            _loaded[name] = backend(name) if name == "array_api_strict" else backend()
-            _loaded[name].module()
+            factory: Any = getattr(importlib.import_module(module), cls)
+            backend: Backend = factory(name) if name == "array_api_strict" else factory()
+            backend.module()
+            _loaded[name] = backend
         except ImportError as error:
-            _loaded.pop(name, None)
             raise BackendNotInstalled(
                 f"the {name} backend was asked for but {name} cannot be imported ({error}): pip install {pip}"
             ) from error
@@ -170,7 +171,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises ValueError if the name is unknown, BackendNotInstalled if the library is missing.
 
-    >>> import anybn
+    >>> import numpy as np, anybn
     >>> with anybn.use_backend("numpy"):
     ...     anybn.moments(np.array([[1.0], [3.0]])).mean
     array([2.])

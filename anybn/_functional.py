@@ -206,10 +206,10 @@ def _check(
     if residual is not None:
         _checks.like_x("residual", residual, x, backend)
     before, arrays = state._beside(backend, x)
-    if any(backend.owns(type(a)) and backend.overlaps(x, a) for a in before.channels()):
+    if any(backend.owns(type(a)) and backend.overlaps(x, a) for a in before.held().values()):
         raise ValueError("x shares memory with the state: give one of them a copy")
     if out is not None:
-        _checks.out(out, x, residual, before.channels(), backend)
+        _checks.out(out, x, residual, list(before.held().values()), backend)
         if recorded and backend.records(x, arrays.weight, arrays.bias, residual):
             raise ValueError("out was given but autograd is to record this call: drop out, or use torch.no_grad()")
 
@@ -218,7 +218,7 @@ def _check(
     commits = training and state.track_running_stats and not empty
     if uses_batch:
         if mask is None or not backend.is_traced(mask):
-            count = int(_core.value_count(backend.namespace(x), x, index, mask))
+            count = int(_core.value_count(backend.namespace(x), x, index, mask, backend.working_dtype(x)))
             _checks.enough_values(count, _checks.shape_of(x), mask is not None)
         if nonfinite == "raise" and backend.is_traced(x):
             raise ValueError(

@@ -40,8 +40,9 @@ class Arrays(NamedTuple):
     running_var: Array | None
     num_batches_tracked: int | Array
 
-    def channels(self) -> list[Array]:
-        return [a for a in self[:4] if a is not None]
+    def held(self) -> dict[str, Array]:
+        """The per-channel arrays that are not switched off, by name."""
+        return {name: a for name, a in zip(self._fields[:4], self, strict=False) if a is not None}
 
 
 class BatchNormState:
@@ -205,10 +206,9 @@ class BatchNormState:
             backend = backend_for(value, name)
             _checks.state_array(backend, name, value, self._num_features)
             others = self._arrays._replace(**{name: None})
-            for other, array in zip(others._fields, others, strict=True):
-                if array is not None and not isinstance(array, int) and backend.owns(type(array)):
-                    if backend.overlaps(value, array):
-                        raise ValueError(f"{name} shares memory with {other}: give it a copy")
+            for other, array in others.held().items():
+                if backend.owns(type(array)) and backend.overlaps(value, array):
+                    raise ValueError(f"{name} shares memory with {other}: give it a copy")
             device = backend.device_of(value)
             dtype = backend.dtype(self._dtype_of(name, backend, device))
             if value.dtype != dtype:
@@ -223,8 +223,8 @@ class BatchNormState:
     def _placed(self, arrays: Arrays, backend: Backend, device: Any) -> Arrays:
         """arrays with those that lie elsewhere copied to this device; the same object if none does."""
         moved = {}
-        for name, array in zip(Arrays._fields[:4], arrays, strict=False):
-            if array is None or (backend.owns(type(array)) and backend.device_of(array) == device):
+        for name, array in arrays.held().items():
+            if backend.owns(type(array)) and backend.device_of(array) == device:
                 continue
             dtype = _numpy_dtype(self._dtype_of(name, backend, device))
             with np.errstate(over="ignore"):
@@ -232,7 +232,7 @@ class BatchNormState:
         return arrays._replace(**moved) if moved else arrays
 
     def to(self, target: Any) -> BatchNormState:
-        """Move to ``"numpy"``, ``"cupy"``, ``"torch"``, ``"torch:cuda:0"``, ``"jax"``, or beside an array; returns self.
+        """Move to ``"numpy"``, ``"cupy"``, ``"torch:cuda:0"``, ``"jax"``, ..., or beside an array; returns self.
 
         Raises BackendNotInstalled for a library that is missing, ValueError for an unknown one or an unknown device.
 
@@ -312,9 +312,8 @@ class BatchNormState:
         """An independent state with the same settings and values, in the same place."""
         new = object.__new__(BatchNormState)
         new.__dict__.update(self.__dict__)
-        new._arrays = Arrays(
-            *(None if a is None else backend_for(a).copy(a) for a in self._arrays[:4]), self._arrays.num_batches_tracked
-        )
+        copies = {name: backend_for(a).copy(a) for name, a in self._arrays.held().items()}
+        new._arrays = self._arrays._replace(**copies)
         return new
 
     __copy__ = copy
@@ -379,9 +378,8 @@ class BatchNormState:
         defaults = {"affine": True, "track_running_stats": True, "ddof": 1, "dtype": "float32"}
         settings += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v]
         where = ""
-        if held := self._arrays.channels():
-            backend = backend_for(held[0])
-            where = f" on {backend.place(held[0])}"
+        for array in self._arrays.held().values():
+            where = f" on {backend_for(array).place(array)}"
         tracked = f", {self.num_batches_tracked} batches tracked" if self.track_running_stats else ""
         return f"BatchNormState({', '.join(settings)}){where}{tracked}"
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from anybn import _checks, _core
-from anybn._core import Array
+from anybn._core import Array, Statistics
 from anybn._dispatch import backend_for
 from anybn._state import Arrays, BatchNormState
 from anybn.errors import CheckpointError
@@ -137,13 +137,12 @@ def fold(
         _checks.same_place("bias", bias, weight, backend)
         if _checks.shape_of(_checks.floating_array("bias", bias, backend)) != (c,):
             raise ValueError(f"bias has shape {_checks.shape_of(bias)}; it must be ({c},)")
+    xp = backend.namespace(weight)
     _, arrays = state._beside(backend, weight)
-    xp, running_var = backend.namespace(weight), arrays.running_var
-    working = running_var.dtype
-    scale = 1.0 / xp.sqrt(running_var + state.eps)
-    shift = -arrays.running_mean if bias is None else xp.astype(bias, working) - arrays.running_mean
-    if arrays.weight is not None:
-        scale = scale * xp.astype(arrays.weight, working)
+    statistics = Statistics(None, arrays.running_mean, None, arrays.running_var)
+    working = statistics.mean.dtype
+    scale = _core.scale_of(xp, statistics, arrays.weight, state.eps)
+    shift = -statistics.mean if bias is None else xp.astype(bias, working) - statistics.mean
     shift = shift * scale
     if arrays.bias is not None:
         shift = shift + xp.astype(arrays.bias, working)

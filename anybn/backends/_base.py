@@ -142,8 +142,11 @@ class Backend:
         return self.dtype("float64" if self.has_float64(self.device_of(x)) else "float32")
 
     def batch_statistics(self, x: Array, axis: int, mask: Array | None) -> Statistics:
+        """Mean and biased variance of each channel of x, which is not empty."""
+        xp, working = self.namespace(x), self.working_dtype(x)
         with np.errstate(all="ignore"):
-            return _core.batch_statistics(self.namespace(x), x, axis, mask, self.working_dtype(x), self.sum)
+            count = _core.value_count(xp, x, axis, mask, working)
+            return _core.batch_statistics(xp, self.sum, x, axis, mask, count, working)
 
     def train(
         self,
@@ -172,7 +175,7 @@ class Backend:
     ) -> Array:
         """Normalize x with given statistics. Differentiable in x, weight, bias and residual where the library is."""
         with np.errstate(all="ignore"):
-            y = _core.normalize(self.namespace(x), x, statistics, weight, bias, residual, mask, spec)
+            y = _core.normalize(self.namespace(x), spec, x, statistics, weight, bias, residual, mask)
         if out is None:
             return y
         out[...] = y
@@ -190,4 +193,4 @@ class Backend:
     ) -> Gradients:
         """See `anybn._core.gradients`."""
         with np.errstate(all="ignore"):
-            return _core.gradients(self.namespace(x), dy, x, statistics, weight, active, mask, spec, self.sum)
+            return _core.gradients(self.namespace(x), self.sum, spec, dy, x, statistics, weight, active, mask)

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import array_api_compat.dask.array
+import array_api_compat.numpy
 import dask
 import dask.array
 import numpy as np
@@ -20,8 +21,6 @@ class DaskBackend(Backend):
     libraries = ("dask",)
     how = "the Array API core, lazily"
     writable = False
-    # Dask adds within each chunk and merges the chunks in a tree; slicing blocks out would cut across its chunks.
-    sum = staticmethod(_core.native_sum)
 
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, dask.array.Array)
@@ -63,5 +62,15 @@ class DaskBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.array(x.compute())
 
+    @staticmethod
+    def sum(xp: ModuleType, a: Array, axes: tuple[int, ...]) -> Array:
+        """In blocks within each chunk, then in a tree over them: blocks of the whole would cut across its chunks."""
+        return dask.array.reduction(a, chunk=_sum_of_chunk, aggregate=_sum_of_chunk, axis=axes, dtype=a.dtype)
+
     def is_traced(self, x: Array) -> bool:
         return True
+
+
+def _sum_of_chunk(chunk: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
+    total = _core.blocked_sum(array_api_compat.numpy, chunk, axis)
+    return np.expand_dims(total, axis) if keepdims else total

@@ -64,10 +64,10 @@ class JaxBackend(Backend):
         return _primal(x)
 
     def batch_statistics(self, x: Array, axis: int, mask: Array | None) -> Statistics:
-        count, mean, shift, var, m2 = _batch_statistics(axis, np.dtype(self.working_dtype(x)), x, mask)
+        count, *rest = _batch_statistics(axis, np.dtype(self.working_dtype(x)), x, mask)
         if mask is None:
             count = math.prod(size for i, size in enumerate(x.shape) if i != axis)
-        return Statistics(count, mean, shift, var, m2)
+        return Statistics(count, *rest)
 
     def evaluate(
         self,
@@ -95,9 +95,16 @@ class JaxBackend(Backend):
         return _gradients(spec, dy, x, statistics, weight, active, mask)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def _batch_statistics(axis: int, working: np.dtype, x: Array, mask: Array | None) -> tuple[Array | None, ...]:
+    # XLA replaces a division by a constant with a product with its reciprocal, which is not the same number.
+    count = jax.lax.optimization_barrier(jnp.asarray(_core.value_count(jnp, x, axis, mask, working)))
+    return count, *_moments(axis, working, x, mask, count)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _moments(axis: int, working: np.dtype, x: Array, mask: Array | None) -> tuple[Array | None, ...]:
-    return tuple(_core.batch_statistics(jnp, x, axis, mask, working, _core.native_sum)[1:])
+def _moments(axis: int, working: np.dtype, x: Array, mask: Array | None, count: Array) -> tuple[Array | None, ...]:
+    return tuple(_core.batch_statistics(jnp, _core.native_sum, x, axis, mask, count, working)[1:])
 
 
 @_moments.defjvp
@@ -106,33 +113,26 @@ def _moments_jvp(axis: int, working: np.dtype, primals: Any, tangents: Any) -> t
     op by op would leave the rounding errors of terms that cancel. Linear in dx, so JAX transposes it for ``grad``, and
     itself differentiable, so that ``hessian``, ``jacfwd`` and ``jvp`` work, which ``custom_vjp`` would rule out.
     """
-    x, mask = primals
+    x, mask, count = primals
     dx = tangents[0].astype(working)
-    mean, shift, var, m2 = _moments(axis, working, x, mask)
+    mean, shift, var, m2 = _moments(axis, working, x, mask, count)
     deviation = _core.centered(jnp, x, Statistics(None, mean, shift, var), axis)
     if mask is not None:
         dx, deviation = jnp.where(mask, dx, 0), jnp.where(mask, deviation, 0)
-    axes = _core.reduced_axes(x.ndim, axis)
-    n = _core.divisor(jnp, _core.value_count(jnp, x, axis, mask), working)
+    axes, n = _core.reduced_axes(x.ndim, axis), _core.divisor(jnp, count, working)
     dm2 = 2 * jnp.sum(deviation * dx, axis=axes)
     dshift = None if shift is None else jnp.zeros_like(shift)
     return (mean, shift, var, m2), (jnp.sum(dx, axis=axes) / n, dshift, dm2 / n, dm2)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _batch_statistics(axis: int, working: np.dtype, x: Array, mask: Array | None) -> tuple[Array | None, ...]:
-    count = None if mask is None else _core.value_count(jnp, x, axis, mask)
-    return count, *_moments(axis, working, x, mask)
-
-
 @partial(jax.jit, static_argnums=0)
 def _evaluate(spec: Spec, *arrays: Any) -> Array:
-    return _core.normalize(jnp, *arrays, spec)
+    return _core.normalize(jnp, spec, *arrays)
 
 
 @partial(jax.jit, static_argnums=0)
 def _gradients(spec: Spec, *arrays: Any) -> Gradients:
-    return _core.gradients(jnp, *arrays, spec, _core.native_sum)
+    return _core.gradients(jnp, _core.native_sum, spec, *arrays)
 
 
 def _primal(x: Array) -> Array:

@@ -1,0 +1,92 @@
+"""Where a test runs: a backend on one of its devices, with conversions from and to NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anybn import _dispatch
+from anybn._core import Array
+from anybn.backends import Backend
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    name: str
+    backend: Backend
+    device: Any
+
+    @property
+    def has_float64(self) -> bool:
+        return self.backend.has_float64(self.device)
+
+    @property
+    def xp(self) -> Any:
+        return self.backend.module()
+
+    def array(self, values: np.ndarray, dtype: str | None = None) -> Array:
+        """values on the target, cast to dtype."""
+        return self.backend.from_numpy(cast(values, dtype or values.dtype.name), self.device)
+
+    def numpy(self, array: Array) -> np.ndarray:
+        """array's values; which must lie in the target's library and on its device."""
+        assert self.backend.owns(type(array)), f"a result is a {type(array)}"
+        assert self.backend.device_of(array) == self.device, f"a result is on {self.backend.device_of(array)}"
+        return self.backend.to_numpy(array)
+
+    def require(self, dtype: str) -> None:
+        """Skip a test whose dtype the library does not have on this device."""
+        if dtype == "float64" and not self.has_float64:
+            pytest.skip(f"{self.name} has no float64")
+        try:
+            self.array(np.zeros(2), dtype)
+        except (AttributeError, ImportError, TypeError) as error:
+            pytest.skip(f"{self.name} has no {dtype}: {error}")
+
+
+def cast(values: np.ndarray, dtype: str) -> np.ndarray:
+    """values rounded to dtype, in NumPy."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype == "bfloat16":
+            ml_dtypes = pytest.importorskip("ml_dtypes", reason="NumPy has no bfloat16 without ml_dtypes")
+            return values.astype(ml_dtypes.bfloat16)
+        return values.astype(dtype)
+
+
+def bar(target: Target, dtype: str) -> float:
+    """The largest error allowed, in eps of the dtype: half a unit and a little for 16 bits, else a few roundings."""
+    if dtype in ("float16", "bfloat16"):
+        return 0.51
+    return 2.0 if target.has_float64 else 4.0
+
+
+def _target(name: str) -> Target:
+    backend, device = _dispatch.resolve_target(name)
+    if not backend.devices():
+        raise ValueError(f"{name} is installed but has no device to run on")
+    return Target(name, backend, device)
+
+
+def chosen_targets(names: list[str] | None) -> list[Any]:
+    """The parameters of ``anybn_target``: the backends asked for, or every device of every installed one."""
+    if names:
+        try:
+            return [pytest.param(_target(name), id=name) for name in ",".join(names).split(",")]
+        except (ImportError, ValueError, RuntimeError) as error:
+            raise pytest.UsageError(f"--anybn-backend: {error}") from error
+    found = _dispatch.installed_backends()
+    params = []
+    for name in _dispatch.known_backends():
+        info = found.get(name)
+        if info is None or not info.usable:
+            missing = f"not installed, {_dispatch.installation_of(name)}"
+            reason = f"{name}: {missing if info is None else info.problem or 'it has no device to run on'}"
+            params.append(pytest.param(None, id=name, marks=pytest.mark.skip(reason=reason)))
+            continue
+        for device in info.devices if len(info.devices) > 1 else ("",):
+            target = f"{name}:{device}" if device else name
+            params.append(pytest.param(_target(target), id=target))
+    return params

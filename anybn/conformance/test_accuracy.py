@@ -1,0 +1,120 @@
+"""y, running_var and m2 at the accuracy bar, on the inputs that break batch norms."""
+
+import numpy as np
+import pytest
+
+import anybn
+from anybn.conformance import inputs, oracle
+from anybn.conformance.targets import Target, bar, cast
+
+
+def train_and_evaluate(target: Target, values: np.ndarray, layout: str, dtype: str) -> None:
+    """One training step and one evaluation with what it left, each held to the bar."""
+    values = cast(values, dtype)
+    x, axis = inputs.LAYOUTS[layout](target, values)
+    state = anybn.BatchNormState(values.shape[1], momentum=1.0, like=x)
+    statistics = oracle.statistics(values)
+    limit = bar(target, dtype)
+
+    expected = oracle.normalize(values, statistics.mean, statistics.var())
+    y = anybn.batch_norm(x, state, training=True, axis=axis)
+    assert y.dtype == x.dtype
+    assert oracle.error(target.numpy(y), inputs.in_layout(expected, layout), dtype) <= limit
+
+    # What the state holds, to two units of x, or of the running statistics where those are no wider.
+    kept = "float64" if target.has_float64 else "float32"
+    unit = dtype if oracle.EPS[dtype] > oracle.EPS[kept] else kept
+    running_mean, running_var = target.numpy(state.running_mean), target.numpy(state.running_var)
+    relative_var = running_var.astype(oracle.LONG) / statistics.var(ddof=1)
+    assert oracle.error(relative_var, np.ones_like(relative_var), unit) <= limit
+    assert oracle.error(running_mean, statistics.mean, unit, size=np.sqrt(statistics.var())) <= limit
+    moments = anybn.moments(x, axis=axis)
+    relative_m2 = target.numpy(moments.m2).astype(oracle.LONG) / statistics.m2
+    assert oracle.error(relative_m2, np.ones_like(relative_m2), unit) <= limit
+    assert int(moments.count) == statistics.count
+
+    y = anybn.batch_norm(x, state, axis=axis)
+    expected = oracle.normalize(values, running_mean, running_var)
+    assert oracle.error(target.numpy(y), inputs.in_layout(expected, layout), dtype) <= limit
+
+
+@pytest.mark.parametrize("layout", inputs.LAYOUTS)
+@pytest.mark.parametrize("row", inputs.ROWS)
+def test_float32(target: Target, row: str, layout: str) -> None:
+    if row == inputs.OVERFLOWING and not target.has_float64:
+        pytest.skip("variances of 1e60 need float64")
+    train_and_evaluate(target, inputs.ROWS[row](inputs.normal()), layout, "float32")
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "strided view"])
+@pytest.mark.parametrize("row", inputs.ROWS)
+def test_float64(target: Target, row: str, layout: str) -> None:
+    target.require("float64")
+    train_and_evaluate(target, inputs.ROWS[row](inputs.normal()), layout, "float64")
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(target: Target, dtype: str, layout: str) -> None:
+    target.require(dtype)
+    train_and_evaluate(target, inputs.ROWS["mean 1e3, std 1"](inputs.normal()), layout, dtype)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("row", ["N(0, 1)", "mean 1e6, std 1"])
+def test_quick(target: Target, row: str) -> None:
+    train_and_evaluate(target, inputs.ROWS[row](inputs.normal((8, 3, 5, 7))), "NCHW", "float32")
+
+
+@pytest.mark.parametrize("shape", inputs.HUGE_SHAPES, ids=str)
+def test_ten_million_values_in_one_channel(target: Target, shape: tuple[int, ...]) -> None:
+    train_and_evaluate(target, inputs.normal(shape) + 100, "NCHW", "float32")
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (7, 1), (2, 3, 1), (5, 1, 3, 3), (3, 1023, 7), (2, 3, 2, 2, 5), (1, 4, 101)])
+def test_odd_shapes(target: Target, shape: tuple[int, ...]) -> None:
+    train_and_evaluate(target, inputs.normal(shape) * 3 + 10, "NCHW", "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("value", [1e7, 0.1, -3.3e-5, 0.0])
+def test_constant_input_gives_exactly_bias(target: Target, value: float, dtype: str) -> None:
+    target.require(dtype)
+    values = cast(np.full((32, 3, 9, 9), min(value, 6e4) if dtype == "float16" else value), dtype)
+    state = anybn.BatchNormState(3)
+    state.bias = np.array([0.0, 1.5, -2.0], np.float32)
+    y = target.numpy(anybn.batch_norm(target.array(values), state, training=True))
+    assert np.all(y == np.array([0.0, 1.5, -2.0]).reshape(1, 3, 1, 1))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exact_data_agrees_bit_for_bit(target: Target, dtype: str) -> None:
+    """Mean and variance of this data are exact in any order of summation, so NumPy and the target must agree."""
+    target.require(dtype)
+    for shape, axis in (((32, 8, 28, 28), 1), ((4, 7, 7, 5), -1), ((1001, 3), 1)):
+        values = inputs.exact(shape, axis).astype(dtype)
+        statistics = oracle.statistics(values, axis)
+        x = target.array(values)
+        moments = anybn.moments(x, axis=axis)
+        assert np.all(target.numpy(moments.mean) == statistics.mean.origin + statistics.mean.offset)
+        assert np.all(target.numpy(moments.m2) == statistics.m2)
+
+        here, there = anybn.BatchNormState(shape[axis]), anybn.BatchNormState(shape[axis])
+        y = target.numpy(anybn.batch_norm(x, here, training=True, axis=axis))
+        expected = anybn.batch_norm(values, there, training=True, axis=axis)
+        if target.has_float64:
+            assert y.tobytes() == expected.tobytes()
+            assert inputs.state_values(here) == inputs.state_values(there)
+        else:
+            assert oracle.error(y, expected, dtype) <= 4
+
+
+@pytest.mark.parametrize("row", inputs.ROWS)
+def test_another_backend_differs_by_at_most_4_eps(target: Target, row: str) -> None:
+    if row == inputs.OVERFLOWING and not target.has_float64:
+        pytest.skip("variances of 1e60 need float64")
+    values = inputs.ROWS[row](inputs.normal()).astype(np.float32)
+    y = target.numpy(anybn.batch_norm(target.array(values), anybn.BatchNormState(8), training=True))
+    expected = anybn.batch_norm(values, anybn.BatchNormState(8), training=True)
+    assert oracle.error(y, expected, "float32") <= 4

@@ -1,0 +1,160 @@
+"""batch_norm_vjp against the chain rule in long double: training and evaluation, mask, residual, relu, layouts."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anybn
+from anybn.conformance import inputs, oracle
+from anybn.conformance.targets import Target, bar, cast
+
+
+def check(
+    target: Target,
+    values: np.ndarray,
+    dtype: str,
+    layout: str = "NCHW",
+    *,
+    training: bool = True,
+    masked: bool = False,
+    with_residual: bool = False,
+    relu: bool = False,
+    affine: bool = True,
+) -> None:
+    rng = np.random.default_rng(1)
+    values = cast(values, dtype)
+    n, c, *spatial = values.shape
+    dy = cast(rng.standard_normal(values.shape), dtype)
+    residual = cast(rng.standard_normal(values.shape), dtype) if with_residual else None
+    mask = rng.random((n, *spatial)) < 0.7 if masked else None
+    weight, bias = cast(1 + rng.random((c,)), "float32"), cast(rng.standard_normal(c), "float32")
+    state = anybn.BatchNormState(c, affine=affine)
+    if affine:
+        state.weight, state.bias = weight, bias
+    running_mean: Any = np.zeros(c) if training else rng.standard_normal(c)
+    running_var: Any = np.ones(c) if training else rng.uniform(0.5, 2, c)
+    state.running_mean, state.running_var = running_mean, running_var
+    if not target.has_float64:
+        running_mean, running_var = running_mean.astype(np.float32), running_var.astype(np.float32)
+
+    x, axis = inputs.LAYOUTS[layout](target, values)
+    placed = {
+        name: None if a is None else target.array(np.ascontiguousarray(inputs.in_layout(a, layout)))
+        for name, a in (("dy", dy), ("residual", residual))
+    }
+    y, pullback = anybn.batch_norm_vjp(
+        x,
+        state,
+        training=training,
+        axis=axis,
+        mask=None if mask is None else target.array(mask),
+        residual=placed["residual"],
+        activation="relu" if relu else None,
+    )
+    grads = pullback(placed["dy"])
+
+    statistics = oracle.statistics(values, mask=mask)
+    mean: Any = statistics.mean if training else running_mean
+    var: Any = statistics.var() if training else running_var
+    expected_y = oracle.normalize(
+        values,
+        mean,
+        var,
+        weight=weight if affine else None,
+        bias=bias if affine else None,
+        residual=residual,
+        relu=relu,
+        mask=mask,
+    )
+    expected = oracle.gradients(
+        dy,
+        values,
+        mean,
+        var,
+        count=statistics.count if training else None,
+        weight=weight if affine else None,
+        active=expected_y > 0 if relu else None,
+        mask=mask,
+    )
+    # Computed in something wider than dtype, every result is judged by its own size; else by that of what was
+    # subtracted to get it: the slope weight * rstd for dx, the terms of the sums for dweight and dbias.
+    wide = target.has_float64 and dtype != "float64"
+    limit = bar(target, dtype)
+    largest_term = 1 if wide else np.abs(weight).max() * 5 + np.abs(bias).max()
+    assert oracle.error(target.numpy(y), inputs.in_layout(expected_y, layout), dtype, largest_term) <= limit
+    assert grads.x.dtype == x.dtype
+    size = 1 if wide else np.maximum(1, inputs.in_layout(expected.x_size, layout))
+    assert oracle.error(target.numpy(grads.x), inputs.in_layout(expected.x, layout), dtype, size) <= limit
+    if with_residual:
+        assert oracle.error(target.numpy(grads.residual), inputs.in_layout(expected.residual, layout), dtype) <= limit
+    else:
+        assert grads.residual is None
+    if affine:
+        sizes = (1, 1) if target.has_float64 else (expected.weight_size, expected.bias_size)
+        limit = bar(target, "float32")
+        assert oracle.error(target.numpy(grads.weight), expected.weight, "float32", sizes[0]) <= limit
+        assert oracle.error(target.numpy(grads.bias), expected.bias, "float32", sizes[1]) <= limit
+    else:
+        assert grads.weight is None
+        assert grads.bias is None
+
+
+@pytest.mark.parametrize("layout", inputs.LAYOUTS)
+@pytest.mark.parametrize("row", [row for row in inputs.ROWS if row != inputs.OVERFLOWING])
+def test_input_gradient(target: Target, row: str, layout: str) -> None:
+    check(target, inputs.ROWS[row](inputs.normal((16, 8, 14, 14))), "float32", layout)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_dtypes(target: Target, dtype: str) -> None:
+    target.require(dtype)
+    check(target, inputs.normal((8, 4, 6, 6)), dtype, with_residual=True, relu=True)
+
+
+@pytest.mark.parametrize(("training", "masked", "with_residual", "relu"), [*itertools.product([True, False], repeat=4)])
+def test_options(target: Target, training: bool, masked: bool, with_residual: bool, relu: bool) -> None:
+    values = inputs.normal((6, 3, 5, 4)) + 2
+    for affine, layout in ((True, "NCHW"), (False, "NHWC")):
+        check(
+            target,
+            values,
+            "float32",
+            layout,
+            training=training,
+            masked=masked,
+            with_residual=with_residual,
+            relu=relu,
+            affine=affine,
+        )
+
+
+@pytest.mark.quick
+def test_quick(target: Target) -> None:
+    check(target, inputs.normal((4, 3, 5)), "float32", with_residual=True, relu=True)
+
+
+def test_pullback_keeps_the_statistics_of_its_own_call(target: Target) -> None:
+    rng = np.random.default_rng(2)
+    x, dy = (target.array(rng.standard_normal((8, 3)), "float32") for _ in range(2))
+    state = anybn.BatchNormState(3)
+    _, pullback = anybn.batch_norm_vjp(x, state)
+    before = target.numpy(pullback(dy).x)
+    anybn.batch_norm(x * 100 + 5, state, training=True)
+    assert np.array_equal(target.numpy(pullback(dy).x), before)
+
+
+def test_masked_nan_reaches_nothing(target: Target) -> None:
+    rng = np.random.default_rng(3)
+    values = rng.standard_normal((6, 2, 4)).astype(np.float32)
+    mask = rng.random((6, 4)) < 0.6
+    values[~np.broadcast_to(mask[:, None], values.shape)] = np.nan
+    state = anybn.BatchNormState(2)
+    y, pullback = anybn.batch_norm_vjp(target.array(values), state, training=True, mask=target.array(mask))
+    grads = pullback(target.array(np.full_like(values, 2.0)))
+    for result in (y, grads.x, grads.weight, grads.bias, state.running_mean, state.running_var):
+        assert np.all(np.isfinite(target.numpy(result)))
+    hidden = ~np.broadcast_to(mask[:, None], values.shape)
+    assert np.all(target.numpy(y)[hidden] == 0)
+    assert np.all(target.numpy(grads.x)[hidden] == 0)
