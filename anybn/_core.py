@@ -25,8 +25,9 @@ Sum = Callable[[Any, Array, tuple[int, ...]], Array]
 class Statistics(NamedTuple):
     """What x is normalized with. ``mean + shift`` is the mean; ``shift`` is None where mean alone is exact enough.
 
-    Of a batch: ``count`` values per channel, ``m2`` their summed squared deviations, ``var = m2 / count``.
-    Running statistics are constants in the backward pass and have neither count nor m2.
+    Of a batch: ``count`` values per channel (an int, or integers, 0-d or ``(C,)``), ``m2`` their summed squared
+    deviations, ``var = m2 / count``. Running statistics are constants in the backward pass and have neither count nor
+    m2.
     """
 
     count: int | Array | None  # type: ignore[assignment] # hides tuple.count, which nobody misses

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any
 
 from anybn.backends._base import Backend, root_module
@@ -78,6 +77,8 @@ def unregister_backend(name: str) -> None:
 def _read_entry_points() -> None:
     global _entry_points_read
     if not _entry_points_read:
+        from importlib.metadata import entry_points  # 15 ms, a third of what NumPy takes
+
         _entry_points_read = True
         for entry_point in entry_points(group="anybn.backends"):
             if entry_point.name not in _registered:
@@ -109,20 +110,26 @@ def backend_named(name: str) -> Backend:
         return _registered[name]
     if name in _BUILTIN:
         return _builtin(name)
+    if name in _loaded:
+        return _loaded[name]
+    if name.isidentifier() and importlib.util.find_spec(name) is not None:
+        module = importlib.import_module(name)
+        if hasattr(module, "__array_namespace_info__"):
+            return _core_over(module, name)
+    raise ValueError(
+        f"backend {name!r} is not known; known are {', '.join(known_backends())}, "
+        "and any importable Array API namespace"
+    )
+
+
+def _core_over(namespace: Any, library: str) -> Backend:
+    """The core for the arrays of a library that has no backend of its own."""
+    from anybn.backends.array_api import ArrayAPIBackend
+
+    name = getattr(namespace, "__name__", library)
     if name not in _loaded:
-        if not name.isidentifier() or importlib.util.find_spec(name) is None:
-            raise _unknown_backend(name)
-        if not hasattr(importlib.import_module(name), "__array_namespace_info__"):
-            raise _unknown_backend(name)
-        from anybn.backends.array_api import ArrayAPIBackend
-
-        _loaded[name] = ArrayAPIBackend(name)
+        _loaded[name] = ArrayAPIBackend(name, namespace, library)
     return _loaded[name]
-
-
-def _unknown_backend(name: str) -> ValueError:
-    known = ", ".join(sorted({*_BUILTIN, *_registered}))
-    return ValueError(f"backend {name!r} is not known; known are {known}, and any importable Array API namespace")
 
 
 def backend_for(x: Any, argument: str = "x") -> Backend:
@@ -141,12 +148,15 @@ def _find(x: Any, cls: type, argument: str) -> Backend:
     for backend in reversed(_registered.values()):
         if backend.owns(cls):
             return backend
-    for base in cls.__mro__:
-        name = _LIBRARY_OF.get(root_module(base), root_module(base))
-        if name in _BUILTIN and (backend := _builtin(name)).owns(cls):
-            return backend
-    if hasattr(x, "__array_namespace__") and root_module(cls) != "sparse":
-        return backend_named(x.__array_namespace__().__name__)
+    roots = [root_module(base) for base in cls.__mro__]
+    for name in (_LIBRARY_OF.get(root, root) for root in roots):
+        if name in _BUILTIN:
+            if (backend := _builtin(name)).owns(cls):
+                return backend
+            break  # the library has types that are not its plain arrays: NumPy's scalars and masked arrays
+    else:
+        if hasattr(x, "__array_namespace__") and "sparse" not in roots:
+            return _core_over(x.__array_namespace__(), root_module(cls))
     what = f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
     if isinstance(x, (list, tuple, int, float, complex)) or cls.__module__ == "numpy":
         advice = "wrap it with np.asarray"

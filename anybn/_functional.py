@@ -170,7 +170,9 @@ def moments(x: Array, *, axis: int = 1, mask: Array | None = None) -> Moments:
     mean, count = statistics.mean, statistics.count
     if statistics.shift is not None:
         mean = mean + statistics.shift
-    return Moments(count if backend.is_traced(x) or count is None else int(count), mean, statistics.m2)
+    if getattr(count, "ndim", 0):
+        count = count[0]
+    return Moments(count if backend.is_traced(x) else int(count), mean, statistics.m2)
 
 
 def _zeros(backend: Backend, x: Array, size: int) -> Array:

@@ -40,10 +40,7 @@ class Moments:
     def var(self, ddof: int = 0) -> Array:
         """``m2 / (count - ddof)``, shape ``(C,)``; NaN where there are not more than ddof values."""
         xp = array_namespace(self.mean)
-        n = self.count - ddof
-        if isinstance(n, int):
-            return self.m2 / n if n > 0 else xp.full_like(self.m2, xp.nan)
-        n = xp.astype(n, self.m2.dtype)
+        n = xp.ones_like(self.m2) * (self.count - ddof)
         return xp.where(n > 0, self.m2, xp.full_like(self.m2, xp.nan)) / xp.where(n > 0, n, xp.ones_like(n))
 
     def merge(self, other: Moments) -> Moments:

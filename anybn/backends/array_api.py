@@ -1,11 +1,34 @@
 """Any other library with an array namespace."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from anybn.backends._base import Backend
 
 
 class ArrayAPIBackend(Backend):
-    """The inherited core, over the importable Array API namespace called ``name``."""
+    """The inherited core, over any Array API namespace.
 
-    def __init__(self, name: str):
+    Args:
+        name: of the library, and where no namespace is given, of the module that is it.
+        namespace: what the arrays' ``__array_namespace__()`` returns.
+        library: root module of the array types.
+    """
+
+    def __init__(self, name: str, namespace: Any = None, library: str = ""):
         self.name = name  # type: ignore[misc]
-        self.libraries = (name,)  # type: ignore[misc]
+        self.libraries = (library or name,)  # type: ignore[misc]
+        self._namespace = importlib.import_module(name) if namespace is None else namespace
+
+    def module(self) -> Any:
+        return self._namespace
+
+    def version(self) -> str:
+        return str(getattr(self._namespace, "__version__", "unknown"))
+
+    def has_float64(self, device: Any) -> bool:
+        if hasattr(self._namespace, "__array_namespace_info__"):
+            return super().has_float64(device)
+        return hasattr(self._namespace, "float64")  # a namespace of before 2023.12

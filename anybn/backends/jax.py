@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -14,6 +13,20 @@ import numpy as np
 from anybn import _core
 from anybn._core import Array, Gradients, Spec, Statistics
 from anybn.backends._base import Backend
+
+
+class _Namespace:
+    """jax.numpy, where 1 / sqrt(a) stays what it says: XLA makes it an approximate rsqrt, one unit off in float64."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jnp, name)
+
+    @staticmethod
+    def sqrt(a: Array) -> Array:
+        return jax.lax.optimization_barrier(jnp.sqrt(a))
+
+
+_NAMESPACE = _Namespace()
 
 
 class JaxBackend(Backend):
@@ -29,8 +42,8 @@ class JaxBackend(Backend):
     def module(self) -> ModuleType:
         return jnp
 
-    def namespace(self, x: Array) -> ModuleType:
-        return jnp
+    def namespace(self, x: Array) -> _Namespace:
+        return _NAMESPACE
 
     def version(self) -> str:
         return jax.__version__
@@ -64,10 +77,7 @@ class JaxBackend(Backend):
         return _primal(x)
 
     def batch_statistics(self, x: Array, axis: int, mask: Array | None) -> Statistics:
-        count, *rest = _batch_statistics(axis, np.dtype(self.working_dtype(x)), x, mask)
-        if mask is None:
-            count = math.prod(size for i, size in enumerate(x.shape) if i != axis)
-        return Statistics(count, *rest)
+        return Statistics(*_batch_statistics(axis, np.dtype(self.working_dtype(x)), x, mask))
 
     def evaluate(
         self,
@@ -97,8 +107,10 @@ class JaxBackend(Backend):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _batch_statistics(axis: int, working: np.dtype, x: Array, mask: Array | None) -> tuple[Array | None, ...]:
-    # XLA replaces a division by a constant with a product with its reciprocal, which is not the same number.
-    count = jax.lax.optimization_barrier(jnp.asarray(_core.value_count(jnp, x, axis, mask, working)))
+    # XLA replaces a division by one number for all channels with a product with its reciprocal, which is not the same:
+    # the count is an array behind a barrier, here and in what divides by it later.
+    count = jnp.full(x.shape[axis], _core.value_count(jnp, x, axis, mask, working))
+    count = jax.lax.optimization_barrier(count)
     return count, *_moments(axis, working, x, mask, count)
 
 
@@ -127,12 +139,12 @@ def _moments_jvp(axis: int, working: np.dtype, primals: Any, tangents: Any) -> t
 
 @partial(jax.jit, static_argnums=0)
 def _evaluate(spec: Spec, *arrays: Any) -> Array:
-    return _core.normalize(jnp, spec, *arrays)
+    return _core.normalize(_NAMESPACE, spec, *arrays)
 
 
 @partial(jax.jit, static_argnums=0)
 def _gradients(spec: Spec, *arrays: Any) -> Gradients:
-    return _core.gradients(jnp, _core.native_sum, spec, *arrays)
+    return _core.gradients(_NAMESPACE, _core.native_sum, spec, *arrays)
 
 
 def _primal(x: Array) -> Array:

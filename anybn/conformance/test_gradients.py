@@ -29,7 +29,7 @@ def check(
     dy = cast(rng.standard_normal(values.shape), dtype)
     residual = cast(rng.standard_normal(values.shape), dtype) if with_residual else None
     mask = rng.random((n, *spatial)) < 0.7 if masked else None
-    weight, bias = cast(1 + rng.random((c,)), "float32"), cast(rng.standard_normal(c), "float32")
+    weight, bias = (cast(a, "float32") for a in (rng.uniform(0.5, 2, (c,)), rng.standard_normal((c,))))
     state = anybn.BatchNormState(c, affine=affine)
     if affine:
         state.weight, state.bias = weight, bias

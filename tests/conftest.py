@@ -1,0 +1,3 @@
+from anybn.conformance.conftest import target
+
+__all__ = ["target"]

@@ -1,0 +1,50 @@
+"""What importing anybn costs, in a fresh interpreter."""
+
+import statistics
+import subprocess
+import sys
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_import_brings_in_no_framework():
+    loaded = run(
+        "import sys, anybn\n"
+        "anybn.BatchNorm(3)(__import__('numpy').ones((4, 3)))\n"
+        "print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    ).split()
+    assert "numpy" in loaded
+    for framework in (
+        "torch",
+        "jax",
+        "dask",
+        "cupy",
+        "numba",
+        "array_api_strict",
+        "safetensors",
+        "pytest",
+        "matplotlib",
+    ):
+        assert framework not in loaded
+
+
+def test_import_adds_little_to_numpys():
+    """The issue asks for less than 50 ms; a slower or busier machine stretches NumPy's own import as much."""
+    code = (
+        "import time; t = time.perf_counter(); import numpy; u = time.perf_counter(); import anybn;"
+        "print(u - t, time.perf_counter() - u)"
+    )
+    ratios = []
+    for _ in range(5):
+        numpy_seconds, added_seconds = map(float, run(code).split())
+        ratios.append(added_seconds / numpy_seconds)
+    assert statistics.median(ratios) < 1
+
+
+def test_backends_is_a_function_and_a_package():
+    assert (
+        run("import anybn, anybn.backends.numpy as m; print('numpy' in anybn.backends(), m.NumPyBackend.name)")
+        == "True numpy\n"
+    )

@@ -1,0 +1,179 @@
+"""JAX: transformations, and the state as a pytree."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import anybn
+from anybn.conformance import inputs, oracle
+
+jax = pytest.importorskip("jax", reason="jax: not installed, pip install jax")
+jnp = jax.numpy
+
+VALUES = (inputs.normal((8, 3, 4)) * 2 + 1).astype(np.float32)
+
+
+def plain_loss(x, weight, bias, mask=None, residual=0.0):
+    """Batch norm as anyone would write it, differentiated by JAX; safe on data near 0."""
+    mask = jnp.ones((8, 1, 4), bool) if mask is None else mask[:, None]
+    n = mask.sum()
+    mean = jnp.where(mask, x, 0).sum((0, 2), keepdims=True) / n
+    var = jnp.where(mask, (x - mean) ** 2, 0).sum((0, 2), keepdims=True) / n
+    y = jax.nn.relu((x - mean) / jnp.sqrt(var + 1e-5) * weight[:, None] + bias[:, None] + residual)
+    return (jnp.where(mask, y, 0) ** 3).sum()
+
+
+def our_loss(x, weight, bias, mask=None, residual=None):
+    state = anybn.BatchNormState(3)
+    state.weight, state.bias = weight, bias
+    y = anybn.batch_norm(x, state, axis=1, mask=mask, residual=residual, activation="relu", training=True)
+    return (y**3).sum()
+
+
+ARGUMENTS = jnp.asarray(VALUES), jnp.asarray([1.0, 0.5, -2.0]), jnp.asarray([0.1, 0.0, 0.3])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_gradients_of_first_and_second_order(masked):
+    mask = jnp.asarray(np.random.default_rng(0).random((8, 4)) < 0.7) if masked else None
+    options = {"mask": mask, "residual": jnp.asarray(VALUES[::-1] * 0.1)}
+    for order in (
+        lambda f: jax.grad(f, argnums=(0, 1, 2)),
+        lambda f: jax.jit(jax.grad(f, argnums=(0, 1, 2))),
+        lambda f: jax.grad(lambda *arguments: (jax.grad(f)(*arguments) ** 2).sum(), argnums=(0, 1, 2)),
+        lambda f: jax.hessian(f, argnums=(1, 2)),
+        lambda f: jax.jacfwd(f, argnums=(1, 2)),
+    ):
+        ours = order(functools.partial(our_loss, **options))(*ARGUMENTS)
+        plain = order(functools.partial(plain_loss, **options))(*ARGUMENTS)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+            assert np.abs(a - b).max() <= 2e-4 * max(1, np.abs(b).max())
+
+
+def test_jvp_is_the_derivative():
+    x, weight, bias = ARGUMENTS
+    dx = jnp.asarray(inputs.normal(VALUES.shape, 3).astype(np.float32))
+    _, ours = jax.jvp(lambda x: our_loss(x, weight, bias), (x,), (dx,))
+    grad = jax.grad(our_loss)(x, weight, bias)
+    assert abs(ours - (grad * dx).sum()) < 1e-2
+
+
+def test_jit_returns_the_new_state():
+    @jax.jit
+    def step(x, state):
+        y = anybn.batch_norm(x, state, training=True)
+        return y, state
+
+    for momentum in (0.1, None):
+        state, expected = anybn.BatchNormState(3, momentum=momentum), anybn.BatchNormState(3, momentum=momentum)
+        given = state
+        for k in range(3):
+            y, state = step(jnp.asarray(VALUES + k), state)
+            y_expected = anybn.batch_norm(VALUES + k, expected, training=True)
+            assert oracle.error(np.asarray(y), y_expected, "float32") <= 4
+        assert state.num_batches_tracked == 3
+        assert isinstance(state.num_batches_tracked, int)
+        assert given.num_batches_tracked == 0
+        assert oracle.error(np.asarray(state.running_var), expected.running_var, "float32") <= 4
+
+
+def test_scan_over_steps():
+    def step(state, x):
+        y = anybn.batch_norm(x, state, training=True)
+        return state, y.sum()
+
+    start = anybn.BatchNormState(3, like=jnp.zeros(1))
+    state, _ = jax.lax.scan(step, start, jnp.stack([jnp.asarray(VALUES + k) for k in range(4)]))
+    expected = anybn.BatchNormState(3)
+    for k in range(4):
+        anybn.batch_norm(VALUES + k, expected, training=True)
+    assert state.num_batches_tracked == 4
+    assert oracle.error(np.asarray(state.running_mean), expected.running_mean, "float32") <= 4
+
+
+def test_gradient_of_a_closed_over_state_commits_once():
+    state = anybn.BatchNormState(3)
+    jax.grad(lambda x: (anybn.batch_norm(x, state, training=True) ** 2).sum())(jnp.asarray(VALUES))
+    assert state.num_batches_tracked == 1
+    expected = anybn.BatchNormState(3)
+    anybn.batch_norm(VALUES, expected, training=True)
+    assert oracle.error(np.asarray(state.running_mean), expected.running_mean, "float32") <= 4
+
+
+def test_state_as_an_auxiliary_output_inside_jit():
+    @jax.jit
+    def step(weight, state, x):
+        def loss(weight):
+            state.weight = weight
+            return (anybn.batch_norm(x, state, training=True) ** 3).sum(), None
+
+        grad, _ = jax.grad(loss, has_aux=True)(weight)
+        state.weight = weight - 0.1 * grad
+        return grad, state
+
+    grad, state = step(jnp.ones(3), anybn.BatchNormState(3), jnp.asarray(VALUES))
+    assert np.all(np.isfinite(grad))
+    assert state.num_batches_tracked == 1
+    assert np.allclose(state.weight, 1 - 0.1 * grad)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [jax.jit, jax.vmap, lambda f: lambda x: jax.lax.scan(lambda c, v: (c, f(v)), 0.0, x)],
+    ids=["jit", "vmap", "scan"],
+)
+def test_a_state_that_was_not_passed_in(transform):
+    state = anybn.BatchNormState(3)
+    before = inputs.state_values(state)
+    with pytest.raises(anybn.StateError, match=r"was not passed into this traced call, .* make the state an argument"):
+        transform(lambda x: anybn.batch_norm(x, state, training=True))(
+            jnp.asarray(inputs.normal((4, 3, 3, 5)), jnp.float32)
+        )
+    assert inputs.state_values(state) == before
+
+
+def test_evaluation_needs_no_passing():
+    state = anybn.BatchNormState(3)
+    anybn.batch_norm(VALUES, state, training=True)
+    arrays = state._arrays
+    y = jax.jit(lambda x: anybn.batch_norm(x, state))(jnp.asarray(VALUES))
+    assert oracle.error(np.asarray(y), anybn.batch_norm(VALUES, state.copy()), "float32") <= 4
+    assert state._arrays is arrays
+    stacked = jax.vmap(lambda x: anybn.batch_norm(x, state))(jnp.stack([jnp.asarray(VALUES)] * 2))
+    assert stacked.shape == (2, 8, 3, 4)
+
+
+def test_raise_needs_values():
+    with pytest.raises(ValueError, match='nonfinite is "raise" but x has no values yet'):
+        jax.jit(lambda x, s: anybn.batch_norm(x, s, training=True, nonfinite="raise"))(
+            jnp.asarray(VALUES), anybn.BatchNormState(3)
+        )
+
+
+def test_tree_functions_give_states():
+    state = anybn.BatchNormState(3, momentum=None, ddof=0)
+    doubled = jax.tree.map(lambda a: a * 2, state)
+    assert isinstance(doubled, anybn.BatchNormState)
+    assert doubled.momentum is None
+    assert doubled.ddof == 0
+    assert np.array_equal(doubled.weight, [2, 2, 2])
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    assert paths == [".weight", ".bias", ".running_mean", ".running_var", ".num_batches_tracked"]
+
+
+def test_float64_mode_passes_conformance():
+    """JAX decides once per process whether it has float64."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "--pyargs", "anybn.conformance", "--anybn-backend=jax", "-q", "-x",
+         "-k", "quick or test_float64 or test_running_statistics or test_switching or test_bad_calls"],
+        env={**os.environ, "JAX_ENABLE_X64": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout

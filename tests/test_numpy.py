@@ -1,0 +1,131 @@
+"""What only NumPy arrays can be: views, subclasses, foreign byte orders, read-only, overlapping."""
+
+import numpy as np
+import pytest
+
+import anybn
+from anybn.conformance import inputs, oracle
+
+X = inputs.normal((6, 3, 4, 5)).astype(np.float32)
+STATISTICS = oracle.statistics(X)
+EXPECTED = oracle.normalize(X, STATISTICS.mean, STATISTICS.var())
+
+
+def train(x, **options):
+    return anybn.batch_norm(x, anybn.BatchNormState(3), training=True, **options)
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (3, 2, 1, 0), (0, 2, 3, 1), (1, 0, 2, 3)])
+def test_y_keeps_the_memory_order_of_x(axes):
+    base = np.ascontiguousarray(X.transpose(axes))
+    x = base.transpose(np.argsort(axes))
+    y = train(x)
+    assert oracle.error(y, EXPECTED, "float32") <= 0.51
+    assert np.argsort(y.strides).tolist() == np.argsort(x.strides).tolist()
+
+
+def test_views_that_share_elements_or_are_read_only():
+    x = np.broadcast_to(X[:1], X.shape)
+    statistics = oracle.statistics(x)
+    assert oracle.error(train(x), oracle.normalize(x, statistics.mean, statistics.var()), "float32") <= 0.51
+    frozen = X.copy()
+    frozen.flags.writeable = False
+    assert oracle.error(train(frozen), EXPECTED, "float32") <= 0.51
+    with pytest.raises(ValueError, match="out is read-only: pass an array that can be written to"):
+        train(X.copy(), out=frozen)
+    with pytest.raises(ValueError, match="out is a broadcast view, whose elements share memory"):
+        train(X, out=np.lib.stride_tricks.as_strided(X.copy(), X.shape, (0, 0, 0, 4)))
+
+
+def test_memmap(tmp_path):
+    x = np.memmap(tmp_path / "x", np.float32, "w+", shape=X.shape)
+    x[:] = X
+    assert oracle.error(np.asarray(train(x)), EXPECTED, "float32") <= 0.51
+
+
+def test_out_may_be_x_but_not_overlap_it():
+    memory = np.zeros(X.size + 20, np.float32)
+    x = memory[: X.size].reshape(X.shape)
+    x[:] = X
+    state = anybn.BatchNormState(3)
+    before = inputs.state_values(state)
+    with pytest.raises(ValueError, match="out shares part of x's memory: pass x itself, or an array of its own"):
+        anybn.batch_norm(x, state, training=True, out=memory[20:].reshape(X.shape))
+    with pytest.raises(ValueError, match="out shares part of x's memory"):
+        anybn.batch_norm(x, state, training=True, out=x[::-1])
+    with pytest.raises(ValueError, match="out shares part of residual's memory"):
+        anybn.batch_norm(X, state, training=True, residual=x, out=memory[20:].reshape(X.shape))
+    assert inputs.state_values(state) == before
+    assert np.array_equal(x, X)
+    assert train(x, out=x) is x
+    assert oracle.error(x, EXPECTED, "float32") <= 0.51
+
+
+def test_statistics_may_not_alias():
+    state = anybn.BatchNormState(3)
+    shared = np.ones(3)
+    state.running_var = shared
+    with pytest.raises(ValueError, match="running_mean shares memory with running_var: give it a copy"):
+        state.running_mean = shared
+    x = np.ones((4, 3))
+    state.running_mean = x[0]
+    with pytest.raises(ValueError, match="x shares memory with the state"):
+        anybn.batch_norm(x, state, training=True)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (
+            X.astype(">f4"),
+            r"x has dtype >f4 in the other byte order: cast it with x.astype\(x.dtype.newbyteorder\('='\)\)",
+        ),
+        (X.astype(object), "x has dtype object: cast to one of float16, bfloat16, float32, float64"),
+        (X.astype(str), "x has dtype str"),
+        (X.astype(np.longdouble), "x has dtype (longdouble|float128): cast to one of"),
+        (np.ma.masked_array(X), "x is a numpy.ma.MaskedArray, .* pass x.data, and mask="),
+        (np.matrix(X[:, :, 0, 0]), "x is a numpy.matrix, .* wrap it with np.asarray"),
+        (np.float32(1), "x is a numpy.float32, .* wrap it with np.asarray"),
+        ("text", "x is a str, not an array that anybn knows: convert it first"),
+        (None, "x is a NoneType"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_what_is_no_array(x, message):
+    state = anybn.BatchNormState(3)
+    before = state._arrays
+    with pytest.raises(TypeError, match=message):
+        anybn.batch_norm(x, state, training=True)
+    assert state._arrays is before
+
+
+def test_sparse_and_tables():
+    scipy_sparse = pytest.importorskip("scipy.sparse")
+    with pytest.raises(TypeError, match=r"make it dense: x.toarray\(\)"):
+        anybn.batch_norm(scipy_sparse.eye_array(3).tocsr(), anybn.BatchNormState(3))
+
+
+def test_unknown_library_names_the_installed_ones():
+    class Tensor:
+        pass
+
+    with pytest.raises(TypeError, match=r"Backends installed: numpy, .* and any array with __array_namespace__"):
+        anybn.batch_norm(Tensor(), anybn.BatchNormState(3))
+
+
+def test_more_than_65535_samples_and_channels():
+    for shape in ((70_000, 2), (3, 70_000)):
+        x = inputs.normal(shape).astype(np.float32)
+        statistics = oracle.statistics(x)
+        y = anybn.batch_norm(x, anybn.BatchNormState(shape[1]), training=True)
+        assert oracle.error(y, oracle.normalize(x, statistics.mean, statistics.var()), "float32") <= 0.51
+
+
+def test_bfloat16_by_ml_dtypes():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = X.astype(ml_dtypes.bfloat16)
+    y = train(x)
+    assert y.dtype == ml_dtypes.bfloat16
+    statistics = oracle.statistics(x)
+    assert oracle.error(y, oracle.normalize(x, statistics.mean, statistics.var()), "bfloat16") <= 0.51
