@@ -1,6 +1,7 @@
 """Batch normalization for any array library: one core, one state, the same numbers everywhere."""
 
-from anybn import backends
+from typing import TYPE_CHECKING
+
 from anybn._core import Gradients
 from anybn._dispatch import BackendInfo, register_backend, unregister_backend, use_backend
 from anybn._functional import batch_norm, batch_norm_vjp, moments
@@ -9,6 +10,11 @@ from anybn._moments import Moments
 from anybn._state import BatchNormState
 from anybn.errors import BackendNotInstalled, CheckpointError, NonFiniteError, StateError
 from anybn.interop import fold
+
+if TYPE_CHECKING:
+    from anybn._dispatch import installed_backends as backends
+else:
+    from anybn import backends
 
 __version__ = "0.1.0"
 

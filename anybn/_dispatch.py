@@ -234,7 +234,9 @@ def installed_backends() -> dict[str, BackendInfo]:
             continue
         try:
             backend = backend_named(name)
-            found[name] = BackendInfo(name, backend.version(), tuple(backend.devices()), backend.how)
+            devices = tuple(backend.devices())
+            problem = "" if devices else "it finds no device to run on"
+            found[name] = BackendInfo(name, backend.version(), devices, backend.how, problem)
         except Exception as error:  # a broken installation may raise anything, and the others are still of interest
             found[name] = BackendInfo(name, "unknown", (), "", f"{type(error).__name__}: {error}")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -167,7 +167,7 @@ def moments(x: Array, *, axis: int = 1, mask: Array | None = None) -> Moments:
         zeros = _zeros(backend, x, x.shape[index])
         return Moments(0, zeros, zeros)
     statistics = backend.batch_statistics(x, index, mask)
-    mean, count = statistics.mean, statistics.count
+    mean, count = statistics.mean, cast(Any, statistics.count)
     if statistics.shift is not None:
         mean = mean + statistics.shift
     if getattr(count, "ndim", 0):

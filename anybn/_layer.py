@@ -127,9 +127,7 @@ def _shared(state: BatchNormState, settings: BatchNormState) -> BatchNormState:
     for name in ("num_features", "eps", "momentum", "affine", "track_running_stats", "ddof", "dtype"):
         given, held = getattr(settings, name), getattr(state, name)
         if given != held and (name == "num_features" or given != getattr(defaults, name)):
-            raise ValueError(
-                f"{name} is {given!r} but the state given has {held!r}: the state's settings hold, drop {name}"
-            )
+            raise ValueError(f"{name} is {given!r} but the state has {held!r}: the state's settings hold, drop {name}")
     return state
 
 

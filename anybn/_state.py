@@ -289,7 +289,10 @@ class BatchNormState:
             mean = mean + detached(statistics.shift)
         xp = backend.namespace(mean)
         n = statistics.count - self._ddof  # type: ignore[operator] # a batch has a count
-        batch_var = m2 / (n if isinstance(n, int) else xp.astype(detached(n), m2.dtype))
+        if not isinstance(n, int):  # a mask decided: NaN, which is not committed, where it left too few
+            n = xp.astype(detached(n), m2.dtype)
+            n = xp.where(n > 0, n, xp.full_like(n, xp.nan))
+        batch_var = m2 / n
         with _lock, np.errstate(all="ignore"):
             arrays = self._placed(self._arrays, backend, backend.device_of(x))
             batches = arrays.num_batches_tracked + 1

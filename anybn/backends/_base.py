@@ -18,6 +18,12 @@ def root_module(cls: type) -> str:
     return cls.__module__.partition(".")[0]
 
 
+def _name_of(device: Any) -> str:
+    """``"device1"`` for ``array_api_strict.Device('device1')``; for most libraries' devices, their str."""
+    quoted = str(device).split("'")
+    return quoted[1] if len(quoted) == 3 else quoted[0]
+
+
 class Backend:
     """Batch norm for the arrays of one library.
 
@@ -60,9 +66,9 @@ class Backend:
         if not name:
             return info.default_device()
         for device in info.devices():
-            if name in (str(device), getattr(device, "_device", None)):
+            if name == _name_of(device):
                 return device
-        raise ValueError(f"{self.name} has no device {name!r}; it has {', '.join(map(str, info.devices()))}")
+        raise ValueError(f"{self.name} has no device {name!r}; it has {', '.join(self.devices())}")
 
     def module(self) -> Any:
         """The Array API namespace of the library, without an array at hand."""
@@ -70,7 +76,7 @@ class Backend:
 
     def devices(self) -> list[str]:
         """The devices that can be used, for ``anybn.backends()``."""
-        return [str(device) for device in self.module().__array_namespace_info__().devices()]
+        return [_name_of(device) for device in self.module().__array_namespace_info__().devices()]
 
     def version(self) -> str:
         return str(getattr(importlib.import_module(self.libraries[0]), "__version__", "unknown"))
@@ -108,7 +114,7 @@ class Backend:
     def place(self, x: Array) -> str:
         """Where x lies, as ``state.to`` takes it."""
         device = self.device_of(x)
-        return self.name if device in (None, "cpu") or str(device) == "cpu" else f"{self.name}:{device}"
+        return self.name if device is None or str(device) == "cpu" else f"{self.name}:{_name_of(device)}"
 
     def may_commit(self, x: Array, running_mean: Array) -> bool:
         """False if x has no values yet and the state that holds running_mean would be left with none either."""

@@ -61,8 +61,10 @@ class TorchBackend(Backend):
         return x.device
 
     def device(self, name: str) -> torch.device:
-        device = torch.device(name or "cpu")
-        return torch.zeros((), device=device).device  # "cuda" -> "cuda:0", and an error now if there is none
+        try:
+            return torch.zeros((), device=name or "cpu").device  # "cuda" -> "cuda:0", and an error if there is none
+        except (AssertionError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"torch has no device {name!r}; it has {', '.join(self.devices())}") from error
 
     def devices(self) -> list[str]:
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]

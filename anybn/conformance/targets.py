@@ -83,7 +83,7 @@ def chosen_targets(names: list[str] | None) -> list[Any]:
         info = found.get(name)
         if info is None or not info.usable:
             missing = f"not installed, {_dispatch.installation_of(name)}"
-            reason = f"{name}: {missing if info is None else info.problem or 'it has no device to run on'}"
+            reason = f"{name}: {missing if info is None else info.problem}"
             params.append(pytest.param(None, id=name, marks=pytest.mark.skip(reason=reason)))
             continue
         for device in info.devices if len(info.devices) > 1 else ("",):

@@ -102,7 +102,8 @@ def test_exact_data_agrees_bit_for_bit(target: Target, dtype: str) -> None:
 
         here, there = anybn.BatchNormState(shape[axis]), anybn.BatchNormState(shape[axis])
         y = target.numpy(anybn.batch_norm(x, here, training=True, axis=axis))
-        expected = anybn.batch_norm(values, there, training=True, axis=axis)
+        with anybn.use_backend("numpy"):
+            expected = anybn.batch_norm(values, there, training=True, axis=axis)
         if target.has_float64:
             assert y.tobytes() == expected.tobytes()
             assert inputs.state_values(here) == inputs.state_values(there)
@@ -116,5 +117,6 @@ def test_another_backend_differs_by_at_most_4_eps(target: Target, row: str) -> N
         pytest.skip("variances of 1e60 need float64")
     values = inputs.ROWS[row](inputs.normal()).astype(np.float32)
     y = target.numpy(anybn.batch_norm(target.array(values), anybn.BatchNormState(8), training=True))
-    expected = anybn.batch_norm(values, anybn.BatchNormState(8), training=True)
+    with anybn.use_backend("numpy"):
+        expected = anybn.batch_norm(values, anybn.BatchNormState(8), training=True)
     assert oracle.error(y, expected, "float32") <= 4

@@ -84,7 +84,7 @@ def test_statistics_off_uses_the_batch_in_evaluation(target: Target) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:dask")  # Dask computes after the call, under its user's settings
+# Infinity minus infinity; Dask computes it after the call, under its user's settings.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_nonfinite_batches(target: Target, bad: float) -> None:
     """Channel 1 has a value that is not finite: its running statistics stay, the others learn, y shows it."""

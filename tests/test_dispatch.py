@@ -1,0 +1,189 @@
+"""Which backend gets an array; third-party backends; and the suite's verdict on good and faulty ones."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+import anybn
+from anybn import _dispatch
+from anybn.backends.numpy import NumPyBackend
+
+
+@pytest.fixture
+def registered():
+    names = []
+
+    def register(backend):
+        anybn.register_backend(backend)
+        names.append(backend.name)
+
+    yield register
+    for name in names:
+        anybn.unregister_backend(name)
+
+
+class Recording(NumPyBackend):
+    name = "recording"
+    calls = 0
+
+    def batch_statistics(self, x, axis, mask):
+        type(self).calls += 1
+        return super().batch_statistics(x, axis, mask)
+
+
+def test_registered_backends_come_first_and_can_be_chosen(registered):
+    x = np.ones((4, 2))
+    registered(Recording)
+    anybn.moments(x)
+    assert Recording.calls == 1
+    assert anybn.backends()["recording"].usable
+    with anybn.use_backend("numpy"):
+        anybn.moments(x)
+    assert Recording.calls == 1
+    anybn.BatchNormState(2).to("recording")
+
+
+def test_use_backend_leaves_other_libraries_alone():
+    torch = pytest.importorskip("torch", reason="torch: not installed, pip install torch")
+    with anybn.use_backend("numpy"):
+        assert isinstance(anybn.moments(torch.ones(4, 2)).mean, torch.Tensor)
+
+
+def test_names_that_are_no_backend():
+    with pytest.raises(ValueError, match="backend 'json' is not known; known are numpy, "), anybn.use_backend("json"):
+        pass
+    with pytest.raises(ValueError, match="no backend 'numpy' was registered"):
+        anybn.unregister_backend("numpy")
+    with pytest.raises(TypeError, match=r"register_backend needs a subclass of anybn.backends.Backend"):
+        anybn.register_backend(object)
+
+
+def test_a_known_library_that_is_missing(monkeypatch):
+    monkeypatch.delitem(_dispatch._loaded, "torch", raising=False)
+    monkeypatch.delitem(sys.modules, "anybn.backends.torch", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    state = anybn.BatchNormState(2)
+    with pytest.raises(anybn.BackendNotInstalled, match=r"torch cannot be imported .*: pip install torch") as caught:
+        state.to("torch")
+    assert isinstance(caught.value, ImportError)
+    assert isinstance(state.weight, np.ndarray)
+
+
+def test_devices_that_are_not_there():
+    strict = pytest.importorskip("array_api_strict", reason="array_api_strict: pip install array-api-strict")
+    with pytest.raises(ValueError, match=r"array_api_strict has no device 'device9'; it has .*device1"):
+        anybn.BatchNormState(2).to("array_api_strict:device9")
+    state = anybn.BatchNormState(2).to("array_api_strict:device1")
+    assert state.weight.device == strict.Device("device1")
+
+
+def test_any_array_namespace(monkeypatch):
+    """ndonnx, cubed and their like: here array-api-strict as a library that has no line in the table."""
+    strict = pytest.importorskip("array_api_strict", reason="array_api_strict: pip install array-api-strict")
+    for table in (_dispatch._BUILTIN, _dispatch._loaded):
+        monkeypatch.delitem(table, "array_api_strict", raising=False)
+    _dispatch._by_type.pop(type(strict.ones(1)), None)
+    state = anybn.BatchNormState(2)
+    y = anybn.batch_norm(strict.asarray([[1.0, 2.0], [3.0, 6.0]]), state, training=True)
+    assert isinstance(y, type(strict.ones(1)))
+    assert isinstance(state.weight, type(strict.ones(1)))
+    assert "array_api_strict" in repr(state)
+    _dispatch._by_type.pop(type(y), None)
+
+
+TOY = '''
+"""A third-party backend for NumPy arrays, registered as a pytest plugin."""
+import numpy as np
+import anybn
+from anybn import _core
+from anybn._core import Statistics
+from anybn.backends.numpy import NumPyBackend
+
+class Toy(NumPyBackend):
+    name = "toy"
+{fault}
+
+anybn.register_backend(Toy)
+'''
+FAULTS = {
+    "none": "",
+    "a biased running_var": """
+    def batch_statistics(self, x, axis, mask):
+        s = super().batch_statistics(x, axis, mask)
+        return s._replace(m2=s.m2 * (s.count - 1) / s.count)
+""",
+    "E[x^2] - E[x]^2": """
+    def batch_statistics(self, x, axis, mask):
+        s = super().batch_statistics(x, axis, mask)
+        axes = tuple(i for i in range(x.ndim) if i != axis)
+        if mask is None:
+            mean = x.mean(axes)
+            var = (x * x).mean(axes) - mean * mean
+            s = s._replace(mean=mean, var=var, m2=var * s.count)
+        return s
+""",
+    "x * scale + shift": """
+    def evaluate(self, x, statistics, weight, bias, residual, mask, spec, out=None):
+        y = super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
+        if residual is None and weight is not None and not spec.relu and mask is None and out is None:
+            scale = (weight / np.sqrt(statistics.var + spec.eps)).astype(x.dtype)
+            shift = (bias - statistics.mean * scale).astype(x.dtype)
+            axes = [1] * x.ndim; axes[spec.axis] = -1
+            y = x * scale.reshape(axes) + shift.reshape(axes)
+        return y
+""",
+    "a gradient without the statistics": """
+    def gradients(self, dy, x, statistics, *rest):
+        return super().gradients(dy, x, statistics._replace(count=None), *rest)
+""",
+    "a write to x": """
+    def evaluate(self, x, *rest):
+        y = super().evaluate(x, *rest)
+        x += 1
+        return y
+""",
+    "results in another dtype": """
+    def evaluate(self, x, *rest):
+        return super().evaluate(x, *rest).astype(np.float64)
+""",
+    "NaN to zero": """
+    def evaluate(self, x, *rest):
+        return np.nan_to_num(super().evaluate(x, *rest))
+""",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_suite_passes_a_good_backend_and_rejects_faulty_ones(fault, tmp_path):
+    (tmp_path / "toy_backend.py").write_text(TOY.format(fault=textwrap.indent(textwrap.dedent(FAULTS[fault]), "    ")))
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "--pyargs", "anybn.conformance", "--anybn-backend=toy", "-q", "-x",
+         "-p", "toy_backend", "-k", "not ten_million"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == (0 if fault == "none" else 1), run.stdout[-3000:] + run.stderr[-2000:]
+    assert (" passed" if fault == "none" else " failed") in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("tensorflow", "backend 'tensorflow' is not known"), ("numpy,nonsense", "backend 'nonsense' is not known")],
+)
+def test_a_backend_that_was_asked_for_and_is_missing_is_an_error(name, message):
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "--pyargs", "anybn.conformance", f"--anybn-backend={name}", "-q"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode not in (0, 5)
+    assert message in run.stdout + run.stderr
+    assert "skipped" not in run.stdout
