@@ -21,7 +21,7 @@ demo = pytest.importorskip("anybn._demo", exc_type=ImportError)
 def test_info_lists_what_is_installed_and_how_to_install_the_rest(capsys, monkeypatch):
     found = {
         "numpy": BackendInfo("numpy", "2.9", ("cpu",), "blocks"),
-        "cupy": BackendInfo("cupy", "14.0", (), "kernels"),
+        "cupy": BackendInfo("cupy", "14.0", (), "kernels", "it finds no device to run on"),
         "jax": BackendInfo("jax", "unknown", (), "", "RuntimeError: no plugin"),
     }
     monkeypatch.setattr(cli, "installed_backends", lambda: found)
@@ -32,7 +32,7 @@ def test_info_lists_what_is_installed_and_how_to_install_the_rest(capsys, monkey
     (row,) = (line.split() for line in lines if line.startswith("numpy "))
     assert row[:3] == ["numpy", "2.9", "numpy"]
     assert row[-1] == "cpu"
-    assert any(line.startswith("cupy") and line.endswith("not usable: no device") for line in lines)
+    assert any(line.startswith("cupy") and line.endswith("not usable: it finds no device to run on") for line in lines)
     assert any(line.startswith("jax") and line.endswith("not usable: RuntimeError: no plugin") for line in lines)
     missing = lines[lines.index("Not installed:") + 1 :]
     assert {line.split()[0] for line in missing} == {"torch", "dask", "array_api_strict"}

@@ -11,6 +11,7 @@ import pytest
 from anybn import _dispatch
 from anybn._core import Array
 from anybn.backends import Backend
+from anybn.conformance.inputs import cast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +46,6 @@ class Target:
             self.array(np.zeros(2), dtype)
         except (AttributeError, ImportError, TypeError) as error:
             pytest.skip(f"{self.name} has no {dtype}: {error}")
-
-
-def cast(values: np.ndarray, dtype: str) -> np.ndarray:
-    """values rounded to dtype, in NumPy."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        if dtype == "bfloat16":
-            ml_dtypes = pytest.importorskip("ml_dtypes", reason="NumPy has no bfloat16 without ml_dtypes")
-            return values.astype(ml_dtypes.bfloat16)
-        return values.astype(dtype)
 
 
 def bar(target: Target, dtype: str) -> float:

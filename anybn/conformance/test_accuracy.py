@@ -5,12 +5,12 @@ import pytest
 
 import anybn
 from anybn.conformance import inputs, oracle
-from anybn.conformance.targets import Target, bar, cast
+from anybn.conformance.targets import Target, bar
 
 
 def train_and_evaluate(target: Target, values: np.ndarray, layout: str, dtype: str) -> None:
     """One training step and one evaluation with what it left, each held to the bar."""
-    values = cast(values, dtype)
+    values = inputs.cast(values, dtype)
     x, axis = inputs.LAYOUTS[layout](target, values)
     state = anybn.BatchNormState(values.shape[1], momentum=1.0, like=x)
     statistics = oracle.statistics(values)
@@ -80,7 +80,7 @@ def test_odd_shapes(target: Target, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("value", [1e7, 0.1, -3.3e-5, 0.0])
 def test_constant_input_gives_exactly_bias(target: Target, value: float, dtype: str) -> None:
     target.require(dtype)
-    values = cast(np.full((32, 3, 9, 9), min(value, 6e4) if dtype == "float16" else value), dtype)
+    values = inputs.cast(np.full((32, 3, 9, 9), min(value, 6e4) if dtype == "float16" else value), dtype)
     state = anybn.BatchNormState(3)
     state.bias = np.array([0.0, 1.5, -2.0], np.float32)
     y = target.numpy(anybn.batch_norm(target.array(values), state, training=True))

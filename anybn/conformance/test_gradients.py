@@ -8,7 +8,7 @@ import pytest
 
 import anybn
 from anybn.conformance import inputs, oracle
-from anybn.conformance.targets import Target, bar, cast
+from anybn.conformance.targets import Target, bar
 
 
 def check(
@@ -24,12 +24,12 @@ def check(
     affine: bool = True,
 ) -> None:
     rng = np.random.default_rng(1)
-    values = cast(values, dtype)
+    values = inputs.cast(values, dtype)
     n, c, *spatial = values.shape
-    dy = cast(rng.standard_normal(values.shape), dtype)
-    residual = cast(rng.standard_normal(values.shape), dtype) if with_residual else None
+    dy = inputs.cast(rng.standard_normal(values.shape), dtype)
+    residual = inputs.cast(rng.standard_normal(values.shape), dtype) if with_residual else None
     mask = rng.random((n, *spatial)) < 0.7 if masked else None
-    weight, bias = (cast(a, "float32") for a in (rng.uniform(0.5, 2, (c,)), rng.standard_normal((c,))))
+    weight, bias = (inputs.cast(a, "float32") for a in (rng.uniform(0.5, 2, (c,)), rng.standard_normal((c,))))
     state = anybn.BatchNormState(c, affine=affine)
     if affine:
         state.weight, state.bias = weight, bias
