@@ -19,14 +19,24 @@ from typing import Any
 
 import jax
 
+from anybn._dispatch import backend_for
 from anybn._state import Arrays, BatchNormState
+from anybn.backends._base import root_module
 
 _SETTINGS = ("_num_features", "_eps", "_momentum", "_ddof", "_dtype")
 
 
 def _flatten(state: BatchNormState) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
     keys = map(jax.tree_util.GetAttrKey, Arrays._fields)
-    return tuple(zip(keys, state._arrays, strict=True)), tuple(getattr(state, name) for name in _SETTINGS)
+    leaves = map(_leaf, state._arrays)
+    return tuple(zip(keys, leaves, strict=True)), tuple(getattr(state, name) for name in _SETTINGS)
+
+
+def _leaf(array: Any) -> Any:
+    """A state may come from another library into jax.jit, whose arrays JAX does not take: their values go in."""
+    if root_module(type(array)) in ("torch", "cupy", "dask", "array_api_strict"):
+        return backend_for(array).to_numpy(array)
+    return array
 
 
 def _unflatten(settings: tuple[Any, ...], arrays: Any) -> BatchNormState:

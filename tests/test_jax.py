@@ -81,6 +81,14 @@ def test_jit_returns_the_new_state():
         assert oracle.error(np.asarray(state.running_var), expected.running_var, "float32") <= 4
 
 
+def test_a_state_from_another_library_can_be_passed_in(target):
+    state = anybn.BatchNormState(3, like=target.array(np.zeros(1, np.float32)))
+    step = jax.jit(lambda x, s: (anybn.batch_norm(x, s, training=True), s))
+    _, state = step(jnp.asarray(VALUES), state)
+    assert state.num_batches_tracked == 1
+    assert isinstance(state.weight, jax.Array)
+
+
 def test_scan_over_steps():
     def step(state, x):
         y = anybn.batch_norm(x, state, training=True)
