@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from anybn import _checks
 from anybn._dispatch import backend_for
 from anybn._state import BatchNormState
 from anybn.errors import BackendNotInstalled, CheckpointError
@@ -42,6 +43,9 @@ def save(state: BatchNormState, path: str | os.PathLike[str]) -> None:
     safetensors = _safetensors()
     arrays = state._arrays
     tensors = {name: backend_for(a).to_numpy(a) for name, a in arrays.held().items()}
+    for name in ("running_mean", "running_var"):
+        if name in tensors and (problem := _checks.impossible_statistics(name, tensors[name])):
+            raise CheckpointError(f"nothing was saved, since load would refuse it: {problem}")
     tensors["num_batches_tracked"] = np.asarray(int(arrays.num_batches_tracked), np.int64)
     settings = json.dumps({name: getattr(state, name) for name in _SETTINGS})
     metadata = {
@@ -51,16 +55,18 @@ def save(state: BatchNormState, path: str | os.PathLike[str]) -> None:
         "sha256": _checksum(tensors, settings),
     }
     # Whole or not at all: a reader never meets half a file, and the old one survives a full disk.
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    path = Path(path).resolve()  # a link stays one
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(safetensors.numpy.save(tensors, metadata))
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        if path.exists():
+            temporary.chmod(path.stat().st_mode)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink()
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -70,16 +76,16 @@ def load(path: str | os.PathLike[str]) -> BatchNormState:
     path = Path(path)
     with path.open("rb") as file:
         start = file.read(4)
-    if start == b"PK\x03\x04" or start[:1] == b"\x80":
-        raise CheckpointError(
-            f"{path} is a pickle or a zip (torch or npz), which may run code when read: read it with "
-            "torch.load(path, weights_only=True) or np.load(path), then give the arrays to load_state_dict"
-        )
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
     except Exception as error:  # safetensors raises several kinds, depending on which part is damaged
+        if start == b"PK\x03\x04" or start[:1] == b"\x80":
+            raise CheckpointError(
+                f"{path} is a pickle or a zip (torch or npz), which may run code when read: read it with "
+                "torch.load(path, weights_only=True) or np.load(path), then give the arrays to load_state_dict"
+            ) from error
         raise CheckpointError(f"{path} is truncated, damaged or no safetensors file ({error})") from error
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(

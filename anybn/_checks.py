@@ -26,6 +26,13 @@ def _number(name: str, value: Any, kind: type, wanted: str) -> Any:
     return value
 
 
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an int that no float can hold
+        return math.inf
+
+
 def num_features(value: Any) -> int:
     value = int(_number("num_features", value, numbers.Integral, "an int, the number of channels"))
     if value < 0:
@@ -34,7 +41,7 @@ def num_features(value: Any) -> int:
 
 
 def eps(value: Any) -> float:
-    value = float(_number("eps", value, numbers.Real, "a float"))
+    value = _float(_number("eps", value, numbers.Real, "a float"))
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"eps is {value}; it must be positive and finite: it keeps sqrt(var + eps) away from 0")
     return value
@@ -43,7 +50,7 @@ def eps(value: Any) -> float:
 def momentum(value: Any) -> float | None:
     if value is None:
         return None
-    value = float(_number("momentum", value, numbers.Real, "a float, or None for the cumulative average"))
+    value = _float(_number("momentum", value, numbers.Real, "a float, or None for the cumulative average"))
     if not 0 <= value <= 1:
         raise ValueError(
             f"momentum is {value}; it must lie in [0, 1]: new = (1 - momentum) * old + momentum * batch; "
@@ -108,7 +115,7 @@ def shape_of(array: Array) -> tuple[int, ...]:
 
 def floating_array(name: str, value: Array, backend: Backend) -> Array:
     if message := backend.refusal(value):
-        raise TypeError(message)
+        raise TypeError(f"{name} {message}")
     dtype = dtype_name(value.dtype)
     if dtype in FLOATING:
         return value
@@ -161,6 +168,8 @@ def same_place(name: str, value: Array, x: Array, backend: Backend) -> None:
 def like_x(name: str, value: Array, x: Array, backend: Backend) -> Array:
     """residual, out and dy: x's library, device, shape and dtype."""
     same_place(name, value, x, backend)
+    if message := backend.refusal(value):
+        raise TypeError(f"{name} {message}")
     if shape_of(value) != shape_of(x):
         raise ValueError(f"{name} has shape {shape_of(value)} but x has {shape_of(x)}: they must be the same")
     if value.dtype != x.dtype:

@@ -59,7 +59,7 @@ def register_backend(backend: Backend | type[Backend]) -> None:
     named = all(getattr(instance, attribute, None) for attribute in ("name", "libraries"))
     if not isinstance(instance, Backend) or not named:
         raise TypeError(
-            f"backend is {backend!r}; register_backend needs a subclass of anybn.backends.Backend "
+            f"backend is {backend!r}; register_backend needs a subclass of Backend, from anybn.backends, "
             "with a name and the root modules of its array types in libraries"
         )
     _registered[instance.name] = instance
@@ -186,6 +186,8 @@ def use_backend(name: str) -> Iterator[None]:
     ...     anybn.moments(np.array([[1.0], [3.0]])).mean
     array([2.])
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name is {name!r}, a {type(name).__name__}; it must be the name of a backend")
     token = _preferred.set(backend_named(name))
     try:
         yield

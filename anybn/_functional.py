@@ -12,7 +12,7 @@ from anybn._core import Array, Gradients, Spec, Statistics
 from anybn._dispatch import backend_for
 from anybn._moments import Moments
 from anybn._state import Arrays, BatchNormState
-from anybn.backends._base import Backend
+from anybn.backends._base import Backend, root_module
 from anybn.errors import NonFiniteError
 
 
@@ -196,7 +196,8 @@ def _check(
     """Everything that can be wrong, before anything is computed. ``recorded``: gradients are the library's business."""
     backend = backend_for(x)
     if not isinstance(state, BatchNormState):
-        raise TypeError(f"state is a {type(state).__name__}; it must be an anybn.BatchNormState of x's channels")
+        hint = "; import anybn.jax makes states pytrees" if root_module(type(state)) == "jax" else ""
+        raise TypeError(f"state is a {type(state).__name__}; it must be an anybn.BatchNormState of x's channels{hint}")
     index = _checks.batch(x, backend, axis, state.num_features)
     training = _checks.flag("training", training)
     _checks.choice("activation", activation, (None, "relu"))
@@ -226,8 +227,6 @@ def _check(
             raise ValueError(
                 'nonfinite is "raise" but x has no values yet (it is traced or lazy): use "skip", or look at y'
             )
-    if commits:
-        state._require_commit_possible(backend, x)
     spec = Spec(index, state.eps, activation == "relu")
     return _Call(backend, x, state, before, arrays, spec, mask, residual, out, nonfinite, uses_batch, commits)
 
@@ -252,8 +251,8 @@ def _finish(call: _Call, statistics: Statistics) -> None:
         _require_finite(backend, statistics)
     if call.commits:
         call.state._commit(backend, call.x, statistics, call.nonfinite)
-    elif not backend.is_traced(call.x):
-        call.state._settle(call.before, call.arrays)
+    else:
+        call.state._settle(backend, call.before, call.arrays)
 
 
 def _require_finite(backend: Backend, statistics: Statistics) -> None:

@@ -42,6 +42,7 @@ class BatchNorm:
     BatchNorm(3, eps=1e-05, momentum=0.1, axis=1) in evaluation on numpy, 1 batches tracked
     """
 
+    __slots__ = ("activation", "axis", "group", "state", "training")
     _ranks: ClassVar[tuple[int, ...]] = ()
     _shapes: ClassVar[str] = ""
 
@@ -134,16 +135,19 @@ def _shared(state: BatchNormState, settings: BatchNormState) -> BatchNormState:
 class BatchNorm1d(BatchNorm):
     """`BatchNorm` that takes ``(N, C)`` or ``(N, C, L)`` only; with ``axis=-1``, ``(N, L, C)``."""
 
+    __slots__ = ()
     _ranks, _shapes = (2, 3), "(N, C) or (N, C, L)"
 
 
 class BatchNorm2d(BatchNorm):
     """`BatchNorm` that takes ``(N, C, H, W)`` only; with ``axis=-1``, ``(N, H, W, C)``."""
 
+    __slots__ = ()
     _ranks, _shapes = (4,), "(N, C, H, W)"
 
 
 class BatchNorm3d(BatchNorm):
     """`BatchNorm` that takes ``(N, C, D, H, W)`` only; with ``axis=-1``, ``(N, D, H, W, C)``."""
 
+    __slots__ = ()
     _ranks, _shapes = (5,), "(N, C, D, H, W)"

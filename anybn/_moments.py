@@ -73,3 +73,7 @@ class Moments:
         )
 
     __add__ = merge
+
+    def __radd__(self, zero: int) -> Moments:
+        """``sum(parts)`` starts with 0."""
+        return self if zero == 0 else NotImplemented

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from anybn._dispatch import backend_for, resolve_target
 from anybn.backends._base import Backend
 from anybn.errors import StateError
 
-# Guards every read-modify-write of a state. It is held for work on C values only, and one lock for all states can be
-# renewed in a forked child, where the thread that held it no longer exists.
+# Held for nothing but the comparison and the swap in `BatchNormState._update`. One lock for all states can be renewed
+# in a forked child, where the thread that held it does not exist.
 _lock = threading.RLock()
 
 
@@ -66,8 +66,10 @@ class BatchNormState:
             and 1; None without track_running_stats. They cost C values, and float32 means lose digits.
         num_batches_tracked: training batches so far, an int.
 
-    The state lives in one place at a time. A call with x elsewhere moves it there. Its arrays are replaced, never
-    written to, so an array read from it stays what it was. All methods may be called from several threads.
+    The state lives in one place at a time. A call with x elsewhere moves it there; a torch Parameter stays behind then.
+    Its arrays are replaced, never written to, so an array read from it stays what it was; the running statistics that
+    it makes in NumPy are read-only. All methods may be called from several threads. With ``momentum=None``, a batch
+    that was skipped for a NaN counts in that channel's average as the value before it.
 
     Raises TypeError or ValueError for arguments outside of the above.
 
@@ -77,6 +79,13 @@ class BatchNormState:
     >>> state.running_mean, state.running_var, state.num_batches_tracked
     (array([0.2, 2. ]), array([ 1.1, 20.9]), 1)
     """
+
+    __slots__ = ("_ddof", "_dtype", "_eps", "_momentum", "_num_features", "_arrays", "__weakref__")  # noqa: RUF023
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        if sys.modules.get("jax") is not None:
+            from anybn import jax as _jax  # noqa: F401 makes states pytrees; nothing else would before jax.jit sees one
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -99,14 +108,12 @@ class BatchNormState:
         self._arrays = Arrays(
             np.ones(c, numpy_dtype) if affine else None,
             np.zeros(c, numpy_dtype) if affine else None,
-            np.zeros(c) if track_running_stats else None,
-            np.ones(c) if track_running_stats else None,
+            _frozen(np.zeros(c)) if track_running_stats else None,
+            _frozen(np.ones(c)) if track_running_stats else None,
             0,
         )
         if like is not None:
-            self.to(like)
-        if "jax" in sys.modules:
-            from anybn import jax as _  # noqa: F401 makes the state a pytree; nothing else would before jax.jit sees it
+            self._arrays = self._placed(self._arrays, *resolve_target(like))
 
     # -- settings ----------------------------------------------------------------------------------------------
 
@@ -188,32 +195,47 @@ class BatchNormState:
     @property
     def num_batches_tracked(self) -> int:
         n = self._arrays.num_batches_tracked
-        return n if isinstance(n, int) or backend_for(n).is_traced(n) else int(n)
+        if isinstance(n, int) or n.ndim or backend_for(n).is_traced(n):
+            return n  # type: ignore[return-value] # under jax.jit and vmap, what these made of it
+        return int(n)
 
     @num_batches_tracked.setter
     def num_batches_tracked(self, value: int) -> None:
-        with _lock:
-            self._arrays = self._arrays._replace(num_batches_tracked=_checks.batch_count(value))
+        value = _checks.batch_count(value)
+        self._update(lambda arrays: arrays._replace(num_batches_tracked=value))
 
     def _set(self, name: str, value: Array) -> None:
         """Take value as it is where its dtype allows (a torch Parameter stays itself); the state moves beside it."""
-        with _lock:
-            if getattr(self._arrays, name) is None:
-                option = "affine" if name in ("weight", "bias") else "track_running_stats"
-                raise ValueError(f"{name} cannot be set, this state has {option}=False: make one with {option}=True")
-            if value is getattr(self._arrays, name):
-                return
-            backend = backend_for(value, name)
-            _checks.state_array(backend, name, value, self._num_features)
-            others = self._arrays._replace(**{name: None})
+        if getattr(self._arrays, name) is None:
+            option = "affine" if name in ("weight", "bias") else "track_running_stats"
+            raise ValueError(f"{name} cannot be set, this state has {option}=False: make one with {option}=True")
+        if value is getattr(self._arrays, name):
+            return
+        backend = backend_for(value, name)
+        _checks.state_array(backend, name, value, self._num_features)
+        device = backend.device_of(value)
+        wanted = self._dtype_of(name, backend, device)
+        dtype = backend.dtype(wanted)
+        if value.dtype != dtype:
+            if backend.records(value):
+                given = _core.dtype_name(value.dtype)
+                raise TypeError(
+                    f"{name} has dtype {given} and requires grad, but the state keeps {wanted}, and a copy would "
+                    f"not be trained: make the state with dtype={given!r}"
+                )
+            value = backend.namespace(value).astype(value, dtype)
+        kept = backend.detached(value) if name.startswith("running") else value
+
+        def change(arrays: Arrays) -> Arrays:
+            others = arrays._replace(**{name: None})
             for other, array in others.held().items():
                 if backend.owns(type(array)) and backend.overlaps(value, array):
                     raise ValueError(f"{name} shares memory with {other}: give it a copy")
-            device = backend.device_of(value)
-            dtype = backend.dtype(self._dtype_of(name, backend, device))
-            if value.dtype != dtype:
-                value = backend.namespace(value).astype(value, dtype)
-            self._arrays = self._placed(others, backend, device)._replace(**{name: value})
+            if not backend.is_traced(value):
+                others = self._placed(others, backend, device)
+            return others._replace(**{name: kept})
+
+        self._update(change)
 
     def _dtype_of(self, name: str, backend: Backend, device: Any) -> str:
         """The dtype that the array called name has there: what is wanted, or float32 where there is no float64."""
@@ -222,101 +244,127 @@ class BatchNormState:
 
     def _placed(self, arrays: Arrays, backend: Backend, device: Any) -> Arrays:
         """arrays with those that lie elsewhere copied to this device; the same object if none does."""
-        moved = {}
+        moved: dict[str, Any] = {}
         for name, array in arrays.held().items():
             if backend.owns(type(array)) and backend.device_of(array) == device:
                 continue
             dtype = _numpy_dtype(self._dtype_of(name, backend, device))
             with np.errstate(over="ignore"):
-                moved[name] = backend.from_numpy(backend_for(array).to_numpy(array).astype(dtype), device)
+                values = backend_for(array).to_numpy(array).astype(dtype)
+            moved[name] = backend.from_numpy(values, device)
+            if name.startswith("running"):
+                moved[name] = backend.frozen(moved[name])
+        n = arrays.num_batches_tracked
+        if not isinstance(n, int) and not backend_for(n).is_traced(n):  # as jax.jit gives it back
+            moved["num_batches_tracked"] = int(n)
         return arrays._replace(**moved) if moved else arrays
+
+    def _update(self, change: Callable[[Arrays], Arrays]) -> None:
+        """Replace the arrays by ``change(arrays)``: worked out without the lock, and again if another was faster."""
+        while True:
+            before = self._arrays
+            after = change(before)
+            with _lock:
+                if self._arrays is before:
+                    self._arrays = after
+                    return
 
     def to(self, target: Any) -> BatchNormState:
         """Move to ``"numpy"``, ``"cupy"``, ``"torch:cuda:0"``, ``"jax"``, ..., or beside an array; returns self.
 
-        Raises BackendNotInstalled for a library that is missing, ValueError for an unknown one or an unknown device.
+        Raises BackendNotInstalled for a library that is missing, ValueError for an unknown one or an unknown device,
+        StateError in a traced JAX function to which the state was not passed.
 
         >>> import anybn
         >>> anybn.BatchNormState(3).to("numpy").weight
         array([1., 1., 1.], dtype=float32)
         """
         backend, device = resolve_target(target)
-        with _lock:
-            self._arrays = self._placed(self._arrays, backend, device)
+
+        def change(arrays: Arrays) -> Arrays:
+            moved = self._placed(arrays, backend, device)
+            _require_storable(backend, moved, arrays)
+            return moved
+
+        self._update(change)
         return self
 
-    # -- used by the calls and by loading -----------------------------------------------------------------------------
+    # -- used by the calls and by loading ----------------------------------------------------------------------
 
     def _beside(self, backend: Backend, x: Array) -> tuple[Arrays, Arrays]:
         """(the arrays as they are, the arrays beside x). The state itself moves when the call has succeeded."""
         arrays = self._arrays
         return arrays, self._placed(arrays, backend, backend.device_of(x))
 
-    def _settle(self, before: Arrays, beside: Arrays) -> None:
-        """Adopt the arrays moved for a call that is done, unless the state has changed since."""
-        if beside is not before:
+    def _settle(self, backend: Backend, before: Arrays, beside: Arrays) -> None:
+        """Adopt the arrays moved for a call that is done, unless the state has changed since or may not keep them."""
+        if beside is not before and _storable(backend, beside, before):
             with _lock:
                 if self._arrays is before:
                     self._arrays = beside
 
     def _replace_values(self, values: dict[str, Any]) -> None:
         """Take over NumPy values by field name, all in one swap, in the place and the dtypes of the present ones."""
-        with _lock:
-            arrays = self._arrays
-            for name, value in values.items():
-                if name != "num_batches_tracked":
-                    like = getattr(arrays, name)
-                    backend = backend_for(like)
-                    device = backend.device_of(like)
-                    dtype = _numpy_dtype(self._dtype_of(name, backend, device))
-                    values[name] = backend.from_numpy(value.astype(dtype), device)
-            self._arrays = arrays._replace(**values)
 
-    def _require_commit_possible(self, backend: Backend, x: Array) -> None:
-        running_mean = self._arrays.running_mean
-        if running_mean is not None and not backend.may_commit(x, running_mean):
-            raise StateError(
-                "the state was not passed into this traced call, so the call cannot change it: make the state an "
-                "argument of the traced function and return it, e.g. "
-                "jax.jit(lambda x, state: (anybn.batch_norm(x, state, training=True), state))"
-            )
+        def change(arrays: Arrays) -> Arrays:
+            new = dict(values)
+            for name, old in arrays.held().items():
+                backend = backend_for(old)
+                device = backend.device_of(old)
+                dtype = _numpy_dtype(self._dtype_of(name, backend, device))
+                new[name] = backend.from_numpy(values[name].astype(dtype), device)
+                if name.startswith("running"):
+                    new[name] = backend.frozen(new[name])
+                else:
+                    new[name] = backend.refilled(old, new[name])
+            return arrays._replace(**new)
+
+        self._update(change)
 
     def _commit(self, backend: Backend, x: Array, statistics: Statistics, nonfinite: str) -> None:
         """Count the batch and fold its statistics into the running ones: one swap, after everything has succeeded."""
-        detached = backend.detached
-        mean, m2 = detached(statistics.mean), detached(statistics.m2)
-        if statistics.shift is not None:
-            mean = mean + detached(statistics.shift)
-        xp = backend.namespace(mean)
-        n = statistics.count - self._ddof  # type: ignore[operator] # a batch has a count
-        if not isinstance(n, int):  # a mask decided: NaN, which is not committed, where it left too few
-            n = xp.astype(detached(n), m2.dtype)
-            n = xp.where(n > 0, n, xp.full_like(n, xp.nan))
-        batch_var = m2 / n
-        with _lock, np.errstate(all="ignore"):
-            arrays = self._placed(self._arrays, backend, backend.device_of(x))
-            batches = arrays.num_batches_tracked + 1
-            running_mean, running_var = _core.updated_running_statistics(
-                xp,
-                arrays.running_mean,
-                arrays.running_var,
-                mean,
-                batch_var,
-                1.0 / batches if self._momentum is None else self._momentum,
-                propagate=nonfinite == "propagate",
-            )
-            self._arrays = arrays._replace(
-                running_mean=running_mean, running_var=running_var, num_batches_tracked=batches
-            )
+        with backend.no_grad(), np.errstate(all="ignore"):
+            mean, shift, m2, count = map(backend.detached, (*statistics[1:3], statistics.m2, statistics.count))
+            if shift is not None:
+                mean = mean + shift
+            xp = backend.namespace(mean)
+            if isinstance(count, int):
+                n: Any = count - self._ddof
+            else:  # a mask decided, perhaps to be counted later: NaN, which is not committed, where it left too few
+                n = xp.astype(count, m2.dtype)
+                n = xp.where(n > 1, n - self._ddof, xp.full_like(n, xp.nan))
+            batch_var = m2 / n
+
+            def change(before: Arrays) -> Arrays:
+                arrays = self._placed(before, backend, backend.device_of(x))
+                batches = arrays.num_batches_tracked + 1
+                running = _core.updated_running_statistics(
+                    xp,
+                    arrays.running_mean,
+                    arrays.running_var,
+                    mean,
+                    batch_var,
+                    1.0 / batches if self._momentum is None else self._momentum,
+                    propagate=nonfinite == "propagate",
+                )
+                running_mean, running_var = map(backend.frozen, running)
+                arrays = arrays._replace(
+                    running_mean=running_mean, running_var=running_var, num_batches_tracked=batches
+                )
+                _require_storable(backend, arrays, before)
+                return arrays
+
+            self._update(change)
 
     # -- copies and checkpoints --------------------------------------------------------------------------------
 
     def copy(self) -> BatchNormState:
         """An independent state with the same settings and values, in the same place."""
-        new = object.__new__(BatchNormState)
-        new.__dict__.update(self.__dict__)
-        copies = {name: backend_for(a).copy(a) for name, a in self._arrays.held().items()}
-        new._arrays = self._arrays._replace(**copies)
+        new = type(self).__new__(type(self))
+        for name in BatchNormState.__slots__[:-1]:
+            setattr(new, name, getattr(self, name))
+        twins = {name: backend_for(a).twin(a) for name, a in self._arrays.held().items()}
+        new._arrays = self._arrays._replace(**twins)
         return new
 
     __copy__ = copy
@@ -387,7 +435,28 @@ class BatchNormState:
         return f"BatchNormState({', '.join(settings)}){where}{tracked}"
 
 
+def _storable(backend: Backend, new: Arrays, old: Arrays) -> bool:
+    """Whether a state that holds old may hold new, once the call is over; see `Backend.may_store`."""
+    pairs = zip(new[:4], old, strict=False)
+    return all(a is b or b is None or backend.may_store(a, b) for a, b in pairs)
+
+
+def _require_storable(backend: Backend, new: Arrays, old: Arrays) -> None:
+    if not _storable(backend, new, old):
+        raise StateError(
+            "the state was not passed into this traced call, so the call cannot change it: make the state an "
+            "argument of the traced function, batched like x under vmap, and return it, e.g. "
+            "jax.jit(lambda x, state: (anybn.batch_norm(x, state, training=True), state)); "
+            "or make it inside with like=x"
+        )
+
+
 def _numpy_dtype(name: str) -> np.dtype:
     from anybn.backends.numpy import NumPyBackend
 
     return NumPyBackend().dtype(name)
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array

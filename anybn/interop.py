@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,7 +71,7 @@ def load_state_dict(state: BatchNormState, mapping: Mapping[str, Array], convent
 def _loaded(field: str, value: Any, num_features: int) -> Any:
     """value as NumPy (the counter as an int), if it can be this field of a state."""
     if field == "num_batches_tracked":
-        if not isinstance(value, int):
+        if not isinstance(value, numbers.Integral):
             value = backend_for(value, field).to_numpy(value)
             if value.size != 1 or value.dtype.kind not in "iu":
                 raise ValueError(f"{field} has shape {value.shape} and dtype {value.dtype}; it must be one integer")

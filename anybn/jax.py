@@ -42,7 +42,9 @@ def _leaf(array: Any) -> Any:
 def _unflatten(settings: tuple[Any, ...], arrays: Any) -> BatchNormState:
     """No checks: JAX also unflattens placeholders that are no arrays."""
     state = object.__new__(BatchNormState)
-    state.__dict__.update(zip(_SETTINGS, settings, strict=True), _arrays=Arrays(*arrays))
+    for name, value in zip(_SETTINGS, settings, strict=True):
+        setattr(state, name, value)
+    state._arrays = Arrays(*arrays)
     return state
 
 

@@ -65,3 +65,28 @@ def test_a_channel_of_fewer_than_two_values_is_not_committed(nothing_computes):
     with dask.config.set(scheduler="synchronous"):
         assert np.all(y.compute() == 0)
         assert np.array_equal(state.to("numpy").running_var, np.ones(4))
+
+
+def test_moving_computes_outside_of_the_lock():
+    """The workers that compute it may use anybn themselves."""
+    inner, state = anybn.BatchNormState(4), anybn.BatchNormState(4)
+    x = da.from_array(X[:, :, 0], chunks=(6, 4)).map_blocks(
+        lambda block: anybn.batch_norm(block, inner, training=len(block) > 1),
+        dtype="f4",
+        meta=np.empty((0, 0), "f4"),
+    )
+    anybn.batch_norm(x, state, training=True)
+    with dask.config.set(scheduler="threads"):
+        state.to("numpy")
+    assert np.all(np.isfinite(state.running_mean))
+    assert inner.num_batches_tracked >= 2
+
+
+def test_chunks_that_are_no_plain_arrays():
+    masked = da.ma.masked_greater(da.from_array(X), 3)
+    with pytest.raises(TypeError, match=r"a chunk of x is a numpy.ma.*MaskedArray"):
+        anybn.batch_norm(masked, anybn.BatchNormState(4))
+    with pytest.raises(TypeError, match="x has dtype >f4 in the other byte order"):
+        anybn.batch_norm(da.from_array(X.astype(">f4")), anybn.BatchNormState(4))
+    with pytest.raises(ValueError, match="dask has no device 'foo'"):
+        anybn.BatchNormState(4).to("dask:foo")

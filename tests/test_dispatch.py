@@ -58,7 +58,7 @@ def test_names_that_are_no_backend():
         pass
     with pytest.raises(ValueError, match="no backend 'numpy' was registered"):
         anybn.unregister_backend("numpy")
-    with pytest.raises(TypeError, match=r"register_backend needs a subclass of anybn.backends.Backend"):
+    with pytest.raises(TypeError, match=r"register_backend needs a subclass of Backend, from anybn.backends"):
         anybn.register_backend(object)
 
 

@@ -28,7 +28,7 @@ def plain_loss(x, weight, bias, mask=None, residual=0.0):
 
 
 def our_loss(x, weight, bias, mask=None, residual=None):
-    state = anybn.BatchNormState(3)
+    state = anybn.BatchNormState(3, like=x)
     state.weight, state.bias = weight, bias
     y = anybn.batch_norm(x, state, axis=1, mask=mask, residual=residual, activation="relu", training=True)
     return (y**3).sum()
@@ -185,3 +185,53 @@ def test_float64_mode_passes_conformance():
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
+
+
+def test_nothing_traced_stays_in_a_state_that_was_not_passed_in():
+    """With a concrete x, too: inside jit every operation gives tracers."""
+    x = jnp.asarray(VALUES)
+    state = anybn.BatchNormState(3)
+    arrays = state._arrays
+    jax.jit(lambda z: anybn.batch_norm(x, state) + z)(1.0)
+    assert state._arrays is arrays
+    for call in (
+        lambda z: anybn.batch_norm(x, state, training=True) + z,
+        lambda z: (state.to(x), z)[1],
+    ):
+        with pytest.raises(anybn.StateError, match="was not passed into this traced call"):
+            jax.jit(call)(1.0)
+        assert state._arrays is arrays
+
+    @jax.jit
+    def outer(xs, state):
+        return jax.lax.scan(lambda c, x: (c, anybn.batch_norm(x, state, training=True)), 0.0, xs)
+
+    with pytest.raises(anybn.StateError, match="make the state an argument of the traced function"):
+        outer(jnp.stack([x, x]), state)
+
+
+def test_the_counter_is_an_int_again_after_jit():
+    torch = pytest.importorskip("torch", reason="torch: not installed, pip install torch")
+    step = jax.jit(lambda x, s: (anybn.batch_norm(x, s, training=True), s))
+    _, state = step(jnp.asarray(VALUES), anybn.BatchNormState(3, momentum=None))
+    expected = anybn.BatchNormState(3, momentum=None)
+    anybn.batch_norm(VALUES, expected, training=True)
+    for array in (torch.from_numpy(VALUES + 1), VALUES + 2):
+        anybn.batch_norm(array, state, training=True)
+        anybn.batch_norm(np.asarray(array), expected, training=True)
+    assert state._arrays.num_batches_tracked == 3
+    assert isinstance(state._arrays.num_batches_tracked, int)
+    assert oracle.error(state.running_mean, expected.running_mean, "float32") <= 4
+    repr(jax.vmap(lambda s: s, axis_size=2, in_axes=None, out_axes=0)(state))
+
+
+def test_a_lazy_mask_that_leaves_one_value_is_not_committed():
+    step = jax.jit(lambda x, s, m: (anybn.batch_norm(x, s, training=True, mask=m), s))
+    _, state = step(jnp.asarray(VALUES), anybn.BatchNormState(3, ddof=0), jnp.arange(32).reshape(8, 4) == 5)
+    assert np.array_equal(state.running_var, np.ones(3))
+    assert np.array_equal(state.running_mean, np.zeros(3))
+
+
+def test_unknown_devices():
+    with pytest.raises(ValueError, match="jax has no device 'nonsense:9'; it has "):
+        anybn.BatchNormState(3).to("jax:nonsense:9")

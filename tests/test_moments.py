@@ -41,6 +41,7 @@ def test_var_and_errors():
     m = anybn.moments(np.array([[1.0], [3.0]]))
     assert m.var() == [1.0]
     assert m.var(ddof=1) == [2.0]
+    assert sum([m, m]).count == 4
     assert np.isnan(m.var(ddof=2)).all()
     with pytest.raises(ValueError, match="other has 2 channels, these moments have 1"):
         m + anybn.moments(np.ones((3, 2)))

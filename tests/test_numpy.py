@@ -24,6 +24,17 @@ def test_y_keeps_the_memory_order_of_x(axes):
     assert np.argsort(y.strides).tolist() == np.argsort(x.strides).tolist()
 
 
+def test_y_keeps_the_memory_order_beside_a_residual_of_another_order():
+    x = np.asfortranarray(X)
+    for options in ({"residual": X}, {"mask": np.ones((6, 4, 5), bool)}):
+        assert train(x, **options).flags.f_contiguous
+
+
+def test_out_of_an_empty_batch():
+    x = np.zeros((0, 3), np.float32)
+    assert train(x, out=x) is x
+
+
 def test_views_that_share_elements_or_are_read_only():
     x = np.broadcast_to(X[:1], X.shape)
     statistics = oracle.statistics(x)
@@ -68,7 +79,8 @@ def test_statistics_may_not_alias():
     with pytest.raises(ValueError, match="running_mean shares memory with running_var: give it a copy"):
         state.running_mean = shared
     x = np.ones((4, 3))
-    state.running_mean = x[0]
+    state = anybn.BatchNormState(3, dtype="float64")
+    state.weight = x[0]
     with pytest.raises(ValueError, match="x shares memory with the state"):
         anybn.batch_norm(x, state, training=True)
 
@@ -88,6 +100,7 @@ def test_statistics_may_not_alias():
         (np.float32(1), "x is a numpy.float32, .* wrap it with np.asarray"),
         ("text", "x is a str, not an array that anybn knows: convert it first"),
         (None, "x is a NoneType"),
+        (X.astype(">f4")[:, :, 0, 0], "x has dtype >f4"),
     ],
     ids=lambda value: type(value).__name__,
 )

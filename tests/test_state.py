@@ -184,6 +184,59 @@ def test_every_truncation_and_byte_flip_is_seen(path):
     assert wrong > 0.9 * len(whole)
 
 
+def test_files_whose_header_looks_like_a_pickle(path):
+    """A safetensors file starts with the length of its header, and some lengths start as pickles do."""
+    starts = set()
+    for digits in range(130):
+        state = anybn.BatchNormState(
+            10, eps=float(f"0.{'1' * (1 + digits % 15)}"), momentum=float(f"0.{'1' * (1 + digits // 10)}")
+        )
+        state.save(path)
+        starts.add(path.read_bytes()[:1])
+        assert inputs.state_values(anybn.BatchNormState.load(path)) == inputs.state_values(state)
+    assert b"\x80" in starts
+
+
+def test_file_modes_and_links(path):
+    state = trained()
+    state.save(path)
+    mode = path.parent / "plain"
+    mode.touch()
+    assert path.stat().st_mode == mode.stat().st_mode
+    path.chmod(0o640)
+    link = path.with_name("link")
+    link.symlink_to(path)
+    state.save(link)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_could_not_be_loaded_is_not_saved(path):
+    x = inputs.normal((9, 3))
+    x[0, 1] = np.nan
+    state = trained()
+    anybn.batch_norm(x, state, training=True, nonfinite="propagate")
+    with pytest.raises(
+        anybn.CheckpointError, match="nothing was saved, since load would refuse it: running_mean is nan"
+    ):
+        state.save(path)
+    assert not path.exists()
+
+
+def test_misspelt_settings_are_errors():
+    """torch's idiom bn.momentum = 0.01 must not pass unnoticed."""
+    for thing, name in ((anybn.BatchNorm(3), "momentum"), (anybn.BatchNormState(3), "runing_mean")):
+        with pytest.raises(AttributeError):
+            setattr(thing, name, 0.01)
+
+
+def test_running_statistics_in_numpy_are_read_only():
+    state = trained()
+    with pytest.raises(ValueError, match="read-only"):
+        state.running_var -= 5
+    assert np.all(state.running_var > 0)
+
+
 def test_foreign_files_are_refused(path):
     import safetensors.numpy
 

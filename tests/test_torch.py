@@ -122,7 +122,7 @@ def test_out_and_autograd(x):
 
 
 def test_sparse_and_quantized():
-    with pytest.raises(TypeError, match=r"x has the layout torch.sparse_coo: .* make it dense: x.to_dense\(\)"):
+    with pytest.raises(TypeError, match=r"x has the layout torch.sparse_coo: make it dense, e.g. with x.to_dense\(\)"):
         anybn.batch_norm(torch.eye(3).to_sparse(), anybn.BatchNormState(3))
 
 
@@ -148,3 +148,64 @@ def test_state_beside_a_model_can_be_deep_copied(x):
     bn(x)
     assert twin.state.num_batches_tracked == 1
     assert bn.state.num_batches_tracked == 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own use of it, in forward mode
+def test_forward_mode_and_torch_func(x):
+    """Against the formula as anyone would write it, which torch differentiates by itself."""
+
+    def plain(x):
+        deviation = x - x.mean((0, 2), keepdim=True)
+        return deviation / torch.sqrt((deviation**2).mean((0, 2), keepdim=True) + 1e-5)
+
+    def ours(x):
+        return anybn.batch_norm(x, anybn.BatchNormState(3), training=True)
+
+    values, direction = x.detach(), torch.randn(5, 3, 4, dtype=torch.float64)
+    forward_ad = torch.autograd.forward_ad
+    tangents = []
+    for f in (ours, plain):
+        with forward_ad.dual_level():
+            tangents.append(forward_ad.unpack_dual(f(forward_ad.make_dual(values, direction))).tangent)
+    assert torch.allclose(*tangents, atol=1e-10)
+    for transform in (
+        lambda f: torch.func.grad(lambda v: (f(v) ** 3).sum())(values),
+        lambda f: torch.func.jvp(f, (values,), (direction,))[1],
+        lambda f: torch.func.hessian(lambda v: (f(v) ** 3).sum())(values[:2, :, :2]),
+    ):
+        assert torch.allclose(transform(ours), transform(plain), atol=1e-9)
+
+    state = trained_state()
+    stacked = torch.func.vmap(lambda v: anybn.batch_norm(v, state))(torch.stack([values, values + 1]))
+    assert torch.allclose(stacked[1], anybn.batch_norm(values + 1, state))
+    arrays = state._arrays
+    with pytest.raises(anybn.StateError, match="was not passed into this traced call"):
+        torch.func.vmap(lambda v: anybn.batch_norm(v, state, training=True))(torch.stack([values, values + 1]))
+    assert state._arrays is arrays
+
+
+def test_parameters_stay_in_training():
+    state = anybn.BatchNormState(3).to("torch")
+    state.weight = parameter = torch.nn.Parameter(torch.ones(3))
+    saved = state.state_dict()
+    with torch.no_grad():
+        parameter += 1
+    state.load_state_dict(saved)
+    assert state.weight is parameter
+    assert torch.equal(parameter, torch.ones(3))
+    for twin in (state.copy(), copy.deepcopy(state)):
+        assert isinstance(twin.weight, torch.nn.Parameter)
+        assert twin.weight is not parameter
+    with pytest.raises(TypeError, match="weight has dtype float64 and requires grad, but the state keeps float32"):
+        state.weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+
+def test_devices_without_values():
+    state = anybn.BatchNormState(3)
+    arrays = state._arrays
+    with pytest.raises(TypeError, match="x is on the meta device and has no values"):
+        anybn.batch_norm(torch.empty(5, 3, device="meta"), state)
+    for name in ("torch:meta", "torch:nonsense", "torch:cuda:99"):
+        with pytest.raises(ValueError, match=r"torch.* has no"):
+            state.to(name)
+    assert state._arrays is arrays

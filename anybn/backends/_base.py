@@ -50,7 +50,7 @@ class Backend:
         return any(root_module(cls) in self.libraries for cls in array_type.__mro__)
 
     def refusal(self, x: Array) -> str:
-        """Why this x of the library cannot be normalized, and what to do; or ""."""
+        """Why this array of the library cannot be normalized ("has ..., "), and what to do; or ""."""
         return ""
 
     def namespace(self, x: Array) -> Any:
@@ -111,13 +111,25 @@ class Backend:
         """An independent copy, constant for automatic differentiation."""
         return self.namespace(x).asarray(self.detached(x), copy=True)
 
+    def twin(self, x: Array) -> Array:
+        """An independent copy that can be trained if x can."""
+        return self.copy(x)
+
+    def refilled(self, old: Array, new: Array) -> Array:
+        """new, or old filled with its values where others hold on to old, as optimizers do to torch's Parameters."""
+        return new
+
+    def frozen(self, x: Array) -> Array:
+        """x, made by us, as an array that cannot be written to, where the library has such."""
+        return x
+
     def place(self, x: Array) -> str:
         """Where x lies, as ``state.to`` takes it."""
         device = self.device_of(x)
         return self.name if device is None or str(device) == "cpu" else f"{self.name}:{_name_of(device)}"
 
-    def may_commit(self, x: Array, running_mean: Array) -> bool:
-        """False if x has no values yet and the state that holds running_mean would be left with none either."""
+    def may_store(self, new: Array, old: Array) -> bool:
+        """Whether a state may hold new in place of old after the call: not if new means something only inside it."""
         return True
 
     def write_problem(self, out: Array) -> str:

@@ -27,7 +27,10 @@ class CuPyBackend(Backend):
         return int(x.device.id)
 
     def device(self, name: str) -> int:
-        return int(name.rpartition(":")[2]) if name.rpartition(":")[2].isdigit() else cupy.cuda.runtime.getDevice()
+        found = self.devices()
+        if not found or name not in ("", "cuda", *found):
+            raise ValueError(f"cupy has no device {name!r}; it has {', '.join(found) or 'none'}")
+        return found.index(name) if name in found else int(cupy.cuda.runtime.getDevice())
 
     def devices(self) -> list[str]:
         if not cupy.cuda.is_available():

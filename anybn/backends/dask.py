@@ -13,6 +13,7 @@ import numpy as np
 
 from anybn import _core
 from anybn._core import Array
+from anybn._dispatch import backend_for
 from anybn.backends._base import Backend
 
 
@@ -27,8 +28,9 @@ class DaskBackend(Backend):
 
     def refusal(self, x: Array) -> str:
         if any(np.isnan(size) for size in x.shape):
-            return f"x has the unknown shape {x.shape}: call x.compute_chunk_sizes() first"
-        return ""
+            return f"has the unknown shape {x.shape}: call x.compute_chunk_sizes() first"
+        chunk = x._meta  # raises where the chunks are masked or sparse
+        return backend_for(chunk, "a chunk of x").refusal(chunk)
 
     def module(self) -> ModuleType:
         return array_api_compat.dask.array
@@ -46,6 +48,8 @@ class DaskBackend(Backend):
         return ["cpu"]
 
     def device(self, name: str) -> str:
+        if name not in ("", "cpu"):
+            raise ValueError(f"dask has no device {name!r}; it has cpu")
         return "cpu"
 
     def has_float64(self, device: Any) -> bool:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import anybn.jax  # noqa: F401 makes states pytrees
 from anybn import _core
 from anybn._core import Array, Gradients, Spec, Statistics
 from anybn.backends._base import Backend
@@ -53,10 +54,12 @@ class JaxBackend(Backend):
         return None
 
     def device(self, name: str) -> None:
+        if name and name not in (names := self.devices()) and name not in {n.partition(":")[0] for n in names}:
+            raise ValueError(f"jax has no device {name!r}; it has {', '.join(names)}")
         return None
 
     def devices(self) -> list[str]:
-        return [str(device) for device in jax.devices()]
+        return [f"{device.platform}:{device.id}" for device in jax.devices()]
 
     def has_float64(self, device: Any) -> bool:
         return bool(jax.config.jax_enable_x64)
@@ -70,8 +73,12 @@ class JaxBackend(Backend):
     def is_traced(self, x: Array) -> bool:
         return isinstance(_primal(x), jax.core.Tracer)
 
-    def may_commit(self, x: Array, running_mean: Array) -> bool:
-        return not self.is_traced(x) or self.is_traced(running_mean)
+    def may_store(self, new: Array, old: Array) -> bool:
+        """A tracer is good for one trace: only a state whose arrays already belong to that trace may hold it."""
+        new, old = _primal(new), _primal(old)
+        if not isinstance(new, jax.core.Tracer):
+            return True
+        return isinstance(old, jax.core.Tracer) and new._trace is old._trace
 
     def detached(self, x: Array) -> Array:
         return _primal(x)

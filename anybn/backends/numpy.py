@@ -8,8 +8,9 @@ from typing import Any
 import array_api_compat.numpy
 import numpy as np
 
-from anybn._core import Array
+from anybn._core import Array, Spec, Statistics
 from anybn.backends._base import Backend
+from anybn.errors import BackendNotInstalled
 
 
 class NumPyBackend(Backend):
@@ -21,7 +22,7 @@ class NumPyBackend(Backend):
 
     def refusal(self, x: Array) -> str:
         if not x.dtype.isnative:
-            return f"x has dtype {x.dtype} in the other byte order: cast it with x.astype(x.dtype.newbyteorder('='))"
+            return f"has dtype {x.dtype} in the other byte order: cast it with x.astype(x.dtype.newbyteorder('='))"
         return ""
 
     def module(self) -> ModuleType:
@@ -41,8 +42,12 @@ class NumPyBackend(Backend):
 
     def dtype(self, name: str) -> Any:
         if name == "bfloat16":
-            from ml_dtypes import bfloat16
-
+            try:
+                from ml_dtypes import bfloat16
+            except ImportError as error:
+                raise BackendNotInstalled(
+                    f"NumPy has no bfloat16 by itself ({error}): pip install ml_dtypes"
+                ) from error
             return np.dtype(bfloat16)
         return np.dtype(name)
 
@@ -55,9 +60,13 @@ class NumPyBackend(Backend):
     def write_problem(self, out: np.ndarray) -> str:
         if not out.flags.writeable:
             return "is read-only: pass an array that can be written to"
-        if any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
+        if out.size and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
             return "is a broadcast view, whose elements share memory: pass an array of its own"
         return ""
+
+    def frozen(self, x: np.ndarray) -> np.ndarray:
+        x.flags.writeable = False
+        return x
 
     def overlaps(self, a: Array, b: Array) -> bool:
         return np.may_share_memory(a, b)
@@ -68,3 +77,18 @@ class NumPyBackend(Backend):
             and a.shape == b.shape
             and a.strides == b.strides
         )
+
+    def evaluate(
+        self,
+        x: np.ndarray,
+        statistics: Statistics,
+        weight: np.ndarray | None,
+        bias: np.ndarray | None,
+        residual: np.ndarray | None,
+        mask: np.ndarray | None,
+        spec: Spec,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        if out is None and (residual is not None or mask is not None):
+            out = np.empty_like(x)  # NumPy gives the sum of arrays of different memory orders in none of the two
+        return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)

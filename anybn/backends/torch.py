@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import array_api_compat.torch
 import numpy as np
 import torch
+from torch._C import _functorch as functorch  # torch.func has no public way to ask
+from torch.autograd import forward_ad
 
 from anybn._core import Array, Spec, Statistics
 from anybn.backends._base import Backend
@@ -25,9 +30,11 @@ class _Namespace:
 
     @staticmethod
     def sqrt(x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
-            return torch.sqrt(x)
-        return torch.from_numpy(np.sqrt(x.detach().numpy()))
+        root = torch.sqrt(x)
+        if x.device.type != "cpu" or _in_torch_func():
+            return root
+        exact = torch.from_numpy(np.sqrt(x.detach().numpy()))
+        return root + (exact - root.detach())  # keeps the derivatives
 
 
 _NAMESPACE = _Namespace()
@@ -43,9 +50,13 @@ class TorchBackend(Backend):
 
     def refusal(self, x: torch.Tensor) -> str:
         if x.layout is not torch.strided:
-            return f"x has the layout {x.layout}: zeros do not stay zeros, so make it dense: x.to_dense()"
+            return f"has the layout {x.layout}: make it dense, e.g. with x.to_dense()"
         if x.is_quantized:
-            return "x is quantized: cast it with x.dequantize()"
+            return "is quantized: cast it with x.dequantize()"
+        if x.is_nested:
+            return "is a nested tensor: pad it, and pass mask="
+        if x.is_meta:
+            return "is on the meta device and has no values: create it on a real one"
         return ""
 
     def module(self) -> ModuleType:
@@ -62,7 +73,10 @@ class TorchBackend(Backend):
 
     def device(self, name: str) -> torch.device:
         try:
-            return torch.zeros((), device=name or "cpu").device  # "cuda" -> "cuda:0", and an error if there is none
+            device = torch.zeros((), device=name or "cpu").device  # "cuda" -> "cuda:0", and an error if there is none
+            if device.type != "meta":
+                return device
+            raise ValueError("torch's meta device has no values")
         except (AssertionError, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"torch has no device {name!r}; it has {', '.join(self.devices())}") from error
 
@@ -75,6 +89,10 @@ class TorchBackend(Backend):
 
     def from_numpy(self, array: np.ndarray, device: torch.device) -> torch.Tensor:
         array = np.array(array)
+        with torch.inference_mode(False):  # what a state keeps must be good for training later
+            return self._from_numpy(array, device)
+
+    def _from_numpy(self, array: np.ndarray, device: torch.device) -> torch.Tensor:
         if array.dtype.name == "bfloat16":  # torch does not know ml_dtypes, but the bits are the same
             return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16).to(device)
         return torch.from_numpy(array).to(device)
@@ -87,11 +105,33 @@ class TorchBackend(Backend):
             return x.view(torch.uint16).numpy().view(bfloat16).copy()
         return np.array(x.numpy())
 
-    def detached(self, x: torch.Tensor) -> torch.Tensor:
-        return x.detach()
+    def is_traced(self, x: torch.Tensor) -> bool:
+        return _in_torch_func() and functorch.is_batchedtensor(_unwrapped(x))
 
-    def no_grad(self) -> torch.no_grad:
-        return torch.no_grad()
+    def may_store(self, new: torch.Tensor, old: torch.Tensor) -> bool:
+        return not self.is_traced(new)
+
+    def detached(self, x: Any) -> Any:
+        return _unwrapped(x).detach() if isinstance(x, torch.Tensor) else x
+
+    def copy(self, x: torch.Tensor) -> torch.Tensor:
+        with self.no_grad():
+            return x.detach().clone()
+
+    def twin(self, x: torch.Tensor) -> torch.Tensor:
+        return copy.deepcopy(x) if x.is_leaf else self.copy(x)
+
+    def refilled(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if not (old.is_leaf and old.requires_grad):
+            return new
+        with torch.no_grad():
+            return old.copy_(new)
+
+    @contextmanager
+    def no_grad(self) -> Iterator[None]:
+        """Also out of inference mode, whose tensors are good for nothing else."""
+        with torch.inference_mode(False), torch.no_grad():
+            yield
 
     def records(self, *arrays: torch.Tensor | None) -> bool:
         return torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arrays)
@@ -104,7 +144,7 @@ class TorchBackend(Backend):
         return ""
 
     def overlaps(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        if a.device != b.device or not a.numel() or not b.numel():
+        if _in_torch_func() or a.device != b.device or not a.numel() or not b.numel():
             return False
         first, second = _extent(a), _extent(b)
         return first[0] < second[1] and second[0] < first[1]
@@ -124,7 +164,7 @@ class TorchBackend(Backend):
         spec: Spec,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Statistics]:
-        if not self.records(x, weight, bias, residual):
+        if not self.records(x, weight, bias, residual) or _differentiates_otherwise():
             return super().train(x, weight, bias, residual, mask, spec, out)
         with torch.no_grad():
             statistics = self.batch_statistics(x, spec.axis, mask)
@@ -141,9 +181,25 @@ class TorchBackend(Backend):
         spec: Spec,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if not self.records(x, weight, bias, residual):
+        if not self.records(x, weight, bias, residual) or _differentiates_otherwise():
             return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
         return _Normalize.apply(x, weight, bias, residual, self, statistics, mask, spec)
+
+
+def _differentiates_otherwise() -> bool:
+    """True inside forward-mode differentiation and torch.func, which take the core op by op."""
+    return forward_ad._current_level >= 0 or _in_torch_func()
+
+
+def _in_torch_func() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+def _unwrapped(x: torch.Tensor) -> torch.Tensor:
+    """The values under torch.func's derivatives; a batched tensor only if vmap is among what is under way."""
+    while _in_torch_func() and functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
 
 
 class _Normalize(torch.autograd.Function):

@@ -66,7 +66,7 @@ def chosen_targets(names: list[str] | None) -> list[Any]:
     """The parameters of ``anybn_target``: the backends asked for, or every device of every installed one."""
     if names:
         try:
-            return [pytest.param(_target(name), id=name) for name in ",".join(names).split(",")]
+            return [pytest.param(_target(name), id=name) for name in "".join(",".join(names).split()).split(",")]
         except (ImportError, ValueError, RuntimeError) as error:
             raise pytest.UsageError(f"--anybn-backend: {error}") from error
     found = _dispatch.installed_backends()
