@@ -8,6 +8,7 @@ from anybn._functional import batch_norm, batch_norm_vjp, moments
 from anybn._layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybn._moments import Moments
 from anybn._state import BatchNormState
+from anybn._threads import get_num_threads, set_num_threads
 from anybn.errors import BackendNotInstalled, CheckpointError, NonFiniteError, StateError
 from anybn.interop import fold
 
@@ -35,8 +36,10 @@ __all__ = [
     "batch_norm",
     "batch_norm_vjp",
     "fold",
+    "get_num_threads",
     "moments",
     "register_backend",
+    "set_num_threads",
     "unregister_backend",
     "use_backend",
 ]

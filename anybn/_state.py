@@ -195,9 +195,10 @@ class BatchNormState:
     @property
     def num_batches_tracked(self) -> int:
         n = self._arrays.num_batches_tracked
-        if isinstance(n, int) or n.ndim or backend_for(n).is_traced(n):
-            return n  # type: ignore[return-value] # under jax.jit and vmap, what these made of it
-        return int(n)
+        try:
+            return n if isinstance(n, int) or n.ndim else int(n)  # type: ignore[return-value]
+        except TypeError:  # what jax.jit and jax.grad made of it
+            return n  # type: ignore[return-value]
 
     @num_batches_tracked.setter
     def num_batches_tracked(self, value: int) -> None:

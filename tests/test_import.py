@@ -11,9 +11,7 @@ def run(code: str) -> str:
 
 def test_import_brings_in_no_framework():
     loaded = run(
-        "import sys, anybn\n"
-        "anybn.BatchNorm(3)(__import__('numpy').ones((4, 3)))\n"
-        "print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+        "import sys, anybn\nanybn.BatchNorm(3)\nprint(*sorted({m.partition('.')[0] for m in sys.modules}))"
     ).split()
     assert "numpy" in loaded
     for framework in (

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from types import ModuleType
 from typing import Any
 
 import array_api_compat.numpy
 import numpy as np
 
-from anybn._core import Array, Spec, Statistics
+from anybn import _core
+from anybn._core import Array, Gradients, Spec, Statistics
 from anybn.backends._base import Backend
 from anybn.errors import BackendNotInstalled
 
@@ -16,6 +20,10 @@ from anybn.errors import BackendNotInstalled
 class NumPyBackend(Backend):
     name = "numpy"
     libraries = ("numpy",)
+
+    @property
+    def how(self) -> str:  # type: ignore[override]
+        return "the Array API core" if fused_kernels() is None else "fused kernels compiled by Numba"
 
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, np.ndarray) and not issubclass(array_type, (np.ma.MaskedArray, np.matrix))
@@ -78,6 +86,33 @@ class NumPyBackend(Backend):
             and a.strides == b.strides
         )
 
+    # -- batch norm --------------------------------------------------------------------------------------------
+
+    def _kernels_for(self, x: np.ndarray, mask: np.ndarray | None) -> Any:
+        """The compiled kernels, if Numba is installed and they take such a call; else None, for the core."""
+        kernels = fused_kernels()
+        return kernels if kernels is not None and mask is None and kernels.supports(_bits(x).dtype) else None
+
+    def batch_statistics(self, x: np.ndarray, axis: int, mask: np.ndarray | None) -> Statistics:
+        if kernels := self._kernels_for(x, mask):
+            return kernels.batch_statistics(_bits(x), axis)
+        return super().batch_statistics(x, axis, mask)
+
+    def train(
+        self,
+        x: np.ndarray,
+        weight: np.ndarray | None,
+        bias: np.ndarray | None,
+        residual: np.ndarray | None,
+        mask: np.ndarray | None,
+        spec: Spec,
+        out: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, Statistics]:
+        if kernels := self._kernels_for(x, mask):
+            y, statistics = kernels.train(_bits(x), weight, bias, _bits(residual), spec, _bits(out))
+            return y.view(x.dtype) if out is None else out, statistics
+        return super().train(x, weight, bias, residual, mask, spec, out)
+
     def evaluate(
         self,
         x: np.ndarray,
@@ -89,6 +124,42 @@ class NumPyBackend(Backend):
         spec: Spec,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
+        if x.size and (kernels := self._kernels_for(x, mask)):
+            y = kernels.evaluate(_bits(x), statistics, weight, bias, _bits(residual), spec, _bits(out))
+            return y.view(x.dtype) if out is None else out
         if out is None and (residual is not None or mask is not None):
             out = np.empty_like(x)  # NumPy gives the sum of arrays of different memory orders in none of the two
         return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
+
+    def gradients(
+        self,
+        dy: np.ndarray,
+        x: np.ndarray,
+        statistics: Statistics,
+        weight: np.ndarray | None,
+        active: np.ndarray | None,
+        mask: np.ndarray | None,
+        spec: Spec,
+    ) -> Gradients:
+        kernels = self._kernels_for(x, mask)
+        if not (x.size and kernels):
+            return super().gradients(dy, x, statistics, weight, active, mask, spec)
+        grads = kernels.gradients(_bits(dy), _bits(x), statistics, weight, active, spec)
+        dresidual = dy if active is None else np.where(active, dy, np.zeros((), dy.dtype))
+        if weight is None:
+            return Gradients(grads.x.view(x.dtype), None, None, dresidual)
+        dweight, dbias = (_core.rounded_to(array_api_compat.numpy, a, weight.dtype) for a in (grads.weight, grads.bias))
+        return Gradients(grads.x.view(x.dtype), dweight, dbias, dresidual)
+
+
+@functools.cache
+def fused_kernels() -> ModuleType | None:
+    """`anybn.backends._fused`, if Numba is installed; imported with the first array that could use it."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    return importlib.import_module("anybn.backends._fused")
+
+
+def _bits(a: Any) -> Any:
+    """bfloat16 as uint16, which Numba and torch know as well; all else as it is."""
+    return a.view(np.uint16) if a is not None and a.dtype.name == "bfloat16" else a

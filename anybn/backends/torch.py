@@ -14,8 +14,9 @@ import torch
 from torch._C import _functorch as functorch  # torch.func has no public way to ask
 from torch.autograd import forward_ad
 
-from anybn._core import Array, Spec, Statistics
+from anybn._core import Array, Gradients, Spec, Statistics
 from anybn.backends._base import Backend
+from anybn.backends.numpy import fused_kernels
 
 
 class _Namespace:
@@ -43,7 +44,11 @@ _NAMESPACE = _Namespace()
 class TorchBackend(Backend):
     name = "torch"
     libraries = ("torch",)
-    how = "the Array API core, inside autograd"
+
+    @property
+    def how(self) -> str:  # type: ignore[override]
+        where = "the Array API core" if fused_kernels() is None else "NumPy's kernels on the CPU, elsewhere the core"
+        return f"{where}, inside autograd"
 
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, torch.Tensor)
@@ -154,6 +159,17 @@ class TorchBackend(Backend):
 
     # -- batch norm --------------------------------------------------------------------------------------------
 
+    def _kernels_for(self, x: torch.Tensor, mask: torch.Tensor | None) -> Any:
+        """NumPy's compiled kernels, for what lies in the CPU's memory and is only to be computed; else None."""
+        if x.device.type != "cpu" or mask is not None or not x.numel() or x.dtype not in _KERNEL_DTYPES:
+            return None
+        return None if _differentiates_otherwise() else fused_kernels()
+
+    def batch_statistics(self, x: torch.Tensor, axis: int, mask: torch.Tensor | None) -> Statistics:
+        if not self.records(x) and (kernels := self._kernels_for(x, mask)):
+            return _from_views(kernels.batch_statistics(_view(x), axis))
+        return super().batch_statistics(x, axis, mask)
+
     def train(
         self,
         x: torch.Tensor,
@@ -164,11 +180,14 @@ class TorchBackend(Backend):
         spec: Spec,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Statistics]:
-        if not self.records(x, weight, bias, residual) or _differentiates_otherwise():
-            return super().train(x, weight, bias, residual, mask, spec, out)
-        with torch.no_grad():
-            statistics = self.batch_statistics(x, spec.axis, mask)
-        return _Normalize.apply(x, weight, bias, residual, self, statistics, mask, spec), statistics
+        if self.records(x, weight, bias, residual) and not _differentiates_otherwise():
+            with torch.no_grad():
+                y, statistics = self.train(x, weight, bias, residual, mask, spec)
+            return _Recorded.apply(x, weight, bias, residual, self, y, statistics, mask, spec), statistics
+        if kernels := self._kernels_for(x, mask):
+            y, statistics = kernels.train(_view(x), _view(weight), _view(bias), _view(residual), spec, _view(out))
+            return _tensor(y, x.dtype) if out is None else out, _from_views(statistics)
+        return super().train(x, weight, bias, residual, mask, spec, out)
 
     def evaluate(
         self,
@@ -181,9 +200,67 @@ class TorchBackend(Backend):
         spec: Spec,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if not self.records(x, weight, bias, residual) or _differentiates_otherwise():
-            return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
-        return _Normalize.apply(x, weight, bias, residual, self, statistics, mask, spec)
+        if self.records(x, weight, bias, residual) and not _differentiates_otherwise():
+            with torch.no_grad():
+                y = self.evaluate(x, statistics, weight, bias, residual, mask, spec)
+            return _Recorded.apply(x, weight, bias, residual, self, y, statistics, mask, spec)
+        if kernels := self._kernels_for(x, mask):
+            views = _views(statistics), _view(weight), _view(bias), _view(residual)
+            y = kernels.evaluate(_view(x), *views, spec, _view(out))
+            return _tensor(y, x.dtype) if out is None else out
+        return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
+
+    def gradients(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        statistics: Statistics,
+        weight: torch.Tensor | None,
+        active: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        spec: Spec,
+    ) -> Gradients:
+        kernels = None if self.records(dy, x, weight) else self._kernels_for(x, mask)
+        if kernels is None:
+            return super().gradients(dy, x, statistics, weight, active, mask, spec)
+        grads = kernels.gradients(_view(dy), _view(x), _views(statistics), _view(weight), _view(active), spec)
+        dx = _tensor(grads.x, x.dtype)
+        dresidual = dy if active is None else torch.where(active, dy, torch.zeros((), dtype=dy.dtype))
+        if weight is None:
+            return Gradients(dx, None, None, dresidual)
+        dweight, dbias = (torch.from_numpy(a).to(weight.dtype) for a in (grads.weight, grads.bias))
+        return Gradients(dx, dweight, dbias, dresidual)
+
+
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def _view(a: torch.Tensor | None) -> Any:
+    """The tensor's memory as a NumPy array; 16 bits as they are."""
+    if a is None:
+        return None
+    a = a.detach()
+    if a.dtype is torch.bfloat16:
+        return a.view(torch.uint16).numpy()
+    return a.numpy()
+
+
+def _tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor over an array that `_view` could have given."""
+    t = torch.from_numpy(a)
+    return t if t.dtype is dtype else t.view(dtype)
+
+
+def _views(statistics: Statistics) -> Statistics:
+    return statistics._replace(
+        mean=_view(statistics.mean), shift=_view(statistics.shift), var=_view(statistics.var), m2=None
+    )
+
+
+def _from_views(statistics: Statistics) -> Statistics:
+    shift = None if statistics.shift is None else torch.from_numpy(statistics.shift)
+    mean, var, m2 = map(torch.from_numpy, (statistics.mean, statistics.var, statistics.m2))
+    return Statistics(statistics.count, mean, shift, var, m2)
 
 
 def _differentiates_otherwise() -> bool:
@@ -202,8 +279,8 @@ def _unwrapped(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-class _Normalize(torch.autograd.Function):
-    """y with its gradient as one node of the graph: it keeps x and C values, not the core's float64 temporaries.
+class _Recorded(torch.autograd.Function):
+    """y, computed already, as one node of the graph: it keeps x and C values, none of the core's temporaries.
 
     The statistics are this call's own, whatever the state does before the backward pass. Under ``create_graph`` the
     backward pass is recorded op by op, with the batch statistics computed from x again, which makes it differentiable
@@ -218,15 +295,15 @@ class _Normalize(torch.autograd.Function):
         bias: torch.Tensor | None,
         residual: torch.Tensor | None,
         backend: TorchBackend,
+        y: torch.Tensor,
         statistics: Statistics,
         mask: torch.Tensor | None,
         spec: Spec,
     ) -> torch.Tensor:
-        y = Backend.evaluate(backend, x, statistics, weight, bias, residual, mask, spec)
         active = y > 0 if spec.relu else None
         ctx.save_for_backward(x, weight, mask, active)
         ctx.backend, ctx.statistics, ctx.spec, ctx.has_residual = backend, statistics, spec, residual is not None
-        return y
+        return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -236,7 +313,7 @@ class _Normalize(torch.autograd.Function):
             statistics = ctx.backend.batch_statistics(x, ctx.spec.axis, mask)
         grads = ctx.backend.gradients(dy, x, statistics, weight, active, mask, ctx.spec)
         residual = grads.residual if ctx.has_residual else None
-        return grads.x, grads.weight, grads.bias, residual, None, None, None, None
+        return grads.x, grads.weight, grads.bias, residual, None, None, None, None, None
 
 
 def _extent(a: torch.Tensor) -> tuple[int, int]:

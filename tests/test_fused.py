@@ -1,0 +1,211 @@
+"""The compiled kernels: the same bits whatever the threads, the tasks or their absence; errors and forks in between."""
+
+import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import anybn
+from anybn import _threads
+from anybn.conformance import inputs, oracle
+
+fused = pytest.importorskip("anybn.backends._fused", reason="numba: not installed, pip install 'anybn[fast]'")
+
+#: Shapes and axes on either side of every decision: whole channels, pieces of one, joined rows, tails, single calls.
+CASES = [
+    ((3, 5, 7, 7), 1),
+    ((2, 1, 9), 1),
+    ((4, 300, 600), 1),
+    ((3, 2, 70_000), 1),
+    ((1, 2, 300_001), 1),
+    ((5, 4, 130, 130), -1),
+    ((1001, 3), 1),
+    ((4001, 70), 1),
+    ((300, 1023), 1),
+    ((2, 70_000), 1),
+    ((7, 3, 11, 13), 2),
+    ((6, 40_000), 0),
+]
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = anybn.get_num_threads()
+    yield
+    anybn.set_num_threads(before)
+
+
+def everything(values, axis, relu, with_residual):
+    """All results of a training step and an evaluation, as bytes."""
+    axis %= values.ndim
+    channels = values.shape[axis]
+    state = anybn.BatchNormState(channels)
+    state.weight, state.bias = inputs.normal((2, channels), 5).astype(np.float32)
+    options = {
+        "axis": axis,
+        "activation": "relu" if relu else None,
+        "residual": values[::-1].copy() if with_residual else None,
+    }
+    y, pullback = anybn.batch_norm_vjp(values, state, training=True, **options)
+    grads = pullback(inputs.normal(values.shape, 6).astype(values.dtype))
+    results = [y, grads.x, grads.weight, grads.bias, state.running_mean, state.running_var]
+    results.append(anybn.batch_norm(values, state, **options))
+    if with_residual:
+        results.append(grads.residual)
+    return results
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_number_of_threads_changes_no_bit(case, dtype):
+    shape, axis = case
+    values = (inputs.normal(shape) * 2 + 3).astype(dtype)
+    for relu, with_residual in itertools.product([True, False], repeat=2):
+        seen = set()
+        for threads in (1, 2, 7):
+            anybn.set_num_threads(threads)
+            seen.add(b"".join(a.tobytes() for a in everything(values, axis, relu, with_residual)))
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_against_the_core(case, dtype, monkeypatch):
+    """On exact data bit for bit; on other data as far as two ways to add may differ."""
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes", reason="NumPy has no bfloat16 without ml_dtypes")
+    shape, axis = case
+    for values, exact in ((inputs.exact(shape, axis), True), (inputs.normal(shape) * 2 + 3, False)):
+        values = inputs.cast(values, dtype)
+        for relu in (True, False):
+            by_kernels = everything(values, axis, relu, True)
+            with monkeypatch.context() as patch:
+                patch.setattr("anybn.backends.numpy.fused_kernels", lambda: None)
+                by_core = everything(values, axis, relu, True)
+            for name, a, b in zip(
+                ("y", "dx", "dw", "db", "mean", "var", "eval", "dr"), by_kernels, by_core, strict=True
+            ):
+                assert a.dtype == b.dtype
+                if exact and name in ("y", "mean", "var", "eval", "dr"):
+                    assert np.array_equal(a, b), name
+                unit = a.dtype.name if name not in ("mean", "var") else dtype
+                size = np.maximum(1, np.abs(b.astype(np.float64)).max())
+                assert oracle.error(a, b.astype(np.float64), unit, size) <= (1 if unit == "bfloat16" else 8), name
+
+
+def test_lying():
+    x = np.empty((2, 3, 4, 5), np.float32)
+    assert fused.lying(x, 1) == ((0, 1, 2, 3), 2, 3, 20)
+    assert fused.lying(x, 3) == ((0, 1, 2, 3), 24, 5, 1)
+    assert fused.lying(x.transpose(0, 3, 1, 2), 1) == ((0, 2, 3, 1), 24, 5, 1)
+    assert fused.lying(x.T, 0) == ((3, 2, 1, 0), 24, 5, 1)
+    assert fused.lying(x[:, :1], 1) is None
+    assert fused.lying(x[::-1], 1) is None
+    assert fused.lying(np.broadcast_to(x[:1], x.shape), 1) is None
+    assert fused.lying(np.empty((6, 1, 7)), 1) == ((0, 1, 2), 1, 1, 42)
+
+
+@pytest.mark.parametrize("layout", ["out in another order", "out is residual", "x is strided"])
+def test_where_results_are_written(layout):
+    x, residual = inputs.normal((6, 4, 9)), inputs.normal((6, 4, 9), 1)
+    expected = anybn.batch_norm(x, anybn.BatchNormState(4), training=True, residual=residual)
+    out = None
+    if layout == "out in another order":
+        out = np.full(x.shape[::-1], np.nan).T
+    elif layout == "out is residual":
+        out = residual
+    else:
+        x = np.repeat(x, 2, axis=2)[:, :, ::2]
+    y = anybn.batch_norm(x, anybn.BatchNormState(4), training=True, residual=residual, out=out)
+    assert np.array_equal(y, expected)
+    assert out is None or y is out
+
+
+def test_threads_inside_threads_and_forks():
+    x = inputs.normal((8, 64, 5000)).astype(np.float32)  # several tasks
+    expected = anybn.batch_norm(x, anybn.BatchNormState(64), training=True)
+    anybn.set_num_threads(3)
+
+    def work(_):
+        return np.array_equal(anybn.batch_norm(x, anybn.BatchNormState(64), training=True), expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(12)))
+    if hasattr(os, "fork"):
+        code = (
+            "import os, numpy as np, anybn, warnings; warnings.simplefilter('ignore'); anybn.set_num_threads(3)\n"
+            "x = np.random.default_rng(0).normal(size=(8, 64, 5000))\n"
+            "y = anybn.batch_norm(x, anybn.BatchNormState(64), training=True)\n"
+            "pid = os.fork()\n"
+            "same = np.array_equal(y, anybn.batch_norm(x, anybn.BatchNormState(64), training=True))\n"
+            "os._exit(0 if same else 1) if pid == 0 else exit(os.waitpid(pid, 0)[1] or (not same))\n"
+        )
+        assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
+def test_an_error_in_a_task_ends_the_others_first():
+    anybn.set_num_threads(3)
+    ended = []
+
+    def task(i):
+        if i == 3:
+            raise MemoryError
+        ended.append(i)
+
+    with pytest.raises(MemoryError):
+        _threads.run(task, 1000)
+    count = len(ended)
+    assert count < 1000
+    _threads.run(lambda i: None, 10)
+    assert len(ended) == count
+
+
+def test_every_task_runs_once():
+    for threads, count in ((1, 5), (2, 1), (4, 100)):
+        anybn.set_num_threads(threads)
+        ran = []
+        _threads.run(ran.append, count)
+        assert sorted(ran) == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("count", "error", "message"),
+    [
+        (0, ValueError, "count is 0; it must be 1 or more"),
+        (1.5, TypeError, "count is 1.5, a float"),
+        ("2", TypeError, "a str"),
+    ],
+)
+def test_impossible_numbers_of_threads(count, error, message):
+    with pytest.raises(error, match=message):
+        anybn.set_num_threads(count)
+
+
+def test_threads_follow_the_environment():
+    code = "import anybn; print(anybn.get_num_threads())"
+    for value, expected in (("5", "5"), ("nonsense", str(len(os.sched_getaffinity(0))))):
+        environment = {**os.environ, "ANYBN_NUM_THREADS": value}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == expected
+
+
+def test_without_numba_conformance_passes_too(tmp_path):
+    (tmp_path / "no_numba.py").write_text(
+        "import anybn.backends.numpy as numpy_backend, anybn.backends.torch as torch_backend\n"
+        "for module in (numpy_backend, torch_backend):\n"
+        "    module.fused_kernels = lambda: None\n"
+    )
+    pytest.importorskip("torch", reason="torch: not installed, pip install torch")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "--pyargs", "anybn.conformance", "--anybn-backend=numpy,torch", "-q", "-x",
+         "-p", "no_numba", "-k", "not ten_million"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
