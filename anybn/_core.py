@@ -14,6 +14,7 @@ unevaluated sum ``mean + shift`` of two working numbers.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -70,6 +71,12 @@ def blocked_sum(xp: Any, a: Array, axes: tuple[int, ...], block: int = 16) -> Ar
 
 def dtype_name(dtype: Any) -> str:
     """``"float32"`` for ``np.float32``, ``np.dtype("f4")``, ``torch.float32``, ``jnp.float32``, ``"float32"``."""
+    return _dtype_name(type(dtype), dtype)  # type: ignore[arg-type] # a type is hashable
+
+
+@functools.lru_cache(maxsize=256)
+def _dtype_name(_: Any, dtype: Any) -> str:
+    # The type comes first in the cache's key, since some libraries warn when their dtypes are compared with others'.
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     return name.rpartition(".")[2]
 
@@ -255,15 +262,28 @@ def updated_running_statistics(
     xp: Any,
     running_mean: Array,
     running_var: Array,
-    batch_mean: Array,
-    batch_var: Array,
+    statistics: Statistics,
     momentum: float | Array,
+    ddof: int,
     propagate: bool,
 ) -> tuple[Array, Array]:
-    """``running = (1 - momentum) * running + momentum * batch``, except in channels whose batch is not finite."""
-    new_mean = (1.0 - momentum) * running_mean + momentum * xp.astype(batch_mean, running_mean.dtype)
-    new_var = (1.0 - momentum) * running_var + momentum * xp.astype(batch_var, running_var.dtype)
+    """``running = (1 - momentum) * running + momentum * batch``, with ``m2 / (count - ddof)`` for the variance.
+
+    Channels whose batch is not finite keep theirs, unless ``propagate``; so does every channel where a mask that is
+    counted only later left fewer than 2 values.
+    """
+    mean, count = statistics.mean, statistics.count
+    if statistics.shift is not None:
+        mean = mean + statistics.shift
+    if isinstance(count, int):
+        n: Any = count - ddof
+    else:
+        n = xp.astype(count, mean.dtype)
+        n = xp.where(n > 1, n - ddof, xp.full_like(n, xp.nan))
+    var = statistics.m2 / n
+    new_mean = (1.0 - momentum) * running_mean + momentum * xp.astype(mean, running_mean.dtype)
+    new_var = (1.0 - momentum) * running_var + momentum * xp.astype(var, running_var.dtype)
     if propagate:
         return new_mean, new_var
-    finite = xp.isfinite(batch_mean) & xp.isfinite(batch_var)
+    finite = xp.isfinite(mean) & xp.isfinite(var)
     return xp.where(finite, new_mean, running_mean), xp.where(finite, new_var, running_var)

@@ -245,9 +245,12 @@ class BatchNormState:
 
     def _placed(self, arrays: Arrays, backend: Backend, device: Any) -> Arrays:
         """arrays with those that lie elsewhere copied to this device; the same object if none does."""
+        n = arrays.num_batches_tracked
+        if isinstance(n, int) and all(a is None or backend.holds(a, device) for a in arrays[:4]):
+            return arrays
         moved: dict[str, Any] = {}
         for name, array in arrays.held().items():
-            if backend.owns(type(array)) and backend.device_of(array) == device:
+            if backend.holds(array, device):
                 continue
             dtype = _numpy_dtype(self._dtype_of(name, backend, device))
             with np.errstate(over="ignore"):
@@ -255,7 +258,6 @@ class BatchNormState:
             moved[name] = backend.from_numpy(values, device)
             if name.startswith("running"):
                 moved[name] = backend.frozen(moved[name])
-        n = arrays.num_batches_tracked
         if not isinstance(n, int) and not backend_for(n).is_traced(n):  # as jax.jit gives it back
             moved["num_batches_tracked"] = int(n)
         return arrays._replace(**moved) if moved else arrays
@@ -324,38 +326,24 @@ class BatchNormState:
 
     def _commit(self, backend: Backend, x: Array, statistics: Statistics, nonfinite: str) -> None:
         """Count the batch and fold its statistics into the running ones: one swap, after everything has succeeded."""
-        with backend.no_grad(), np.errstate(all="ignore"):
-            mean, shift, m2, count = map(backend.detached, (*statistics[1:3], statistics.m2, statistics.count))
-            if shift is not None:
-                mean = mean + shift
-            xp = backend.namespace(mean)
-            if isinstance(count, int):
-                n: Any = count - self._ddof
-            else:  # a mask decided, perhaps to be counted later: NaN, which is not committed, where it left too few
-                n = xp.astype(count, m2.dtype)
-                n = xp.where(n > 1, n - self._ddof, xp.full_like(n, xp.nan))
-            batch_var = m2 / n
 
-            def change(before: Arrays) -> Arrays:
-                arrays = self._placed(before, backend, backend.device_of(x))
-                batches = arrays.num_batches_tracked + 1
-                running = _core.updated_running_statistics(
-                    xp,
-                    arrays.running_mean,
-                    arrays.running_var,
-                    mean,
-                    batch_var,
-                    1.0 / batches if self._momentum is None else self._momentum,
-                    propagate=nonfinite == "propagate",
-                )
-                running_mean, running_var = map(backend.frozen, running)
-                arrays = arrays._replace(
-                    running_mean=running_mean, running_var=running_var, num_batches_tracked=batches
-                )
-                _require_storable(backend, arrays, before)
-                return arrays
+        def change(before: Arrays) -> Arrays:
+            arrays = self._placed(before, backend, backend.device_of(x))
+            batches = arrays.num_batches_tracked + 1
+            running = backend.updated_running_statistics(
+                arrays.running_mean,
+                arrays.running_var,
+                statistics,
+                1.0 / batches if self._momentum is None else self._momentum,
+                self._ddof,
+                propagate=nonfinite == "propagate",
+            )
+            running_mean, running_var = map(backend.frozen, running)
+            arrays = Arrays(arrays.weight, arrays.bias, running_mean, running_var, batches)
+            _require_storable(backend, arrays, before)
+            return arrays
 
-            self._update(change)
+        self._update(change)
 
     # -- copies and checkpoints --------------------------------------------------------------------------------
 

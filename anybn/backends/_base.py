@@ -49,6 +49,10 @@ class Backend:
         """Whether arrays of this type are this backend's; decided by the type alone, so that it can be remembered."""
         return any(root_module(cls) in self.libraries for cls in array_type.__mro__)
 
+    def holds(self, array: Array, device: Any) -> bool:
+        """Whether this is an array of this backend on this device."""
+        return self.owns(type(array)) and bool(self.device_of(array) == device)
+
     def refusal(self, x: Array) -> str:
         """Why this array of the library cannot be normalized ("has ..., "), and what to do; or ""."""
         return ""
@@ -198,6 +202,22 @@ class Backend:
             return y
         out[...] = y
         return out
+
+    def updated_running_statistics(
+        self,
+        running_mean: Array,
+        running_var: Array,
+        statistics: Statistics,
+        momentum: float | Array,
+        ddof: int,
+        propagate: bool,
+    ) -> tuple[Array, Array]:
+        """See `anybn._core.updated_running_statistics`. New arrays, constant for automatic differentiation."""
+        with self.no_grad(), np.errstate(all="ignore"):
+            statistics = Statistics(*map(self.detached, statistics))
+            return _core.updated_running_statistics(
+                self.namespace(running_mean), running_mean, running_var, statistics, momentum, ddof, propagate
+            )
 
     def gradients(
         self,

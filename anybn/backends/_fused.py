@@ -1,14 +1,14 @@
 """Batch norm on NumPy arrays by compiled kernels: how an array lies in memory, its split into tasks, their merging.
 
-The split depends on the shape alone and partial sums are merged in a fixed order, so the results do not depend on the
-number of threads. A channel that fits the cache is read from memory once: its statistics and its normalization are one
-task. Larger channels, and rows of channels, are read twice.
+Sums are taken over parts that depend on the shape alone, and merged in a fixed order, so the results do not depend on
+the number of threads. A channel that fits the cache is read from memory once: its statistics and its normalization are
+one task. Larger channels, and rows of channels, are read twice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from anybn.backends import _kernels
 
 CACHE = 1 << 20  # bytes of a channel that a core's own cache is trusted with
 TASK = 1 << 18  # bytes that are worth another thread
+STRIPE = 1 << 16  # values of rows that are added up at a time
 WIDE_ROW = 256  # rows of fewer values are joined, so that there is something to vectorize over
 
 
@@ -90,49 +91,32 @@ def _channels(values: np.ndarray | None, count: int, default: float) -> np.ndarr
 # -- splitting -------------------------------------------------------------------------------------------------
 
 
-def _ranges(size: int, step: int) -> list[tuple[int, int]]:
-    return [(i, min(i + step, size)) for i in range(0, size, step)]
+def _split(kernel: Callable[..., Any], arguments: tuple[Any, ...], count: int, nbytes: int) -> None:
+    """``kernel(*arguments, i0, i1)`` for ranges that make up ``range(count)``, whose results must not depend on them.
+
+    Two ranges for each thread: one that is held up can be helped, and every call waits for the interpreter's lock.
+    """
+    threads = _threads.get_num_threads()
+    ranges = max(1, min(count, 2 * threads if threads > 1 else 1, nbytes // TASK))
+    step = -(-count // ranges)
+    _threads.run(lambda i: kernel(*arguments, i * step, min((i + 1) * step, count)), -(-count // step))
 
 
-def _each(task: Callable[..., Any], parts: Sequence[tuple[int, ...]]) -> None:
-    _threads.run(lambda i: task(*parts[i]), len(parts))
+def _segments(x: np.ndarray) -> int:
+    """Into how many segments each plane of ``(N, C, L)`` is cut: one, unless it is large."""
+    return -(-x.shape[2] * x.itemsize // TASK)
 
 
-def _channel_tasks(x: np.ndarray) -> Sequence[tuple[int, ...]]:
-    """Ranges of whole channels."""
-    return _ranges(x.shape[1], max(1, TASK * x.shape[1] // x.nbytes))
-
-
-def _boxes(x: np.ndarray) -> list[tuple[int, ...]]:
-    """``(n0, n1, c0, c1, l0, l1)``: parts in the order of memory."""
-    n, c, length = x.shape
-    values = TASK // x.itemsize
-    if length >= values:
-        return [(i, i + 1, j, j + 1, *ls) for i in range(n) for j in range(c) for ls in _ranges(length, values)]
-    if c * length >= values:
-        return [(i, i + 1, *cs, 0, length) for i in range(n) for cs in _ranges(c, max(1, values // length))]
-    return [(*ns, 0, c, 0, length) for ns in _ranges(n, max(1, values // (c * length)))]
-
-
-def _pieces(x: np.ndarray) -> list[tuple[int, ...]]:
-    """``(n0, n1, l0, l1)``: parts of one channel."""
-    n, _, length = x.shape
-    values = TASK // x.itemsize
-    if length >= values:
-        return [(i, i + 1, *ls) for i in range(n) for ls in _ranges(length, values)]
-    return [(*ns, 0, length) for ns in _ranges(n, values // length)]
-
-
-def _sums_of_planes(x: np.ndarray, sums: Callable[..., tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """``sums(c, n0, n1, l0, l1)`` of every channel, over its pieces."""
-    pieces, channels = _pieces(x), x.shape[1]
-    partial = np.empty((2, channels, len(pieces)))
-
-    def task(c: int, k: int) -> None:
-        partial[:, c, k] = sums(c, *pieces[k])
-
-    _each(task, [(c, k) for c in range(channels) for k in range(len(pieces))])
-    s1, s2 = _core.blocked_sum(np, partial, (2,))
+def _sums_of_planes(
+    kernel: Callable[..., None], arrays: tuple[Any, ...], origin: np.ndarray, x: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a kernel sums per segment, added up per channel in the order of memory."""
+    n, channels, _ = x.shape
+    segments = _segments(x)
+    partial = np.empty((2, n * channels * segments))
+    _split(kernel, (*arrays, origin, segments, *partial), partial.shape[1], x.nbytes)
+    by_channel = np.moveaxis(partial.reshape(2, n, channels, segments), 2, 1).reshape(2, channels, -1)
+    s1, s2 = _core.blocked_sum(np, by_channel, (2,))
     return s1, s2
 
 
@@ -144,35 +128,34 @@ class _Rows:
         self.joined = max(1, min(WIDE_ROW // self.channels, rows))
         self.main = rows - rows % self.joined
 
-    def parts(self, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return a[: self.main].reshape(-1, self.joined * self.channels), a[self.main :]
+    def parts(self, *arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+        """The joined rows of each array, then, if there are any, those left over."""
+        width = self.joined * self.channels
+        parts = [tuple(a[: self.main].reshape(-1, width) for a in arrays)]
+        if self.main < len(arrays[0]):
+            parts.append(tuple(a[self.main :] for a in arrays))
+        return parts
 
-    def spread(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def spread(self, *values: np.ndarray) -> list[tuple[np.ndarray, ...]]:
         """Per-channel values for either part."""
-        return np.tile(values, self.joined), values
+        return [tuple(np.tile(v, self.joined) for v in values) if self.joined > 1 else values, values]
 
-    def tasks(self, x: np.ndarray) -> Sequence[tuple[int, ...]]:
-        """``(part, r0, r1)``."""
-        main, rest = self.parts(x)
-        step = max(1, TASK // (main.shape[1] * x.itemsize))
-        return [(0, *rows) for rows in _ranges(len(main), step)] + ([(1, 0, len(rest))] if len(rest) else [])
-
-    def sums(self, x: np.ndarray, kernel: Callable[..., None]) -> tuple[np.ndarray, np.ndarray]:
-        """``kernel(part, r0, r1, s1, s2)`` over all rows, added up per channel."""
-        tasks = self.tasks(x)
-        partial = np.zeros((2, len(tasks), self.joined * self.channels))
-
-        def task(part: int, r0: int, r1: int, k: int) -> None:
-            width = self.joined * self.channels if part == 0 else self.channels
-            kernel(part, r0, r1, partial[0, k, :width], partial[1, k, :width])
-
-        _each(task, [(*rows, k) for k, rows in enumerate(tasks)])
-        by_row = partial.reshape(2, len(tasks) * self.joined, self.channels)
-        s1, s2 = _core.blocked_sum(np, by_row, (1,))
+    def sums(
+        self, kernel: Callable[..., None], arrays: tuple[np.ndarray, ...], flags: tuple[bool, ...], origin: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What a kernel sums per stripe of rows, added up per channel in the order of memory."""
+        total: Any = 0.0
+        for part, origins in zip(self.parts(*arrays), self.spread(origin), strict=False):
+            rows, width = part[0].shape
+            step = max(1, STRIPE // width)
+            partial = np.empty((2, -(-rows // step), width))
+            _split(kernel, (*part, *flags, *origins, step, *partial), partial.shape[1], part[0].nbytes)
+            total = total + _core.blocked_sum(np, partial.reshape(2, -1, self.channels), (1,))
+        s1, s2 = total
         return s1, s2
 
 
-# -- the three operations --------------------------------------------------------------------------------------
+# -- the operations --------------------------------------------------------------------------------------------
 
 
 def train(
@@ -185,25 +168,34 @@ def train(
 ) -> tuple[np.ndarray, Statistics]:
     """y and the statistics of x."""
     how, contiguous, (rest,) = _alike(x, spec.axis, residual)
-    y = out if out is not None and out.strides == contiguous.strides else np.empty_like(contiguous)
-    channels = how.channels
-    scale_by, offset = _channels(weight, channels, 1.0), _channels(bias, channels, 0.0)
-    wide = x.dtype != np.float64
-    mean, shift, m2, scale = np.empty((4, channels))
-    x_in, y_in = how.of(contiguous), how.of(y)
-    options = (x_in if rest is None else how.of(rest), rest is not None, spec.relu)
-    count = how.outer * how.inner
-    if how.inner > 1 and x.nbytes <= CACHE * channels:
-        arguments = (x_in, y_in, *options, wide, spec.eps, scale_by, offset, mean, shift, m2, scale)
-        _each(lambda c0, c1: _kernels.train_planes(*arguments, c0, c1), _channel_tasks(x_in))
-    elif how.inner == 1 and x.nbytes <= CACHE:
-        _kernels.train_rows(x_in, y_in, *options, wide, spec.eps, scale_by, offset, mean, shift, m2, scale)
-    else:
+    wide, channels, count = x.dtype != np.float64, how.channels, how.outer * how.inner
+    fits = x.nbytes <= CACHE * channels if how.inner > 1 else x.nbytes <= CACHE
+    if not fits:
         statistics = batch_statistics(contiguous, spec.axis)
-        return evaluate(contiguous, statistics, weight, bias, rest, spec, y if out is None else out), statistics
-    if out is not None and y is not out:
-        out[...] = y
-    return y if out is None else out, Statistics(count, mean, None if wide else shift, m2 / count, m2)
+        return evaluate(contiguous, statistics, weight, bias, rest, spec, out), statistics
+    y = _destination(contiguous, out)
+    x_in, y_in = how.of(contiguous), how.of(y)
+    mean, shift, m2, scale = np.empty((4, channels))
+    options = (x_in if rest is None else how.of(rest), rest is not None, spec.relu, wide, spec.eps)
+    parameters = (_channels(weight, channels, 1.0), _channels(bias, channels, 0.0))
+    arguments = (x_in, y_in, *options, *parameters, mean, shift, m2, scale)
+    if how.inner > 1:
+        _split(_kernels.train_planes, arguments, channels, x.nbytes)
+    else:
+        _kernels.train_rows(*arguments)
+    return _delivered(y, out), Statistics(count, mean, None if wide else shift, m2 / count, m2)
+
+
+def _destination(x: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+    """Where kernels may write what lies like x: out, if it does."""
+    return out if out is not None and out.strides == x.strides else np.empty_like(x)
+
+
+def _delivered(y: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+    if out is None or out is y:
+        return y
+    out[...] = y
+    return out
 
 
 def batch_statistics(x: np.ndarray, axis: int) -> Statistics:
@@ -211,22 +203,15 @@ def batch_statistics(x: np.ndarray, axis: int) -> Statistics:
     how, x, _ = _alike(x, axis)
     x = how.of(x)
     count = how.outer * how.inner
-    if how.inner > 1:
 
-        def sums(origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return _sums_of_planes(x, lambda c, *piece: _kernels.plane_sums(x, c, *piece, origin[c]))
-    else:
-        rows = _Rows(x)
-        parts = rows.parts(x)
+    def sums(origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if how.inner > 1:
+            return _sums_of_planes(_kernels.sum_segments, (x,), origin, x)
+        return _Rows(x).sums(_kernels.sum_stripes, (x,), (), origin)
 
-        def sums(origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            origins = rows.spread(origin)
-            return rows.sums(x, lambda part, r0, r1, *s: _kernels.row_sums(parts[part], r0, r1, origins[part], *s))
-
-    first = x[0, :, 0] if how.inner > 1 else x[0]
-    origin = as_float64(first)
     shift = None
     with np.errstate(all="ignore"):
+        origin = _float64(x[0, :, 0] if how.inner > 1 else x[0])
         s1, s2 = sums(origin)
         mean = origin + s1 / count
         if x.dtype == np.float64:
@@ -236,9 +221,9 @@ def batch_statistics(x: np.ndarray, axis: int) -> Statistics:
         return Statistics(count, mean, shift, m2 / count, m2)
 
 
-def as_float64(values: np.ndarray) -> np.ndarray:
+def _float64(values: np.ndarray) -> np.ndarray:
     if values.dtype == np.uint16:
-        return (values.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        values = (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float64)
 
 
@@ -253,26 +238,22 @@ def evaluate(
 ) -> np.ndarray:
     """y with given statistics."""
     how, contiguous, (rest,) = _alike(x, spec.axis, residual)
-    y = out if out is not None and out.strides == contiguous.strides else np.empty_like(contiguous)
+    y = _destination(contiguous, out)
     mean = np.array(statistics.mean)  # the state's are read-only, which Numba would compile another version for
-    scale = _core.scale_of(np, statistics, weight, spec.eps)
     shift = np.zeros_like(mean) if statistics.shift is None else statistics.shift
-    channels = (mean, shift, scale, _channels(bias, how.channels, 0.0))
-    x_in, y_in, rest_in = how.of(contiguous), how.of(y), how.of(contiguous if rest is None else rest)
-    options = (rest is not None, spec.relu)
+    scale = _core.scale_of(np, statistics, weight, spec.eps)
+    parameters = (mean, shift, scale, _channels(bias, how.channels, 0.0))
+    arrays = (how.of(contiguous), how.of(y), how.of(contiguous if rest is None else rest))
+    options = (rest is not None, spec.relu, statistics.shift is None)
     if how.inner > 1:
-        _each(lambda *box: _kernels.normalize_planes(x_in, y_in, rest_in, *options, *channels, *box), _boxes(x_in))
+        segments = _segments(arrays[0])
+        arguments = (*arrays, *options, *parameters, segments)
+        _split(_kernels.normalize_segments, arguments, how.outer * how.channels * segments, x.nbytes)
     else:
-        rows = _Rows(x_in)
-        arrays = [*zip(rows.parts(x_in), rows.parts(y_in), rows.parts(rest_in), strict=True)]
-        values = [*zip(*map(rows.spread, channels), strict=True)]
-        _each(
-            lambda part, r0, r1: _kernels.normalize_rows(*arrays[part], *options, *values[part], r0, r1),
-            rows.tasks(x_in),
-        )
-    if out is not None and y is not out:
-        out[...] = y
-    return y if out is None else out
+        rows = _Rows(arrays[0])
+        for part, spread in zip(rows.parts(*arrays), rows.spread(*parameters), strict=False):
+            _split(_kernels.normalize_rows, (*part, *options, *spread), len(part[0]), part[0].nbytes)
+    return _delivered(y, out)
 
 
 def gradients(
@@ -291,39 +272,47 @@ def gradients(
     shift = np.zeros_like(mean) if statistics.shift is None else statistics.shift
     rstd, scale = _core.reciprocal_std(np, statistics, spec.eps), _core.scale_of(np, statistics, weight, spec.eps)
     count = 0 if statistics.count is None else how.outer * how.inner
-    x_in, dy_in, dx_in = how.of(contiguous), how.of(dy_like), how.of(dx)
-    active_in, masked = how.of(dy_like if active_like is None else active_like), active_like is not None
+    masked = active_like is not None
+    flags = (masked, statistics.shift is None)
+    arrays = (how.of(dy_like), how.of(contiguous), how.of(dy_like if active_like is None else active_like))
+    dx_in = how.of(dx)
     if how.inner > 1 and x.nbytes <= CACHE * how.channels:
         dweight, dbias, k1, k2 = np.empty((4, how.channels))
-        arguments = (dy_in, x_in, active_in, masked, dx_in, count, mean, shift, rstd, scale, dweight, dbias, k1, k2)
-        _each(lambda c0, c1: _kernels.backward_planes(*arguments, c0, c1), _channel_tasks(x_in))
+        values = (mean, shift, rstd, scale, dweight, dbias, k1, k2)
+        _split(_kernels.backward_planes, (*arrays, *flags, dx_in, count, *values), how.channels, x.nbytes)
         return Gradients(dx, dweight, dbias, None)
 
-    if how.inner > 1:
-        s1, s2 = _sums_of_planes(
-            x_in,
-            lambda c, *piece: _kernels.plane_gradient_sums(dy_in, x_in, active_in, masked, c, *piece, mean[c]),
-        )
+    rows = None if how.inner > 1 else _Rows(arrays[1])
+    if rows is None:
+        s1, s2 = _sums_of_planes(_kernels.gradient_sum_segments, (*arrays, masked), mean, arrays[1])
     else:
-        rows = _Rows(x_in)
-        arrays = [*zip(rows.parts(dy_in), rows.parts(x_in), rows.parts(active_in), strict=True)]
-        origins = rows.spread(mean)
-        s1, s2 = rows.sums(
-            x_in,
-            lambda part, r0, r1, *s: _kernels.row_gradient_sums(*arrays[part], masked, r0, r1, origins[part], *s),
-        )
+        s1, s2 = rows.sums(_kernels.gradient_sum_stripes, arrays, (masked,), mean)
     dbias, dweight = s1, (s2 - shift * s1) * rstd
-    k1, k2 = (dbias / count, dweight / count) if count else (np.zeros_like(mean), np.zeros_like(mean))
-    channels = (mean, shift, rstd, k1, k2, scale)
-    if how.inner > 1:
-        _each(
-            lambda *box: _kernels.gradient_planes(dy_in, x_in, active_in, masked, dx_in, *channels, *box),
-            _boxes(x_in),
-        )
+    k1, k2 = (dbias / count, dweight / count) if count else np.zeros((2, how.channels))
+    parameters = (mean, shift, rstd, k1, k2, scale)
+    if rows is None:
+        segments = _segments(arrays[1])
+        everything = (*arrays, *flags, dx_in, *parameters, segments)
+        _split(_kernels.gradient_segments, everything, how.outer * how.channels * segments, x.nbytes)
     else:
-        outs, values = rows.parts(dx_in), [*zip(*map(rows.spread, channels), strict=True)]
-        _each(
-            lambda part, r0, r1: _kernels.gradient_rows(*arrays[part], masked, outs[part], *values[part], r0, r1),
-            rows.tasks(x_in),
-        )
+        for (*part, out), spread in zip(rows.parts(*arrays, dx_in), rows.spread(*parameters), strict=False):
+            _split(_kernels.gradient_rows, (*part, *flags, out, *spread), len(out), out.nbytes)
     return Gradients(dx, dweight, dbias, None)
+
+
+def updated_running_statistics(
+    running_mean: np.ndarray,
+    running_var: np.ndarray,
+    statistics: Statistics,
+    momentum: float,
+    ddof: int,
+    propagate: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """See `anybn._core.updated_running_statistics`; the count is an int."""
+    running_mean, running_var = np.array(running_mean), np.array(running_var)
+    mean, shift = statistics.mean, statistics.shift
+    shifts = (mean, False) if shift is None else (shift, True)
+    _kernels.update_running(
+        mean, *shifts, statistics.m2, statistics.count, ddof, momentum, propagate, running_mean, running_var
+    )
+    return running_mean, running_var

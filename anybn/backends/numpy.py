@@ -28,6 +28,9 @@ class NumPyBackend(Backend):
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, np.ndarray) and not issubclass(array_type, (np.ma.MaskedArray, np.matrix))
 
+    def holds(self, array: Array, device: Any) -> bool:
+        return type(array) is np.ndarray or self.owns(type(array))
+
     def refusal(self, x: Array) -> str:
         if not x.dtype.isnative:
             return f"has dtype {x.dtype} in the other byte order: cast it with x.astype(x.dtype.newbyteorder('='))"
@@ -131,6 +134,20 @@ class NumPyBackend(Backend):
             out = np.empty_like(x)  # NumPy gives the sum of arrays of different memory orders in none of the two
         return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
 
+    def updated_running_statistics(
+        self,
+        running_mean: np.ndarray,
+        running_var: np.ndarray,
+        statistics: Statistics,
+        momentum: float,
+        ddof: int,
+        propagate: bool,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        kernels = fused_kernels()
+        if kernels is None or not isinstance(statistics.count, int):
+            return super().updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
+        return kernels.updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
+
     def gradients(
         self,
         dy: np.ndarray,
@@ -162,4 +179,4 @@ def fused_kernels() -> ModuleType | None:
 
 def _bits(a: Any) -> Any:
     """bfloat16 as uint16, which Numba and torch know as well; all else as it is."""
-    return a.view(np.uint16) if a is not None and a.dtype.name == "bfloat16" else a
+    return a.view(np.uint16) if a is not None and a.dtype.kind == "V" and a.dtype.name == "bfloat16" else a

@@ -53,6 +53,9 @@ class TorchBackend(Backend):
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, torch.Tensor)
 
+    def holds(self, array: Any, device: torch.device) -> bool:
+        return isinstance(array, torch.Tensor) and array.device == device
+
     def refusal(self, x: torch.Tensor) -> str:
         if x.layout is not torch.strided:
             return f"has the layout {x.layout}: make it dense, e.g. with x.to_dense()"
@@ -210,6 +213,22 @@ class TorchBackend(Backend):
             return _tensor(y, x.dtype) if out is None else out
         return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
 
+    def updated_running_statistics(
+        self,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        statistics: Statistics,
+        momentum: float,
+        ddof: int,
+        propagate: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        kernels = self._kernels_for(running_mean, None)
+        if kernels is None or not isinstance(statistics.count, int):
+            return super().updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
+        views = _view(running_mean), _view(running_var), _views(statistics)
+        mean, var = kernels.updated_running_statistics(*views, momentum, ddof, propagate)
+        return torch.from_numpy(mean), torch.from_numpy(var)
+
     def gradients(
         self,
         dy: torch.Tensor,
@@ -252,9 +271,7 @@ def _tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _views(statistics: Statistics) -> Statistics:
-    return statistics._replace(
-        mean=_view(statistics.mean), shift=_view(statistics.shift), var=_view(statistics.var), m2=None
-    )
+    return Statistics(statistics.count, *map(_view, statistics[1:]))
 
 
 def _from_views(statistics: Statistics) -> Statistics:
@@ -318,5 +335,8 @@ class _Recorded(torch.autograd.Function):
 
 def _extent(a: torch.Tensor) -> tuple[int, int]:
     """First and one past the last address that a's elements touch; torch has no negative strides."""
+    start = a.data_ptr()
+    if a.is_contiguous():
+        return start, start + a.nbytes
     span = sum((size - 1) * stride for size, stride in zip(a.shape, a.stride(), strict=True))
-    return a.data_ptr(), a.data_ptr() + (span + 1) * a.element_size()
+    return start, start + (span + 1) * a.element_size()
