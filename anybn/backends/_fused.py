@@ -7,15 +7,15 @@ one task. Larger channels, and rows of channels, are read twice.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from anybn import _core, _threads
 from anybn._core import Gradients, Spec, Statistics
 from anybn.backends import _kernels
+from anybn.backends._layout import alike, as_float64, delivered, destination, parameter
 
 CACHE = 1 << 20  # bytes of a channel that a core's own cache is trusted with
 TASK = 1 << 18  # bytes that are worth another thread
@@ -23,69 +23,9 @@ STRIPE = 1 << 16  # values of rows that are added up at a time
 WIDE_ROW = 256  # rows of fewer values are joined, so that there is something to vectorize over
 
 
-class Lying(NamedTuple):
-    """An array as it lies in memory."""
-
-    order: tuple[int, ...]
-    """the axes from the slowest to the fastest, and in this order, the shape as"""
-    outer: int
-    channels: int
-    inner: int
-
-    def of(self, a: np.ndarray) -> np.ndarray:
-        """a, which lies the same way, as ``(outer, channels, inner)``, or ``(outer, channels)`` where inner is 1."""
-        shape = (self.outer, self.channels, self.inner) if self.inner > 1 else (self.outer, self.channels)
-        return a.transpose(self.order).reshape(shape)
-
-
 def supports(dtype: np.dtype) -> bool:
     """float32, float64, and bfloat16 as its bits; Numba has no float16 on the CPU."""
     return dtype in (np.float32, np.float64, np.uint16)
-
-
-def lying(x: np.ndarray, axis: int) -> Lying | None:
-    """How x lies in memory; None if it has gaps, overlaps or runs backwards."""
-    if x.flags.c_contiguous:
-        order = tuple(range(x.ndim))
-    else:
-        order = tuple(sorted(range(x.ndim), key=lambda i: (-x.strides[i], i)))
-        if not x.transpose(order).flags.c_contiguous:
-            return None
-    p = order.index(axis)
-    outer = math.prod(x.shape[i] for i in order[:p])
-    inner = math.prod(x.shape[i] for i in order[p + 1 :])
-    if x.shape[axis] == 1:
-        return Lying(order, 1, 1, outer * inner)
-    return Lying(order, outer, x.shape[axis], inner)
-
-
-class _Arrays(NamedTuple):
-    """x, and others that were made to lie like it."""
-
-    lying: Lying
-    x: np.ndarray
-    others: tuple[np.ndarray | None, ...]
-
-
-def _alike(x: np.ndarray, axis: int, *others: np.ndarray | None) -> _Arrays:
-    found = lying(x, axis)
-    if found is None:
-        x = x.copy(order="K")
-        found = lying(x, axis)
-        assert found is not None
-
-    def like_x(a: np.ndarray | None) -> np.ndarray | None:
-        if a is None or a.strides == x.strides:
-            return a
-        copy = np.empty_like(x, dtype=a.dtype)
-        copy[...] = a
-        return copy
-
-    return _Arrays(found, x, tuple(like_x(a) for a in others))
-
-
-def _channels(values: np.ndarray | None, count: int, default: float) -> np.ndarray:
-    return np.full(count, default) if values is None else values.astype(np.float64)
 
 
 # -- splitting -------------------------------------------------------------------------------------------------
@@ -167,40 +107,28 @@ def train(
     out: np.ndarray | None,
 ) -> tuple[np.ndarray, Statistics]:
     """y and the statistics of x."""
-    how, contiguous, (rest,) = _alike(x, spec.axis, residual)
+    how, contiguous, (rest,) = alike(x, spec.axis, residual)
     wide, channels, count = x.dtype != np.float64, how.channels, how.outer * how.inner
     fits = x.nbytes <= CACHE * channels if how.inner > 1 else x.nbytes <= CACHE
     if not fits:
         statistics = batch_statistics(contiguous, spec.axis)
         return evaluate(contiguous, statistics, weight, bias, rest, spec, out), statistics
-    y = _destination(contiguous, out)
+    y = destination(contiguous, out)
     x_in, y_in = how.of(contiguous), how.of(y)
     mean, shift, m2, scale = np.empty((4, channels))
     options = (x_in if rest is None else how.of(rest), rest is not None, spec.relu, wide, spec.eps)
-    parameters = (_channels(weight, channels, 1.0), _channels(bias, channels, 0.0))
+    parameters = (parameter(weight, channels, 1.0), parameter(bias, channels, 0.0))
     arguments = (x_in, y_in, *options, *parameters, mean, shift, m2, scale)
     if how.inner > 1:
         _split(_kernels.train_planes, arguments, channels, x.nbytes)
     else:
         _kernels.train_rows(*arguments)
-    return _delivered(y, out), Statistics(count, mean, None if wide else shift, m2 / count, m2)
-
-
-def _destination(x: np.ndarray, out: np.ndarray | None) -> np.ndarray:
-    """Where kernels may write what lies like x: out, if it does."""
-    return out if out is not None and out.strides == x.strides else np.empty_like(x)
-
-
-def _delivered(y: np.ndarray, out: np.ndarray | None) -> np.ndarray:
-    if out is None or out is y:
-        return y
-    out[...] = y
-    return out
+    return delivered(y, out), Statistics(count, mean, None if wide else shift, m2 / count, m2)
 
 
 def batch_statistics(x: np.ndarray, axis: int) -> Statistics:
     """Mean and variance of every channel."""
-    how, x, _ = _alike(x, axis)
+    how, x, _ = alike(x, axis)
     x = how.of(x)
     count = how.outer * how.inner
 
@@ -211,7 +139,7 @@ def batch_statistics(x: np.ndarray, axis: int) -> Statistics:
 
     shift = None
     with np.errstate(all="ignore"):
-        origin = _float64(x[0, :, 0] if how.inner > 1 else x[0])
+        origin = as_float64(x[0, :, 0] if how.inner > 1 else x[0])
         s1, s2 = sums(origin)
         mean = origin + s1 / count
         if x.dtype == np.float64:
@@ -219,12 +147,6 @@ def batch_statistics(x: np.ndarray, axis: int) -> Statistics:
             shift = s1 / count
         m2 = s2 - s1 * (s1 / count)
         return Statistics(count, mean, shift, m2 / count, m2)
-
-
-def _float64(values: np.ndarray) -> np.ndarray:
-    if values.dtype == np.uint16:
-        values = (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float64)
 
 
 def evaluate(
@@ -237,12 +159,12 @@ def evaluate(
     out: np.ndarray | None,
 ) -> np.ndarray:
     """y with given statistics."""
-    how, contiguous, (rest,) = _alike(x, spec.axis, residual)
-    y = _destination(contiguous, out)
+    how, contiguous, (rest,) = alike(x, spec.axis, residual)
+    y = destination(contiguous, out)
     mean = np.array(statistics.mean)  # the state's are read-only, which Numba would compile another version for
     shift = np.zeros_like(mean) if statistics.shift is None else statistics.shift
     scale = _core.scale_of(np, statistics, weight, spec.eps)
-    parameters = (mean, shift, scale, _channels(bias, how.channels, 0.0))
+    parameters = (mean, shift, scale, parameter(bias, how.channels, 0.0))
     arrays = (how.of(contiguous), how.of(y), how.of(contiguous if rest is None else rest))
     options = (rest is not None, spec.relu, statistics.shift is None)
     if how.inner > 1:
@@ -253,7 +175,7 @@ def evaluate(
         rows = _Rows(arrays[0])
         for part, spread in zip(rows.parts(*arrays), rows.spread(*parameters), strict=False):
             _split(_kernels.normalize_rows, (*part, *options, *spread), len(part[0]), part[0].nbytes)
-    return _delivered(y, out)
+    return delivered(y, out)
 
 
 def gradients(
@@ -265,7 +187,7 @@ def gradients(
     spec: Spec,
 ) -> Gradients:
     """See `anybn._core.gradients`; weight's and bias's in float64, the residual's left out."""
-    how, contiguous, (dy_like, active_like) = _alike(x, spec.axis, dy, active)
+    how, contiguous, (dy_like, active_like) = alike(x, spec.axis, dy, active)
     assert dy_like is not None
     dx = np.empty_like(contiguous)
     mean = np.array(statistics.mean)

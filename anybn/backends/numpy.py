@@ -23,7 +23,7 @@ class NumPyBackend(Backend):
 
     @property
     def how(self) -> str:  # type: ignore[override]
-        return "the Array API core" if fused_kernels() is None else "fused kernels compiled by Numba"
+        return "in blocks that fit the cache" if importlib.util.find_spec("numba") is None else "fused Numba kernels"
 
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, np.ndarray) and not issubclass(array_type, (np.ma.MaskedArray, np.matrix))
@@ -92,13 +92,12 @@ class NumPyBackend(Backend):
     # -- batch norm --------------------------------------------------------------------------------------------
 
     def _kernels_for(self, x: np.ndarray, mask: np.ndarray | None) -> Any:
-        """The compiled kernels, if Numba is installed and they take such a call; else None, for the core."""
-        kernels = fused_kernels()
-        return kernels if kernels is not None and mask is None and kernels.supports(_bits(x).dtype) else None
+        """The kernels, if they take such a call; else None, for the core."""
+        return kernels() if mask is None and kernels().supports(_bits(x).dtype) else None
 
     def batch_statistics(self, x: np.ndarray, axis: int, mask: np.ndarray | None) -> Statistics:
-        if kernels := self._kernels_for(x, mask):
-            return kernels.batch_statistics(_bits(x), axis)
+        if chosen := self._kernels_for(x, mask):
+            return chosen.batch_statistics(_bits(x), axis)
         return super().batch_statistics(x, axis, mask)
 
     def train(
@@ -111,8 +110,8 @@ class NumPyBackend(Backend):
         spec: Spec,
         out: np.ndarray | None = None,
     ) -> tuple[np.ndarray, Statistics]:
-        if kernels := self._kernels_for(x, mask):
-            y, statistics = kernels.train(_bits(x), weight, bias, _bits(residual), spec, _bits(out))
+        if chosen := self._kernels_for(x, mask):
+            y, statistics = chosen.train(_bits(x), weight, bias, _bits(residual), spec, _bits(out))
             return y.view(x.dtype) if out is None else out, statistics
         return super().train(x, weight, bias, residual, mask, spec, out)
 
@@ -127,8 +126,8 @@ class NumPyBackend(Backend):
         spec: Spec,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        if x.size and (kernels := self._kernels_for(x, mask)):
-            y = kernels.evaluate(_bits(x), statistics, weight, bias, _bits(residual), spec, _bits(out))
+        if x.size and (chosen := self._kernels_for(x, mask)):
+            y = chosen.evaluate(_bits(x), statistics, weight, bias, _bits(residual), spec, _bits(out))
             return y.view(x.dtype) if out is None else out
         if out is None and (residual is not None or mask is not None):
             out = np.empty_like(x)  # NumPy gives the sum of arrays of different memory orders in none of the two
@@ -143,10 +142,9 @@ class NumPyBackend(Backend):
         ddof: int,
         propagate: bool,
     ) -> tuple[np.ndarray, np.ndarray]:
-        kernels = fused_kernels()
-        if kernels is None or not isinstance(statistics.count, int):
+        if not isinstance(statistics.count, int):
             return super().updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
-        return kernels.updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
+        return kernels().updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
 
     def gradients(
         self,
@@ -158,10 +156,10 @@ class NumPyBackend(Backend):
         mask: np.ndarray | None,
         spec: Spec,
     ) -> Gradients:
-        kernels = self._kernels_for(x, mask)
-        if not (x.size and kernels):
+        chosen = self._kernels_for(x, mask)
+        if not (x.size and chosen):
             return super().gradients(dy, x, statistics, weight, active, mask, spec)
-        grads = kernels.gradients(_bits(dy), _bits(x), statistics, weight, active, spec)
+        grads = chosen.gradients(_bits(dy), _bits(x), statistics, weight, active, spec)
         dresidual = dy if active is None else np.where(active, dy, np.zeros((), dy.dtype))
         if weight is None:
             return Gradients(grads.x.view(x.dtype), None, None, dresidual)
@@ -170,11 +168,10 @@ class NumPyBackend(Backend):
 
 
 @functools.cache
-def fused_kernels() -> ModuleType | None:
-    """`anybn.backends._fused`, if Numba is installed; imported with the first array that could use it."""
-    if importlib.util.find_spec("numba") is None:
-        return None
-    return importlib.import_module("anybn.backends._fused")
+def kernels() -> ModuleType:
+    """`anybn.backends._fused` where Numba is installed, else `_blocked`; imported with the first array for it."""
+    name = "_blocked" if importlib.util.find_spec("numba") is None else "_fused"
+    return importlib.import_module(f"anybn.backends.{name}")
 
 
 def _bits(a: Any) -> Any:

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from anybn._core import Array, Gradients, Spec, Statistics
 from anybn.backends._base import Backend
-from anybn.backends.numpy import fused_kernels
+from anybn.backends.numpy import NumPyBackend, kernels
 
 
 class _Namespace:
@@ -47,8 +47,7 @@ class TorchBackend(Backend):
 
     @property
     def how(self) -> str:  # type: ignore[override]
-        where = "the Array API core" if fused_kernels() is None else "NumPy's kernels on the CPU, elsewhere the core"
-        return f"{where}, inside autograd"
+        return f"on the CPU {NumPyBackend().how}, elsewhere the Array API core, inside autograd"
 
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, torch.Tensor)
@@ -163,14 +162,16 @@ class TorchBackend(Backend):
     # -- batch norm --------------------------------------------------------------------------------------------
 
     def _kernels_for(self, x: torch.Tensor, mask: torch.Tensor | None) -> Any:
-        """NumPy's compiled kernels, for what lies in the CPU's memory and is only to be computed; else None."""
-        if x.device.type != "cpu" or mask is not None or not x.numel() or x.dtype not in _KERNEL_DTYPES:
+        """NumPy's kernels, for what lies in the CPU's memory and is only to be computed; else None, for the core."""
+        if x.device.type != "cpu" or mask is not None or not x.numel() or x.dtype not in _DTYPES:
             return None
-        return None if _differentiates_otherwise() else fused_kernels()
+        if _differentiates_otherwise() or not kernels().supports(_DTYPES[x.dtype]):
+            return None
+        return kernels()
 
     def batch_statistics(self, x: torch.Tensor, axis: int, mask: torch.Tensor | None) -> Statistics:
-        if not self.records(x) and (kernels := self._kernels_for(x, mask)):
-            return _from_views(kernels.batch_statistics(_view(x), axis))
+        if not self.records(x) and (chosen := self._kernels_for(x, mask)):
+            return _from_views(chosen.batch_statistics(_view(x), axis))
         return super().batch_statistics(x, axis, mask)
 
     def train(
@@ -187,8 +188,8 @@ class TorchBackend(Backend):
             with torch.no_grad():
                 y, statistics = self.train(x, weight, bias, residual, mask, spec)
             return _Recorded.apply(x, weight, bias, residual, self, y, statistics, mask, spec), statistics
-        if kernels := self._kernels_for(x, mask):
-            y, statistics = kernels.train(_view(x), _view(weight), _view(bias), _view(residual), spec, _view(out))
+        if chosen := self._kernels_for(x, mask):
+            y, statistics = chosen.train(_view(x), _view(weight), _view(bias), _view(residual), spec, _view(out))
             return _tensor(y, x.dtype) if out is None else out, _from_views(statistics)
         return super().train(x, weight, bias, residual, mask, spec, out)
 
@@ -207,9 +208,9 @@ class TorchBackend(Backend):
             with torch.no_grad():
                 y = self.evaluate(x, statistics, weight, bias, residual, mask, spec)
             return _Recorded.apply(x, weight, bias, residual, self, y, statistics, mask, spec)
-        if kernels := self._kernels_for(x, mask):
+        if chosen := self._kernels_for(x, mask):
             views = _views(statistics), _view(weight), _view(bias), _view(residual)
-            y = kernels.evaluate(_view(x), *views, spec, _view(out))
+            y = chosen.evaluate(_view(x), *views, spec, _view(out))
             return _tensor(y, x.dtype) if out is None else out
         return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
 
@@ -222,11 +223,11 @@ class TorchBackend(Backend):
         ddof: int,
         propagate: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        kernels = self._kernels_for(running_mean, None)
-        if kernels is None or not isinstance(statistics.count, int):
+        chosen = self._kernels_for(running_mean, None)
+        if chosen is None or not isinstance(statistics.count, int):
             return super().updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
         views = _view(running_mean), _view(running_var), _views(statistics)
-        mean, var = kernels.updated_running_statistics(*views, momentum, ddof, propagate)
+        mean, var = chosen.updated_running_statistics(*views, momentum, ddof, propagate)
         return torch.from_numpy(mean), torch.from_numpy(var)
 
     def gradients(
@@ -239,10 +240,10 @@ class TorchBackend(Backend):
         mask: torch.Tensor | None,
         spec: Spec,
     ) -> Gradients:
-        kernels = None if self.records(dy, x, weight) else self._kernels_for(x, mask)
-        if kernels is None:
+        chosen = None if self.records(dy, x, weight) else self._kernels_for(x, mask)
+        if chosen is None:
             return super().gradients(dy, x, statistics, weight, active, mask, spec)
-        grads = kernels.gradients(_view(dy), _view(x), _views(statistics), _view(weight), _view(active), spec)
+        grads = chosen.gradients(_view(dy), _view(x), _views(statistics), _view(weight), _view(active), spec)
         dx = _tensor(grads.x, x.dtype)
         dresidual = dy if active is None else torch.where(active, dy, torch.zeros((), dtype=dy.dtype))
         if weight is None:
@@ -251,7 +252,8 @@ class TorchBackend(Backend):
         return Gradients(dx, dweight, dbias, dresidual)
 
 
-_KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+#: As NumPy sees them; bfloat16 as its bits.
+_DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
 
 
 def _view(a: torch.Tensor | None) -> Any:
