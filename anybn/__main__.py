@@ -1,4 +1,4 @@
-"""``python -m anybn info | demo | check``: what is installed, a training to look at, a test of this machine."""
+"""``python -m anybn info | demo | check | bench``: what is installed, a training to look at, tests of this machine."""
 
 from __future__ import annotations
 
@@ -143,11 +143,44 @@ def pytest_arguments(names: Sequence[str]) -> list[str]:
     return ["--pyargs", "anybn.conformance", "-q", "-m", "quick", *surroundings, *chosen]
 
 
+# -- bench -----------------------------------------------------------------------------------------------------
+
+
+def add_bench(commands: Commands) -> None:
+    command = commands.add_parser("bench", help="measure training forward beside torch, if installed, and a plain copy")
+    command.add_argument(
+        "--png", type=png, default="anybn-bench.png", metavar="PATH", help="for the bars; default: %(default)s"
+    )
+    command.set_defaults(run=bench)
+
+
+def bench(options: argparse.Namespace) -> int:
+    try:
+        from anybn import _bench
+    except ImportError as error:
+        raise BackendNotInstalled(
+            f'the benchmark needs matplotlib and tqdm ({error}): pip install "anybn[demo]"'
+        ) from error
+    try:
+        rows, busy = _bench.run(options.png)
+    except _bench.WrongResult as error:
+        print(f"anybn: {error}", file=sys.stderr)
+        return 1
+    print(table(rows))
+    print(
+        f"\nmedians of training forward passes on float32, {anybn.get_num_threads()} threads; every result was checked"
+    )
+    if busy > _bench.QUIET:
+        print(f"other processes used up to {busy:.1f} CPUs meanwhile: try again when the machine is quiet")
+    print(f"bars: {options.png}")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m anybn", description=anybn.__doc__)
     parser.add_argument("--version", action="version", version=f"anybn {anybn.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_info, add_demo, add_check):
+    for add in (add_info, add_demo, add_check, add_bench):
         add(commands)
     options = parser.parse_args(arguments)
     try:

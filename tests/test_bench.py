@@ -1,0 +1,199 @@
+"""``python -m anybn bench`` and what benchmarks/speed.py measures with: checks, medians, table and drawing."""
+
+import builtins
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import anybn
+from anybn import __main__ as cli
+
+bench = pytest.importorskip("anybn._bench", exc_type=ImportError)
+
+SHAPES = {bench.FIRST: (6, 5, 4, 3), bench.LAST: (2, 5, 3, 4, 3), bench.ROWS: (9, 7)}
+SMALL = [bench.Case(op, layout, shape) for op in bench.OPS for layout, shape in SHAPES.items()]
+
+
+@pytest.fixture(autouse=True)
+def gradients_and_threads():
+    threads = anybn.get_num_threads()
+    with bench.without_grad():
+        yield
+    anybn.set_num_threads(threads)
+
+
+def test_cases_are_every_op_on_every_layout():
+    cases = bench.cases()
+    assert len(cases) == len({*cases}) == 4 * (2 * len(bench.IMAGES) + len(bench.TABLES)) + 1
+    assert bench.cases(["call"]) == [bench.Case("call", bench.ROWS, bench.TINY)]
+    assert {case.shape for case in bench.cases(["backward"], [bench.LAST])} == {*bench.IMAGES}
+    assert {case.dtype for case in bench.cases(dtype="float64")} == {"float64"}
+
+
+def test_layouts_lie_in_memory_as_they_say():
+    for layout, shape in SHAPES.items():
+        x = bench.Data.of(bench.Case("forward", layout, shape)).x
+        assert x.shape == shape
+        assert (np.moveaxis(x, 1, -1) if layout == bench.LAST else x).flags.c_contiguous
+
+
+def test_torch_sees_the_same_memory():
+    torch = pytest.importorskip("torch")
+    data = bench.Data.of(bench.Case("forward", bench.LAST, (2, 5, 4, 3), "bfloat16"))
+    x = bench.to_torch(data.x)
+    assert x.dtype == torch.bfloat16
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert x.data_ptr() == data.x.ctypes.data
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_right_results_pass(case, dtype):
+    case = case._replace(dtype=dtype)
+    data = bench.Data.of(case)
+    bench.check(case, data, bench.anybns(case, data))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_wrong_results_do_not(case):
+    data = bench.Data.of(case)
+    for name, run in bench.anybns(case, data).items():
+        right = run() if isinstance(run(), tuple) else (run(),)
+        for i, array in enumerate(right):
+            for wrong in (array + 4 * abs(array).max() * 2.0**-23, array * np.nan, array * 2):
+                result = tuple(wrong if i == j else a for j, a in enumerate(right))
+                with pytest.raises(bench.WrongResult, match=f"of anybn on {name}"):
+                    bench.check(case, data, {name: lambda result=result: result})
+
+
+def test_wrong_dtypes_do_not():
+    case = bench.Case("forward", bench.ROWS, (9, 7), "float64")
+    data = bench.Data.of(case)
+    narrow = bench.anybn_on_numpy(case, data)().astype(np.float32)
+    with pytest.raises(bench.WrongResult, match="is float32"):
+        bench.check(case, data, {"numpy": lambda: narrow})
+
+
+def test_a_wrong_value_in_the_last_channel_is_found():
+    case = bench.Case("forward", bench.FIRST, (2, 3, 1024, 1024))  # more than one block of channels
+    data = bench.Data.of(case)
+    y = bench.anybn_on_numpy(case, data)()
+    bench.check(case, data, {"numpy": lambda: y})
+    y[-1, -1, -1, -1] += 1e-3
+    with pytest.raises(bench.WrongResult, match="channels from 2"):
+        bench.check(case, data, {"numpy": lambda: y})
+
+
+def test_nothing_is_timed_before_the_check(monkeypatch):
+    monkeypatch.setattr(bench, "anybn_on_numpy", lambda case, data: lambda: data.x)
+    monkeypatch.setattr(bench, "interleaved", lambda *_: pytest.fail("timed"))
+    with pytest.raises(bench.WrongResult):
+        bench.measure(SMALL[0], rounds=1, seconds=0)
+
+
+def test_every_contestant_runs_equally_often(monkeypatch):
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in "abc"}
+    monkeypatch.setattr(bench, "repeats_of", lambda _: 2)
+    timings = bench.interleaved(runs, rounds=5, seconds=0, settle=0)
+    assert [calls.count(name) for name in "abc"] == [5 * 3] * 3  # one that is not timed, and two
+    assert len({"".join(calls[i : i + 9]) for i in range(0, 45, 9)}) > 1
+    assert {*timings} == {*"abc"}
+
+
+def test_timing_is_median_and_spread():
+    assert bench.timing([4.0, 1.0, 3.0, 2.0, 5.0]) == (3.0, 2 / 3)
+
+
+def test_the_faster_of_torch_s_ways_counts(monkeypatch):
+    pytest.importorskip("torch")
+    times = {"numpy": 1.0, "torch": 1.0, "copy": 1.0, "fresh copy": 1.0, "torch.nn": 3.0, "torch.nn in place": 2.0}
+
+    def interleaved(runs, rounds, seconds, settle):
+        assert {*runs} == {*times}
+        return {name: bench.Timing(times[name], 0.0) for name in runs}
+
+    monkeypatch.setattr(bench, "interleaved", interleaved)
+    case = bench.Case("add + relu", bench.ROWS, (9, 7))
+    assert bench.measure(case, rounds=1, seconds=0).timings["torch.nn"] == (2.0, 0.0)
+
+
+def test_a_busy_machine_is_tried_again(monkeypatch):
+    busy = iter([1.0, 0.5, 0.7, 0.0])
+    monkeypatch.setattr(bench, "watched", lambda *_: bench.Measured({}, next(busy)))
+    monkeypatch.setattr(bench.time, "sleep", lambda _: None)
+    assert bench.measure(SMALL[0], rounds=1, seconds=0, attempts=3).busy == 0.5
+    assert bench.measure(SMALL[0], rounds=1, seconds=0, attempts=3).busy == 0.0
+
+
+# -- the command -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    real = bench.measure
+    chosen = [bench.Case("forward", layout, SHAPES[layout]) for layout in (bench.FIRST, bench.ROWS)]
+    monkeypatch.setattr(bench, "cases", lambda *_: chosen)
+    monkeypatch.setattr(bench, "measure", lambda case, **_: real(case, rounds=1, seconds=0, settle=0))
+
+
+@pytest.mark.parametrize("with_torch", [True, False])
+def test_bench_prints_a_table_and_draws(with_torch, small, tmp_path, capsys, monkeypatch):
+    if with_torch:
+        pytest.importorskip("torch")
+    monkeypatch.setattr(bench, "has_torch", lambda: with_torch)
+    path = tmp_path / "bars.png"
+    assert cli.main(["bench", f"--png={path}"]) == 0
+    header, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    assert ("torch.nn" in header) == with_torch
+    assert [row.partition(")")[0] + ")" for row in rows] == [str(SHAPES[bench.FIRST]), str(SHAPES[bench.ROWS])]
+    assert all(row.count(" us ") + row.count(" ms ") >= 2 for row in rows)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_bench_says_when_the_machine_is_busy(small, tmp_path, capsys, monkeypatch):
+    for busy, said in ((0.0, False), (0.9, True)):
+        monkeypatch.setattr(bench, "run", lambda _, busy=busy: ([("shape",)], busy))
+        assert cli.main(["bench", f"--png={tmp_path / 'a.png'}"]) == 0
+        assert ("other processes used up to" in capsys.readouterr().out) == said
+
+
+def test_bench_fails_on_a_wrong_result(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "anybn_on_numpy", lambda case, data: lambda: 2 * data.x)
+    assert cli.main(["bench", f"--png={tmp_path / 'a.png'}"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "y of anybn on numpy is float32 and" in err
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "tqdm"])
+def test_bench_names_the_extra_if_something_is_missing(missing, capsys, monkeypatch):
+    real = builtins.__import__
+
+    def importing(name, *args, **kwargs):
+        if name.partition(".")[0] == missing:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "anybn._bench")
+    monkeypatch.delattr(anybn, "_bench")
+    monkeypatch.setattr(builtins, "__import__", importing)
+    assert cli.main(["bench"]) == 1
+    err = capsys.readouterr().err
+    assert f"No module named '{missing}" in err
+    assert 'pip install "anybn[demo]"' in err
+
+
+def test_bench_refuses_a_folder_that_is_not_there(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--png=no/such/folder/a.png"])
+    assert "no folder" in capsys.readouterr().err
+
+
+def test_import_anybn_leaves_the_benchmark_alone():
+    code = "import sys, anybn; print({'matplotlib', 'tqdm', 'anybn._bench'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
