@@ -6,11 +6,11 @@
     python benchmarks/speed.py --compile-time      # what the first call costs, into benchmarks/results/compile.json
 
 Every result is checked against long double arithmetic before anything is timed. The numbers are medians over rounds in
-which each contestant has one turn, in random order; a turn starts with 10 ms that are not timed (``--settle``). Outputs are fresh on both
-sides, gradients off but for the backward pass, which is torch.autograd.grad through either module, or ``pullback(dy)``
-on NumPy arrays. Both sides have the same number of threads; JAX takes all CPUs, and a copy takes one: ``copy`` is
-np.copyto into memory that is in use, ``fresh copy`` is x.copy(). For bn + add + relu, torch is the faster of
-``(bn(x) + r).relu_()`` and ``bn(x).add_(r).relu_()``. While other processes use a CPU the numbers are worthless,
+which each contestant has one turn, in random order; a turn starts with 10 ms that are not timed (``--settle``). Outputs
+are fresh on both sides, gradients off but for the backward pass, which is torch.autograd.grad through either module, or
+``pullback(dy)`` on NumPy arrays. Both sides have the same number of threads; JAX takes all CPUs, and a copy takes one:
+``copy`` is np.copyto into memory that is in use, ``fresh copy`` is x.copy(). For bn + add + relu, torch is the faster
+of ``(bn(x) + r).relu_()`` and ``bn(x).add_(r).relu_()``. While other processes use a CPU the numbers are worthless,
 torch's above all: such a case is tried again, and a row that stays ``busy`` is not put into README.md.
 """
 
@@ -93,8 +93,8 @@ def with_jax(case: Case, data: Data) -> dict[str, Run]:
 # -- rows ------------------------------------------------------------------------------------------------------
 
 
-def context(threads: int) -> Row:
-    packages = [p for p in ("numpy", "numba", "torch", "jax") if importlib.util.find_spec(p)]
+def context(threads: int, jax: bool) -> Row:
+    packages = [p for p in ("numpy", "numba", "torch", *["jax"] * jax) if importlib.util.find_spec(p)]
     versions = {"anybn": anybn.__version__, "python": platform.python_version()}
     versions |= {package: version(package) for package in packages}
     return {"threads": threads, "cpu": cpu(), "versions": versions, "date": datetime.date.today().isoformat()}
@@ -294,7 +294,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    surroundings = context(options.threads)
+    surroundings = context(options.threads, options.jax)
     if options.compile_time:
         print_compile_times(surroundings)
         return
