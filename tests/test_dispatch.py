@@ -105,6 +105,8 @@ from anybn.backends.numpy import NumPyBackend
 
 class Toy(NumPyBackend):
     name = "toy"
+    def _kernels_for(self, x, mask):
+        return None  # through the core, whose steps the faults below replace
 {fault}
 
 anybn.register_backend(Toy)

@@ -105,6 +105,8 @@ def test_nonfinite_batches(target: Target, bad: float) -> None:
     y = target.numpy(anybn.batch_norm(target.array(x), state, training=True))
     assert np.isnan(y[2, 1, 3])
     assert np.all(np.isfinite(y[:, [0, 2]]))
+    evaluated = target.numpy(anybn.batch_norm(target.array(x), state))
+    assert np.argwhere(~np.isfinite(evaluated)).tolist() == [[2, 1, 3]]
     new_mean, new_var = (target.numpy(a) for a in (state.running_mean, state.running_var))
     assert new_mean[1] == mean[1]
     assert new_var[1] == var[1]
