@@ -53,9 +53,10 @@ def alike(x: np.ndarray, axis: int, *others: np.ndarray | None) -> Alike:
         x = x.copy(order="K")
         found = lying(x, axis)
         assert found is not None
+    order = found.order
 
     def like_x(a: np.ndarray | None) -> np.ndarray | None:
-        if a is None or a.strides == x.strides:
+        if a is None or a.strides == x.strides or a.transpose(order).flags.c_contiguous:
             return a
         copy = np.empty_like(x, dtype=a.dtype)
         copy[...] = a

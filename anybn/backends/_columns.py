@@ -1,0 +1,350 @@
+"""Kernels for columns: flat memory in which the channels take turns, as in rows of channels and in short planes.
+
+It is cut into rows of ``width`` values, the last one maybe shorter, where column k belongs to channel ``k // inner % C``.
+Rows of a few channels are joined to wide ones, so that there is something to vectorize over. What a column needs of its
+channel is spread over the columns before the rows are gone through, and sums are gathered from them after.
+
+A thread claims *panels*, some columns over all rows, each worked on while it lies in the cache; or, where a panel is
+too large for that or the statistics are given, stripes of panels, some rows of them.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from anybn.backends._kernels import (
+    EXACT,
+    SUMS,
+    add_compensated,
+    compensated,
+    gradient_values,
+    if_given,
+    load,
+    normalize_values,
+    rstd_of,
+    settle,
+    settle_gradients,
+)
+from anybn.backends._sharing import begin, proceed
+
+#: Rows whose sums are added to the others' with what rounding loses kept.
+ROWS = 32
+
+
+@njit(**EXACT)
+def spread(values, inner, k0, out):
+    """The channels' values for columns k0, k0 + 1, ..."""
+    k, end = k0, k0 + len(out)
+    while k < end:
+        c = k // inner % len(values)
+        if inner == 1:
+            stop = min(end, k + len(values) - c)
+            out[k - k0 : stop - k0] = values[c : c + stop - k]
+        else:
+            stop = min(end, (k // inner + 1) * inner)
+            out[k - k0 : stop - k0] = values[c]
+        k = stop
+
+
+@njit(**SUMS)
+def sum_of(values):
+    total = 0.0
+    for i in range(len(values)):
+        total += values[i]
+    return total
+
+
+@njit(**EXACT)
+def gather(columns, inner, k0, sums, lost):
+    """Adds what columns k0, k0 + 1, ... hold to the sums of their channels."""
+    k, end = k0, k0 + len(columns)
+    while k < end:
+        c = k // inner % len(sums)
+        if inner == 1:
+            stop = min(end, k + len(sums) - c)
+            add_compensated(sums[c : c + stop - k], lost[c : c + stop - k], columns[k - k0 : stop - k0])
+        else:
+            stop = min(end, (k // inner + 1) * inner)
+            sums[c], lost[c] = compensated(sums[c], lost[c], sum_of(columns[k - k0 : stop - k0]))
+        k = stop
+
+
+@njit(**EXACT)
+def part_of(x, width, r, k0, k1):
+    """Columns k0 to k1 of row r; of the last row, those that it has."""
+    return x[min(r * width + k0, len(x)) : min(r * width + k1, len(x))]
+
+
+@njit(**SUMS)
+def block_column_sums(x, width, r0, r1, k0, k1, origin, b1, b2):
+    b1[:] = 0.0
+    b2[:] = 0.0
+    whole = min(r1, len(x) // width)
+    even = r0 + max(0, whole - r0) // 4 * 4
+    for r in range(r0, even, 4):  # four rows for each pass over the sums, which lie in memory
+        x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + 1, k0, k1)
+        x2, x3 = part_of(x, width, r + 2, k0, k1), part_of(x, width, r + 3, k0, k1)
+        for k in range(len(x0)):
+            o = origin[k]
+            d0, d1, d2, d3 = load(x0[k]) - o, load(x1[k]) - o, load(x2[k]) - o, load(x3[k]) - o
+            b1[k] += (d0 + d1) + (d2 + d3)
+            b2[k] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+    for r in range(even, r1):
+        row = part_of(x, width, r, k0, k1)
+        for k in range(len(row)):
+            d = load(row[k]) - origin[k]
+            b1[k] += d
+            b2[k] += d * d
+
+
+@njit(**SUMS)
+def block_column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, b1, b2):
+    b1[:] = 0.0
+    b2[:] = 0.0
+    whole = min(r1, len(x) // width)
+    even = r0 + max(0, whole - r0) // 2 * 2
+    for r in range(r0, even, 2):
+        x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + 1, k0, k1)
+        dy0, dy1 = part_of(dy, width, r, k0, k1), part_of(dy, width, r + 1, k0, k1)
+        if active is not None:
+            a0, a1 = part_of(active, width, r, k0, k1), part_of(active, width, r + 1, k0, k1)
+        for k in range(len(x0)):
+            g0, g1 = load(dy0[k]), load(dy1[k])
+            if active is not None:
+                g0, g1 = g0 if a0[k] else 0.0, g1 if a1[k] else 0.0
+            b1[k] += g0 + g1
+            b2[k] += g0 * (load(x0[k]) - origin[k]) + g1 * (load(x1[k]) - origin[k])
+    for r in range(even, r1):
+        row, drow = part_of(x, width, r, k0, k1), part_of(dy, width, r, k0, k1)
+        if active is not None:
+            arow = part_of(active, width, r, k0, k1)
+        for k in range(len(row)):
+            g = load(drow[k])
+            if active is not None:
+                g = g if arow[k] else 0.0
+            b1[k] += g
+            b2[k] += g * (load(row[k]) - origin[k])
+
+
+@njit(**EXACT)
+def column_sums(x, width, r0, r1, k0, k1, origin, s1, s2):
+    """``sum(x - origin)`` and ``sum((x - origin)**2)`` of columns k0 to k1 over rows r0 to r1."""
+    b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.zeros(k1 - k0), np.zeros(k1 - k0)
+    s1[:] = 0.0
+    s2[:] = 0.0
+    for b in range(r0, r1, ROWS):
+        block_column_sums(x, width, b, min(b + ROWS, r1), k0, k1, origin, b1, b2)
+        add_compensated(s1, lost1, b1)
+        add_compensated(s2, lost2, b2)
+
+
+@njit(**EXACT)
+def column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, s1, s2):
+    """``sum(dy)`` and ``sum(dy * (x - origin))`` of the same part, with 0 for dy where it is not active."""
+    b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.zeros(k1 - k0), np.zeros(k1 - k0)
+    s1[:] = 0.0
+    s2[:] = 0.0
+    for b in range(r0, r1, ROWS):
+        block_column_gradient_sums(dy, x, active, width, b, min(b + ROWS, r1), k0, k1, origin, b1, b2)
+        add_compensated(s1, lost1, b1)
+        add_compensated(s2, lost2, b2)
+
+@njit(**EXACT)
+def normalize_stripe(x, y, residual, relu, mean, shift, scale, bias, width, r0, r1, k0, k1):
+    """Columns k0 to k1 of rows r0 to r1, with the channels' values spread."""
+    for r in range(r0, r1):
+        rest = None if residual is None else part_of(residual, width, r, k0, k1)
+        normalize_values(
+            part_of(x, width, r, k0, k1), part_of(y, width, r, k0, k1), rest, relu, mean, shift, scale, bias
+        )  # fmt: skip
+
+
+@njit(**EXACT)
+def gradient_stripe(dy, x, active, dx, mean, shift, k1s, k2s, scale, width, r0, r1, k0, k1):
+    for r in range(r0, r1):
+        arow = None if active is None else part_of(active, width, r, k0, k1)
+        drow, row = part_of(dy, width, r, k0, k1), part_of(x, width, r, k0, k1)
+        gradient_values(drow, row, arow, part_of(dx, width, r, k0, k1), mean, shift, k1s, k2s, scale)
+
+
+@njit(**EXACT)
+def channels_of(k0, k1, width, inner, channels):
+    """First and one past the last channel of a panel that holds channels whole."""
+    return (0, channels) if width > channels * inner else (k0 // inner, -(-k1 // inner))
+
+
+@njit(**EXACT)
+def stripe_sums(x, width, inner, r0, r1, k0, k1, origin, t, sums):
+    """`column_sums` of a part, with the origins spread, gathered by channel into ``sums[0]`` and ``sums[1]``."""
+    c0, c1 = channels_of(k0, k1, width, inner, sums.shape[1])
+    sums[:, c0:c1] = 0.0
+    column_sums(x, width, r0, r1, k0, k1, origin, t[0], t[1])
+    gather(t[0], inner, k0, sums[0], sums[2])
+    gather(t[1], inner, k0, sums[1], sums[3])
+    return c0, c1
+
+
+@njit(**EXACT)
+def stripe_gradient_sums(dy, x, active, width, inner, r0, r1, k0, k1, origin, t, sums):
+    """The same of `column_gradient_sums`."""
+    c0, c1 = channels_of(k0, k1, width, inner, sums.shape[1])
+    sums[:, c0:c1] = 0.0
+    column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, t[0], t[1])
+    gather(t[0], inner, k0, sums[0], sums[2])
+    gather(t[1], inner, k0, sums[1], sums[3])
+    return c0, c1
+
+
+@njit(**EXACT)
+def train(
+    tickets, offers, seen, x, y, residual, relu, eps, weight, bias, mean, shift, m2, var, scale, width, inner, panel
+):  # fmt: skip
+    """Panels of whole channels from statistics to y."""
+    channels, rows = len(mean), -(-len(x) // width)
+    count = len(x) // channels
+    sums, columns = np.empty((4, channels)), np.empty((4, panel))
+    first, last = begin(tickets, offers, seen)
+    while first < last:
+        for p in range(first, last):
+            k0, k1 = p * panel, min((p + 1) * panel, width)
+            c0, c1 = channels_of(k0, k1, width, inner, channels)
+            part = columns[:, : k1 - k0]
+            for c in range(c0, c1):
+                mean[c] = load(x[c * inner])
+            spread(mean, inner, k0, part[0])
+            stripe_sums(x, width, inner, 0, rows, k0, k1, part[0], part[1:3], sums)
+            if shift is not None:
+                for c in range(c0, c1):
+                    mean[c] += sums[0, c] / count
+                spread(mean, inner, k0, part[0])
+                stripe_sums(x, width, inner, 0, rows, k0, k1, part[0], part[1:3], sums)
+            for c in range(c0, c1):
+                settle(c, count, sums[0, c], sums[1, c], mean, shift, m2, var)
+                scale[c] = rstd_of(var[c], eps) * weight[c]
+            spread_parameters(mean, shift, scale, bias, inner, k0, part)
+            shifts = if_given(shift, part[1])
+            normalize_stripe(x, y, residual, relu, part[0], shifts, part[2], part[3], width, 0, rows, k0, k1)
+        first, last = proceed(tickets, offers, seen, last - first)
+
+
+@njit(**EXACT)
+def spread_parameters(mean, shift, a, b, inner, k0, out):
+    spread(mean, inner, k0, out[0])
+    if shift is not None:
+        spread(shift, inner, k0, out[1])
+    spread(a, inner, k0, out[2])
+    spread(b, inner, k0, out[3])
+
+
+@njit(**EXACT)
+def backward(
+    tickets, offers, seen, dy, x, active, dx, count, mean, shift, rstd, scale, dweight, dbias, k1, k2, width, inner, panel
+):  # fmt: skip
+    """The gradient, by panels of whole channels; count is 0 where the statistics are constants."""
+    channels, rows = len(mean), -(-len(x) // width)
+    sums, columns = np.empty((4, channels)), np.empty((5, panel))
+    first, last = begin(tickets, offers, seen)
+    while first < last:
+        for p in range(first, last):
+            b, e = p * panel, min((p + 1) * panel, width)
+            part = columns[:, : e - b]
+            spread(mean, inner, b, part[0])
+            c0, c1 = stripe_gradient_sums(dy, x, active, width, inner, 0, rows, b, e, part[0], part[1:3], sums)
+            for c in range(c0, c1):
+                settle_gradients(c, count, sums[0, c], sums[1, c], mean, shift, rstd, dweight, dbias, k1, k2)
+            spread_parameters(mean, shift, k1, k2, inner, b, part)
+            spread(scale, inner, b, part[4])
+            shifts = if_given(shift, part[1])
+            gradient_stripe(dy, x, active, dx, part[0], shifts, part[2], part[3], part[4], width, 0, rows, b, e)
+        first, last = proceed(tickets, offers, seen, last - first)
+
+
+@njit(**EXACT)
+def stripe_of(q, x, width, panel, stripe):
+    """``(panel's number, r0, r1, k0, k1)`` of stripe q; those of a panel come one after the other."""
+    rows = -(-len(x) // width)
+    p, s = divmod(q, -(-rows // stripe))
+    return p, s * stripe, min((s + 1) * stripe, rows), p * panel, min((p + 1) * panel, width)
+
+
+@njit(**EXACT)
+def sum_parts(tickets, offers, seen, x, origin, partial, width, inner, panel, stripe):
+    """`stripe_sums` of stripes, each at its place in ``partial``, ``(2, stripes, C)``."""
+    sums, columns, spread_for = np.empty((4, len(origin))), np.empty((3, panel)), -1
+    first, last = begin(tickets, offers, seen)
+    while first < last:
+        for q in range(first, last):
+            p, r0, r1, k0, k1 = stripe_of(q, x, width, panel, stripe)
+            part = columns[:, : k1 - k0]
+            if p != spread_for:
+                spread(origin, inner, k0, part[0])
+                spread_for = p
+            c0, c1 = stripe_sums(x, width, inner, r0, r1, k0, k1, part[0], part[1:], sums)
+            partial[:, r0 // stripe, c0:c1] = sums[:2, c0:c1]
+        first, last = proceed(tickets, offers, seen, last - first)
+
+
+@njit(**EXACT)
+def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, width, inner, panel, stripe):
+    """The same of `stripe_gradient_sums`."""
+    sums, columns, spread_for = np.empty((4, len(origin))), np.empty((3, panel)), -1
+    first, last = begin(tickets, offers, seen)
+    while first < last:
+        for q in range(first, last):
+            p, r0, r1, k0, k1 = stripe_of(q, x, width, panel, stripe)
+            part = columns[:, : k1 - k0]
+            if p != spread_for:
+                spread(origin, inner, k0, part[0])
+                spread_for = p
+            c0, c1 = stripe_gradient_sums(dy, x, active, width, inner, r0, r1, k0, k1, part[0], part[1:], sums)
+            partial[:, r0 // stripe, c0:c1] = sums[:2, c0:c1]
+        first, last = proceed(tickets, offers, seen, last - first)
+
+
+@njit(**EXACT)
+def normalize_parts(
+    tickets, offers, seen, x, y, residual, relu, mean, shift, scale, bias, width, inner, panel, stripe
+):  # fmt: skip
+    columns, spread_for = np.empty((4, panel)), -1
+    first, last = begin(tickets, offers, seen)
+    while first < last:
+        for q in range(first, last):
+            p, r0, r1, k0, k1 = stripe_of(q, x, width, panel, stripe)
+            part = columns[:, : k1 - k0]
+            if p != spread_for:
+                spread_parameters(mean, shift, scale, bias, inner, k0, part)
+                spread_for = p
+            shifts = if_given(shift, part[1])
+            normalize_stripe(x, y, residual, relu, part[0], shifts, part[2], part[3], width, r0, r1, k0, k1)
+        first, last = proceed(tickets, offers, seen, last - first)
+
+
+@njit(**EXACT)
+def gradient_parts(
+    tickets, offers, seen, dy, x, active, dx, mean, shift, k1, k2, scale, width, inner, panel, stripe
+):  # fmt: skip
+    columns, spread_for = np.empty((5, panel)), -1
+    first, last = begin(tickets, offers, seen)
+    while first < last:
+        for q in range(first, last):
+            p, r0, r1, b, e = stripe_of(q, x, width, panel, stripe)
+            part = columns[:, : e - b]
+            if p != spread_for:
+                spread_parameters(mean, shift, k1, k2, inner, b, part)
+                spread(scale, inner, b, part[4])
+                spread_for = p
+            shifts = if_given(shift, part[1])
+            gradient_stripe(dy, x, active, dx, part[0], shifts, part[2], part[3], part[4], width, r0, r1, b, e)
+        first, last = proceed(tickets, offers, seen, last - first)
+
+
+@njit(**EXACT)
+def merge_parts(partial, sums):
+    """The sums of every channel over all stripes."""
+    for i in range(2):
+        sums[i] = 0.0
+        lost = np.zeros(partial.shape[2])
+        for s in range(partial.shape[1]):
+            add_compensated(sums[i], lost, partial[i, s])
