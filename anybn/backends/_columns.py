@@ -18,14 +18,18 @@ from anybn.backends._kernels import (
     EXACT,
     SUMS,
     add_compensated,
+    at,
     compensated,
-    gradient_values,
+    cut,
+    gradient_of,
+    gradient_through,
     if_given,
     load,
-    normalize_values,
+    normalized,
     rstd_of,
     settle,
     settle_gradients,
+    store,
 )
 from anybn.backends._sharing import begin, proceed
 
@@ -35,7 +39,7 @@ ROWS = 32
 
 @njit(**EXACT)
 def spread(values, inner, k0, out):
-    """The channels' values for columns k0, k0 + 1, ..."""
+    """Fills out with the channels' values for columns k0, k0 + 1, ..."""
     k, end = k0, k0 + len(out)
     while k < end:
         c = k // inner % len(values)
@@ -74,7 +78,7 @@ def gather(columns, inner, k0, sums, lost):
 @njit(**EXACT)
 def part_of(x, width, r, k0, k1):
     """Columns k0 to k1 of row r; of the last row, those that it has."""
-    return x[min(r * width + k0, len(x)) : min(r * width + k1, len(x))]
+    return cut(x, r * width + k0, r * width + k1)
 
 
 @njit(**SUMS)
@@ -108,22 +112,16 @@ def block_column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, b1,
     for r in range(r0, even, 2):
         x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + 1, k0, k1)
         dy0, dy1 = part_of(dy, width, r, k0, k1), part_of(dy, width, r + 1, k0, k1)
-        if active is not None:
-            a0, a1 = part_of(active, width, r, k0, k1), part_of(active, width, r + 1, k0, k1)
+        a0, a1 = part_of(active, width, r, k0, k1), part_of(active, width, r + 1, k0, k1)
         for k in range(len(x0)):
-            g0, g1 = load(dy0[k]), load(dy1[k])
-            if active is not None:
-                g0, g1 = g0 if a0[k] else 0.0, g1 if a1[k] else 0.0
+            g0, g1 = gradient_of(dy0[k], at(a0, k)), gradient_of(dy1[k], at(a1, k))
             b1[k] += g0 + g1
             b2[k] += g0 * (load(x0[k]) - origin[k]) + g1 * (load(x1[k]) - origin[k])
     for r in range(even, r1):
         row, drow = part_of(x, width, r, k0, k1), part_of(dy, width, r, k0, k1)
-        if active is not None:
-            arow = part_of(active, width, r, k0, k1)
+        arow = part_of(active, width, r, k0, k1)
         for k in range(len(row)):
-            g = load(drow[k])
-            if active is not None:
-                g = g if arow[k] else 0.0
+            g = gradient_of(drow[k], at(arow, k))
             b1[k] += g
             b2[k] += g * (load(row[k]) - origin[k])
 
@@ -151,22 +149,25 @@ def column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, s1, s2):
         add_compensated(s1, lost1, b1)
         add_compensated(s2, lost2, b2)
 
+
 @njit(**EXACT)
-def normalize_stripe(x, y, residual, relu, mean, shift, scale, bias, width, r0, r1, k0, k1):
+def normalize(x, y, residual, relu, mean, shift, scale, bias, width, r0, r1, k0, k1):
     """Columns k0 to k1 of rows r0 to r1, with the channels' values spread."""
     for r in range(r0, r1):
-        rest = None if residual is None else part_of(residual, width, r, k0, k1)
-        normalize_values(
-            part_of(x, width, r, k0, k1), part_of(y, width, r, k0, k1), rest, relu, mean, shift, scale, bias
-        )  # fmt: skip
+        row, out, rest = part_of(x, width, r, k0, k1), part_of(y, width, r, k0, k1), part_of(residual, width, r, k0, k1)
+        for k in range(len(row)):
+            store(out, k, normalized(row[k], mean[k], at(shift, k), scale[k], bias[k], at(rest, k), relu))
 
 
 @njit(**EXACT)
-def gradient_stripe(dy, x, active, dx, mean, shift, k1s, k2s, scale, width, r0, r1, k0, k1):
+def gradient(dy, x, active, dx, mean, shift, p1, p2, scale, width, r0, r1, k0, k1):
+    """The same; p1 and p2 are k1 and k2 of `gradient_through`."""
     for r in range(r0, r1):
-        arow = None if active is None else part_of(active, width, r, k0, k1)
-        drow, row = part_of(dy, width, r, k0, k1), part_of(x, width, r, k0, k1)
-        gradient_values(drow, row, arow, part_of(dx, width, r, k0, k1), mean, shift, k1s, k2s, scale)
+        row, out, drow = part_of(x, width, r, k0, k1), part_of(dx, width, r, k0, k1), part_of(dy, width, r, k0, k1)
+        arow = part_of(active, width, r, k0, k1)
+        for k in range(len(row)):
+            g = gradient_of(drow[k], at(arow, k))
+            store(out, k, gradient_through(g, row[k], mean[k], at(shift, k), p1[k], p2[k], scale[k]))
 
 
 @njit(**EXACT)
@@ -176,25 +177,41 @@ def channels_of(k0, k1, width, inner, channels):
 
 
 @njit(**EXACT)
-def stripe_sums(x, width, inner, r0, r1, k0, k1, origin, t, sums):
-    """`column_sums` of a part, with the origins spread, gathered by channel into ``sums[0]`` and ``sums[1]``."""
-    c0, c1 = channels_of(k0, k1, width, inner, sums.shape[1])
-    sums[:, c0:c1] = 0.0
-    column_sums(x, width, r0, r1, k0, k1, origin, t[0], t[1])
-    gather(t[0], inner, k0, sums[0], sums[2])
-    gather(t[1], inner, k0, sums[1], sums[3])
-    return c0, c1
+def stripe_sums(x, width, inner, r0, r1, k0, k1, columns, sums):
+    """`column_sums` with the origins spread in ``columns[0]``, gathered by channel into ``sums[0]`` and ``sums[1]``;
+    ``columns[1]`` and ``columns[2]`` and the other sums are scratch."""
+    s1, s2 = columns[1][: k1 - k0], columns[2][: k1 - k0]
+    column_sums(x, width, r0, r1, k0, k1, columns[0], s1, s2)
+    gather_both(s1, s2, width, inner, k0, k1, sums)
 
 
 @njit(**EXACT)
-def stripe_gradient_sums(dy, x, active, width, inner, r0, r1, k0, k1, origin, t, sums):
+def stripe_gradient_sums(dy, x, active, width, inner, r0, r1, k0, k1, columns, sums):
     """The same of `column_gradient_sums`."""
+    s1, s2 = columns[1][: k1 - k0], columns[2][: k1 - k0]
+    column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, columns[0], s1, s2)
+    gather_both(s1, s2, width, inner, k0, k1, sums)
+
+
+@njit(**EXACT)
+def gather_both(s1, s2, width, inner, k0, k1, sums):
     c0, c1 = channels_of(k0, k1, width, inner, sums.shape[1])
-    sums[:, c0:c1] = 0.0
-    column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, t[0], t[1])
-    gather(t[0], inner, k0, sums[0], sums[2])
-    gather(t[1], inner, k0, sums[1], sums[3])
-    return c0, c1
+    for i in range(4):
+        sums[i][c0:c1] = 0.0
+    gather(s1, inner, k0, sums[0], sums[2])
+    gather(s2, inner, k0, sums[1], sums[3])
+
+
+@njit(**EXACT)
+def spread_all(mean, shift, a, b, inner, k0, columns):
+    spread(mean, inner, k0, columns[0])
+    if shift is not None:
+        spread(shift, inner, k0, columns[1])
+    spread(a, inner, k0, columns[2])
+    spread(b, inner, k0, columns[3])
+
+
+# -- tasks: panels ---------------------------------------------------------------------------------------------
 
 
 @njit(**EXACT)
@@ -210,55 +227,48 @@ def train(
         for p in range(first, last):
             k0, k1 = p * panel, min((p + 1) * panel, width)
             c0, c1 = channels_of(k0, k1, width, inner, channels)
-            part = columns[:, : k1 - k0]
             for c in range(c0, c1):
                 mean[c] = load(x[c * inner])
-            spread(mean, inner, k0, part[0])
-            stripe_sums(x, width, inner, 0, rows, k0, k1, part[0], part[1:3], sums)
+            spread(mean, inner, k0, columns[0])
+            stripe_sums(x, width, inner, 0, rows, k0, k1, columns, sums)
             if shift is not None:
                 for c in range(c0, c1):
                     mean[c] += sums[0, c] / count
-                spread(mean, inner, k0, part[0])
-                stripe_sums(x, width, inner, 0, rows, k0, k1, part[0], part[1:3], sums)
+                spread(mean, inner, k0, columns[0])
+                stripe_sums(x, width, inner, 0, rows, k0, k1, columns, sums)
             for c in range(c0, c1):
                 settle(c, count, sums[0, c], sums[1, c], mean, shift, m2, var)
                 scale[c] = rstd_of(var[c], eps) * weight[c]
-            spread_parameters(mean, shift, scale, bias, inner, k0, part)
-            shifts = if_given(shift, part[1])
-            normalize_stripe(x, y, residual, relu, part[0], shifts, part[2], part[3], width, 0, rows, k0, k1)
+            spread_all(mean, shift, scale, bias, inner, k0, columns)
+            shifts = if_given(shift, columns[1])
+            normalize(x, y, residual, relu, columns[0], shifts, columns[2], columns[3], width, 0, rows, k0, k1)
         first, last = proceed(tickets, offers, seen, last - first)
-
-
-@njit(**EXACT)
-def spread_parameters(mean, shift, a, b, inner, k0, out):
-    spread(mean, inner, k0, out[0])
-    if shift is not None:
-        spread(shift, inner, k0, out[1])
-    spread(a, inner, k0, out[2])
-    spread(b, inner, k0, out[3])
 
 
 @njit(**EXACT)
 def backward(
     tickets, offers, seen, dy, x, active, dx, count, mean, shift, rstd, scale, dweight, dbias, k1, k2, width, inner, panel
 ):  # fmt: skip
-    """The gradient, by panels of whole channels; count is 0 where the statistics are constants."""
+    """The gradient of panels; count is 0 where the statistics are constants."""
     channels, rows = len(mean), -(-len(x) // width)
     sums, columns = np.empty((4, channels)), np.empty((5, panel))
     first, last = begin(tickets, offers, seen)
     while first < last:
         for p in range(first, last):
             b, e = p * panel, min((p + 1) * panel, width)
-            part = columns[:, : e - b]
-            spread(mean, inner, b, part[0])
-            c0, c1 = stripe_gradient_sums(dy, x, active, width, inner, 0, rows, b, e, part[0], part[1:3], sums)
+            spread(mean, inner, b, columns[0])
+            stripe_gradient_sums(dy, x, active, width, inner, 0, rows, b, e, columns, sums)
+            c0, c1 = channels_of(b, e, width, inner, channels)
             for c in range(c0, c1):
                 settle_gradients(c, count, sums[0, c], sums[1, c], mean, shift, rstd, dweight, dbias, k1, k2)
-            spread_parameters(mean, shift, k1, k2, inner, b, part)
-            spread(scale, inner, b, part[4])
-            shifts = if_given(shift, part[1])
-            gradient_stripe(dy, x, active, dx, part[0], shifts, part[2], part[3], part[4], width, 0, rows, b, e)
+            spread_all(mean, shift, k1, k2, inner, b, columns)
+            spread(scale, inner, b, columns[4])
+            shifts = if_given(shift, columns[1])
+            gradient(dy, x, active, dx, columns[0], shifts, columns[2], columns[3], columns[4], width, 0, rows, b, e)
         first, last = proceed(tickets, offers, seen, last - first)
+
+
+# -- parts: stripes --------------------------------------------------------------------------------------------
 
 
 @njit(**EXACT)
@@ -272,34 +282,38 @@ def stripe_of(q, x, width, panel, stripe):
 @njit(**EXACT)
 def sum_parts(tickets, offers, seen, x, origin, partial, width, inner, panel, stripe):
     """`stripe_sums` of stripes, each at its place in ``partial``, ``(2, stripes, C)``."""
-    sums, columns, spread_for = np.empty((4, len(origin))), np.empty((3, panel)), -1
+    sums, columns = np.empty((4, len(origin))), np.empty((3, panel))
+    spread_for = -1
     first, last = begin(tickets, offers, seen)
     while first < last:
         for q in range(first, last):
             p, r0, r1, k0, k1 = stripe_of(q, x, width, panel, stripe)
-            part = columns[:, : k1 - k0]
             if p != spread_for:
-                spread(origin, inner, k0, part[0])
+                spread(origin, inner, k0, columns[0])
                 spread_for = p
-            c0, c1 = stripe_sums(x, width, inner, r0, r1, k0, k1, part[0], part[1:], sums)
-            partial[:, r0 // stripe, c0:c1] = sums[:2, c0:c1]
+            stripe_sums(x, width, inner, r0, r1, k0, k1, columns, sums)
+            c0, c1 = channels_of(k0, k1, width, inner, len(origin))
+            partial[0, r0 // stripe, c0:c1] = sums[0, c0:c1]
+            partial[1, r0 // stripe, c0:c1] = sums[1, c0:c1]
         first, last = proceed(tickets, offers, seen, last - first)
 
 
 @njit(**EXACT)
 def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, width, inner, panel, stripe):
     """The same of `stripe_gradient_sums`."""
-    sums, columns, spread_for = np.empty((4, len(origin))), np.empty((3, panel)), -1
+    sums, columns = np.empty((4, len(origin))), np.empty((3, panel))
+    spread_for = -1
     first, last = begin(tickets, offers, seen)
     while first < last:
         for q in range(first, last):
             p, r0, r1, k0, k1 = stripe_of(q, x, width, panel, stripe)
-            part = columns[:, : k1 - k0]
             if p != spread_for:
-                spread(origin, inner, k0, part[0])
+                spread(origin, inner, k0, columns[0])
                 spread_for = p
-            c0, c1 = stripe_gradient_sums(dy, x, active, width, inner, r0, r1, k0, k1, part[0], part[1:], sums)
-            partial[:, r0 // stripe, c0:c1] = sums[:2, c0:c1]
+            stripe_gradient_sums(dy, x, active, width, inner, r0, r1, k0, k1, columns, sums)
+            c0, c1 = channels_of(k0, k1, width, inner, len(origin))
+            partial[0, r0 // stripe, c0:c1] = sums[0, c0:c1]
+            partial[1, r0 // stripe, c0:c1] = sums[1, c0:c1]
         first, last = proceed(tickets, offers, seen, last - first)
 
 
@@ -308,16 +322,15 @@ def normalize_parts(
     tickets, offers, seen, x, y, residual, relu, mean, shift, scale, bias, width, inner, panel, stripe
 ):  # fmt: skip
     columns, spread_for = np.empty((4, panel)), -1
+    shifts = if_given(shift, columns[1])
     first, last = begin(tickets, offers, seen)
     while first < last:
         for q in range(first, last):
             p, r0, r1, k0, k1 = stripe_of(q, x, width, panel, stripe)
-            part = columns[:, : k1 - k0]
             if p != spread_for:
-                spread_parameters(mean, shift, scale, bias, inner, k0, part)
+                spread_all(mean, shift, scale, bias, inner, k0, columns)
                 spread_for = p
-            shifts = if_given(shift, part[1])
-            normalize_stripe(x, y, residual, relu, part[0], shifts, part[2], part[3], width, r0, r1, k0, k1)
+            normalize(x, y, residual, relu, columns[0], shifts, columns[2], columns[3], width, r0, r1, k0, k1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
@@ -326,23 +339,22 @@ def gradient_parts(
     tickets, offers, seen, dy, x, active, dx, mean, shift, k1, k2, scale, width, inner, panel, stripe
 ):  # fmt: skip
     columns, spread_for = np.empty((5, panel)), -1
+    shifts = if_given(shift, columns[1])
     first, last = begin(tickets, offers, seen)
     while first < last:
         for q in range(first, last):
             p, r0, r1, b, e = stripe_of(q, x, width, panel, stripe)
-            part = columns[:, : e - b]
             if p != spread_for:
-                spread_parameters(mean, shift, k1, k2, inner, b, part)
-                spread(scale, inner, b, part[4])
+                spread_all(mean, shift, k1, k2, inner, b, columns)
+                spread(scale, inner, b, columns[4])
                 spread_for = p
-            shifts = if_given(shift, part[1])
-            gradient_stripe(dy, x, active, dx, part[0], shifts, part[2], part[3], part[4], width, r0, r1, b, e)
+            gradient(dy, x, active, dx, columns[0], shifts, columns[2], columns[3], columns[4], width, r0, r1, b, e)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
 @njit(**EXACT)
 def merge_parts(partial, sums):
-    """The sums of every channel over all stripes."""
+    """The sums of every channel, ``(2, C)``, over all stripes."""
     for i in range(2):
         sums[i] = 0.0
         lost = np.zeros(partial.shape[2])

@@ -41,10 +41,8 @@ class Plan(NamedTuple):
 
     kernels: ModuleType
     """`_runs` or `_columns`, whose functions have the same names."""
-    shape: tuple[int, ...]
-    """that they want x in"""
-    first: Any
-    """index of one value per channel in it"""
+    first: slice
+    """one value of each channel in flat memory"""
     fits: bool
     """whether what a task reads stays in the cache"""
     tasks: tuple[int, int]
@@ -70,13 +68,12 @@ def plan_of(how: Lying, itemsize: int, arrays: int) -> Plan:
         segments = -(-inner // SEGMENT)
         return Plan(
             _runs,
-            shape=(outer, channels, inner),
-            first=(0, slice(None), 0),
+            first=slice(0, whole, inner),
             fits=outer * inner * itemsize * arrays <= CACHE,
             tasks=claims(channels),
-            of_task=(),
+            of_task=(inner,),
             parts=claims(outer * channels * segments),
-            of_part=(segments,),
+            of_part=(inner, segments),
             partial=(2, outer, channels, segments),
         )
     joined = max(1, min(WIDTH // whole, outer))
@@ -92,7 +89,6 @@ def plan_of(how: Lying, itemsize: int, arrays: int) -> Plan:
     stripes = -(-rows // stripe)
     return Plan(
         _columns,
-        shape=(values,),
         first=slice(0, whole, inner),
         fits=rows * narrow * itemsize * arrays <= CACHE,
         tasks=claims(-(-width // narrow)),
@@ -103,8 +99,8 @@ def plan_of(how: Lying, itemsize: int, arrays: int) -> Plan:
     )
 
 
-def _in(how: Lying, plan: Plan, a: np.ndarray | None) -> Any:
-    return None if a is None else a.transpose(how.order).reshape(plan.shape)
+def _flat(how: Lying, a: np.ndarray | None) -> Any:
+    return None if a is None else a.transpose(how.order).reshape(-1)
 
 
 # -- the operations --------------------------------------------------------------------------------------------
@@ -127,7 +123,7 @@ def train(
     y = destination(contiguous, out)
     mean, m2, var, scale, shift_or_not = np.empty((5, how.channels))
     shift = shift_or_not if x.dtype == np.float64 else None
-    arrays = (_in(how, plan, contiguous), _in(how, plan, y), _in(how, plan, rest))
+    arrays = (_flat(how, contiguous), _flat(how, y), _flat(how, rest))
     parameters = (parameter(weight, how.channels, 1.0), parameter(bias, how.channels, 0.0))
     options = (True if spec.relu else None, spec.eps)
     share(plan.kernels.train, *plan.tasks, *arrays, *options, *parameters, mean, shift, m2, var, scale, *plan.of_task)
@@ -138,7 +134,7 @@ def batch_statistics(x: np.ndarray, axis: int) -> Statistics:
     """Mean and variance of every channel."""
     how, x, _ = alike(x, axis)
     plan = plan_of(how, x.itemsize, 1)
-    x, count, shift = _in(how, plan, x), how.outer * how.inner, None
+    x, count, shift = _flat(how, x), how.outer * how.inner, None
 
     def sums(origin: np.ndarray) -> np.ndarray:
         return _summed(plan, plan.kernels.sum_parts, x, origin)
@@ -177,7 +173,7 @@ def evaluate(
     y = destination(contiguous, out)
     mean = np.array(statistics.mean)  # the state's are read-only, which Numba would compile another version for
     parameters = (mean, statistics.shift, _core.scale_of(np, statistics, weight, spec.eps))
-    arrays = (_in(how, plan, contiguous), _in(how, plan, y), _in(how, plan, rest), True if spec.relu else None)
+    arrays = (_flat(how, contiguous), _flat(how, y), _flat(how, rest), True if spec.relu else None)
     bias = parameter(bias, how.channels, 0.0)
     share(plan.kernels.normalize_parts, *plan.parts, *arrays, *parameters, bias, *plan.of_part)
     return delivered(y, out)
@@ -198,8 +194,8 @@ def gradients(
     mean, shift = np.array(statistics.mean), statistics.shift
     rstd, scale = _core.reciprocal_std(np, statistics, spec.eps), _core.scale_of(np, statistics, weight, spec.eps)
     count = 0 if statistics.count is None else how.outer * how.inner
-    inputs = (_in(how, plan, dy_like), _in(how, plan, contiguous), _in(how, plan, active_like))
-    dx_in = _in(how, plan, dx)
+    inputs = (_flat(how, dy_like), _flat(how, contiguous), _flat(how, active_like))
+    dx_in = _flat(how, dx)
     dweight, dbias, k1, k2 = np.empty((4, how.channels))
     results = (dweight, dbias, k1, k2)
     if plan.fits:

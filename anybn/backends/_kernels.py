@@ -93,55 +93,71 @@ def _store(out, i, value):
 
 
 def at(values, i):
-    """What holds for value i of a row, or for channel i: None and a number hold for all of them."""
+    """``values[i]``, and None if there are none."""
     raise NotImplementedError
 
 
 @overload(at, inline="always")
 def _at(values, i):
-    if isinstance(values, types.Array):
-        return lambda values, i: values[i]
-    return lambda values, i: values
+    if isinstance(values, types.NoneType):
+        return lambda values, i: None
+    return lambda values, i: values[i]
 
 
-def if_given(argument, value):
-    """value, or None where the argument is None."""
+def if_given(values, replacement):
+    """replacement, and None if there are no values."""
     raise NotImplementedError
 
 
 @overload(if_given, inline="always")
-def _if_given(argument, value):
-    if isinstance(argument, types.NoneType):
-        return lambda argument, value: None
-    return lambda argument, value: value
+def _if_given(values, replacement):
+    if isinstance(values, types.NoneType):
+        return lambda values, replacement: None
+    return lambda values, replacement: replacement
+
+
+def cut(values, first, last):
+    """``values[first:last]``, and None if there are none."""
+    raise NotImplementedError
+
+
+@overload(cut, inline="always")
+def _cut(values, first, last):
+    if isinstance(values, types.NoneType):
+        return lambda values, first, last: None
+    return lambda values, first, last: values[first:last]
 
 
 @njit(**EXACT)
-def normalize_values(row, out, rest, relu, mean, shift, scale, bias):
-    """``relu(((row - mean) - shift) * scale + bias + rest)``; rest, relu and shift may be None."""
-    for i in range(len(row)):
-        v = load(row[i]) - at(mean, i)
-        if shift is not None:
-            v = v - at(shift, i)
-        v = v * at(scale, i) + at(bias, i)
-        if rest is not None:
-            v = v + load(rest[i])
-        if relu is not None:
-            v = 0.0 if v <= 0.0 else v
-        store(out, i, v)
+def normalized(value, mean, shift, scale, bias, rest, relu):
+    """``relu(((value - mean) - shift) * scale + bias + rest)``; shift, rest and relu may be None."""
+    v = load(value) - mean
+    if shift is not None:
+        v = v - shift
+    v = v * scale + bias
+    if rest is not None:
+        v = v + load(rest)
+    if relu is not None:
+        v = 0.0 if v <= 0.0 else v
+    return v
 
 
 @njit(**EXACT)
-def gradient_values(drow, row, arow, out, mean, shift, k1, k2, scale):
-    """``(dy - k1 - ((x - mean) - shift) * k2) * scale``, with 0 for dy where it is not active."""
-    for i in range(len(row)):
-        g = load(drow[i])
-        if arow is not None:
-            g = g if arow[i] else 0.0
-        d = load(row[i]) - at(mean, i)
-        if shift is not None:
-            d = d - at(shift, i)
-        store(out, i, (g - at(k1, i) - d * at(k2, i)) * at(scale, i))
+def gradient_of(dvalue, active):
+    """dy as float64, 0 where it is not active."""
+    g = load(dvalue)
+    if active is not None:
+        g = g if active else 0.0
+    return g
+
+
+@njit(**EXACT)
+def gradient_through(g, value, mean, shift, k1, k2, scale):
+    """``(dy - k1 - ((x - mean) - shift) * k2) * scale``."""
+    d = load(value) - mean
+    if shift is not None:
+        d = d - shift
+    return (g - k1 - d * k2) * scale
 
 
 @njit(**EXACT)
@@ -176,7 +192,7 @@ def settle(c, count, s1, s2, mean, shift, m2, var):
 
 @njit(**EXACT)
 def settle_gradients(c, count, s1, s2, mean, shift, rstd, dweight, dbias, k1, k2):
-    """The gradients of channel c's parameters from its sums, and what `gradient_values` needs: 0 for constant statistics."""
+    """The gradients of channel c's parameters from its sums, and what `gradient_through` needs: 0 for constant statistics."""
     dbias[c] = s1
     dweight[c] = (s2 if shift is None else s2 - shift[c] * s1) * rstd[c]
     k1[c] = dbias[c] / count if count else 0.0

@@ -1,4 +1,4 @@
-"""Kernels for runs: planes ``(N, C, L)`` whose L values of one channel lie side by side.
+"""Kernels for runs: flat memory in which ``length`` values of one channel lie side by side, then those of the next.
 
 A thread claims whole channels, each worked on while it lies in the cache; or, where a channel is too large for that or
 its statistics are given, segments of runs, in the order of memory.
@@ -14,12 +14,15 @@ from anybn.backends._kernels import (
     SUMS,
     at,
     compensated,
-    gradient_values,
+    cut,
+    gradient_of,
+    gradient_through,
     load,
-    normalize_values,
+    normalized,
     rstd_of,
     settle,
     settle_gradients,
+    store,
 )
 from anybn.backends._sharing import begin, proceed
 
@@ -27,150 +30,174 @@ from anybn.backends._sharing import begin, proceed
 BLOCK = 4096
 
 
+# -- some runs -------------------------------------------------------------------------------------------------
+
+
 @njit(**SUMS)
-def block_sums(row, origin):
+def block_sums(x, start, rows, stride, size, origin):
     s1 = s2 = 0.0
-    for i in range(len(row)):
-        d = load(row[i]) - origin
-        s1 += d
-        s2 += d * d
+    for r in range(rows):
+        row = x[start + r * stride : start + r * stride + size]
+        for i in range(len(row)):
+            d = load(row[i]) - origin
+            s1 += d
+            s2 += d * d
     return s1, s2
 
 
 @njit(**SUMS)
-def block_gradient_sums(drow, row, arow, origin):
+def block_gradient_sums(dy, x, active, start, rows, stride, size, origin):
     s1 = s2 = 0.0
-    for i in range(len(row)):
-        g = load(drow[i])
-        if arow is not None:
-            g = g if arow[i] else 0.0
-        s1 += g
-        s2 += g * (load(row[i]) - origin)
+    for r in range(rows):
+        b = start + r * stride
+        row, drow, arow = x[b : b + size], dy[b : b + size], cut(active, b, b + size)
+        for i in range(len(row)):
+            g = gradient_of(drow[i], at(arow, i))
+            s1 += g
+            s2 += g * (load(row[i]) - origin)
     return s1, s2
 
 
 @njit(**EXACT)
-def run_sums(x, c, n0, n1, l0, l1, origin):
-    """``sum(x - origin)`` and ``sum((x - origin)**2)`` over ``x[n0:n1, c, l0:l1]``."""
+def run_sums(x, start, rows, stride, length, origin):
+    """``sum(x - origin)`` and ``sum((x - origin)**2)`` over rows of so many values, stride apart."""
     s1 = s2 = lost1 = lost2 = 0.0
-    for n in range(n0, n1):
-        for b in range(l0, l1, BLOCK):
-            b1, b2 = block_sums(x[n, c, b : min(b + BLOCK, l1)], origin)
+    together = max(1, BLOCK // length)
+    for r in range(0, rows, together):
+        for b in range(0, length, BLOCK):
+            first, size = start + r * stride + b, min(BLOCK, length - b)
+            b1, b2 = block_sums(x, first, min(together, rows - r), stride, size, origin)
             s1, lost1 = compensated(s1, lost1, b1)
             s2, lost2 = compensated(s2, lost2, b2)
     return s1, s2
 
 
 @njit(**EXACT)
-def run_gradient_sums(dy, x, active, c, n0, n1, l0, l1, origin):
-    """``sum(dy)`` and ``sum(dy * (x - origin))`` over the same part, with 0 for dy where it is not active."""
+def run_gradient_sums(dy, x, active, start, rows, stride, length, origin):
+    """``sum(dy)`` and ``sum(dy * (x - origin))`` over the same rows, with 0 for dy where it is not active."""
     s1 = s2 = lost1 = lost2 = 0.0
-    for n in range(n0, n1):
-        for b in range(l0, l1, BLOCK):
-            e = min(b + BLOCK, l1)
-            arow = None if active is None else active[n, c, b:e]
-            b1, b2 = block_gradient_sums(dy[n, c, b:e], x[n, c, b:e], arow, origin)
+    together = max(1, BLOCK // length)
+    for r in range(0, rows, together):
+        for b in range(0, length, BLOCK):
+            first, size = start + r * stride + b, min(BLOCK, length - b)
+            b1, b2 = block_gradient_sums(dy, x, active, first, min(together, rows - r), stride, size, origin)
             s1, lost1 = compensated(s1, lost1, b1)
             s2, lost2 = compensated(s2, lost2, b2)
     return s1, s2
 
 
 @njit(**EXACT)
-def normalize_run(x, y, residual, relu, mean, shift, scale, bias, n, c, l0, l1):
-    rest = None if residual is None else residual[n, c, l0:l1]
-    normalize_values(x[n, c, l0:l1], y[n, c, l0:l1], rest, relu, mean[c], at(shift, c), scale[c], bias[c])
+def segment(q, length, segments):
+    """The first and one past the last value of segment q, where every run is cut into as many."""
+    run, s = divmod(q, segments)
+    step = -(-length // segments)
+    return run * length + min(s * step, length), run * length + min((s + 1) * step, length)
 
 
 @njit(**EXACT)
-def gradient_run(dy, x, active, dx, mean, shift, k1, k2, scale, n, c, l0, l1):
-    arow = None if active is None else active[n, c, l0:l1]
-    gradient_values(dy[n, c, l0:l1], x[n, c, l0:l1], arow, dx[n, c, l0:l1], mean[c], at(shift, c), k1[c], k2[c], scale[c])
+def normalize(x, y, residual, relu, mean, shift, scale, bias, length, segments, first, last, stride):
+    """Segments first, first + stride, ..."""
+    for q in range(first, last, stride):
+        b, e = segment(q, length, segments)
+        c = q // segments % len(mean)
+        m, s, k, o = mean[c], at(shift, c), scale[c], bias[c]
+        row, out, rest = x[b:e], y[b:e], cut(residual, b, e)
+        for i in range(len(row)):
+            store(out, i, normalized(row[i], m, s, k, o, at(rest, i), relu))
 
 
 @njit(**EXACT)
-def train(
-    tickets, offers, seen, x, y, residual, relu, eps, weight, bias, mean, shift, m2, var, scale
-):  # fmt: skip
-    """Channels from statistics to y, each while it lies in the cache."""
-    count, length = len(x) * x.shape[2], x.shape[2]
+def gradient(dy, x, active, dx, mean, shift, k1, k2, scale, length, segments, first, last, stride):
+    """The same."""
+    for q in range(first, last, stride):
+        b, e = segment(q, length, segments)
+        c = q // segments % len(mean)
+        m, s, p1, p2, k = mean[c], at(shift, c), k1[c], k2[c], scale[c]
+        row, drow, arow, out = x[b:e], dy[b:e], cut(active, b, e), dx[b:e]
+        for i in range(len(row)):
+            g = gradient_of(drow[i], at(arow, i))
+            store(out, i, gradient_through(g, row[i], m, s, p1, p2, k))
+
+
+# -- tasks: channels -------------------------------------------------------------------------------------------
+
+
+@njit(**EXACT)
+def train(tickets, offers, seen, x, y, residual, relu, eps, weight, bias, mean, shift, m2, var, scale, length):
+    """Channels from statistics to y."""
+    stride = len(mean) * length
+    rows = len(x) // stride
     first, last = begin(tickets, offers, seen)
     while first < last:
         for c in range(first, last):
-            mean[c] = load(x[0, c, 0])
-            s1, s2 = run_sums(x, c, 0, len(x), 0, length, mean[c])
+            mean[c] = load(x[c * length])
+            s1, s2 = run_sums(x, c * length, rows, stride, length, mean[c])
             if shift is not None:
-                mean[c] += s1 / count
-                s1, s2 = run_sums(x, c, 0, len(x), 0, length, mean[c])
-            settle(c, count, s1, s2, mean, shift, m2, var)
+                mean[c] += s1 / (rows * length)
+                s1, s2 = run_sums(x, c * length, rows, stride, length, mean[c])
+            settle(c, rows * length, s1, s2, mean, shift, m2, var)
             scale[c] = rstd_of(var[c], eps) * weight[c]
-            for n in range(len(x)):
-                normalize_run(x, y, residual, relu, mean, shift, scale, bias, n, c, 0, length)
+            normalize(x, y, residual, relu, mean, shift, scale, bias, length, 1, c, rows * len(mean), len(mean))
         first, last = proceed(tickets, offers, seen, last - first)
 
 
 @njit(**EXACT)
 def backward(
-    tickets, offers, seen, dy, x, active, dx, count, mean, shift, rstd, scale, dweight, dbias, k1, k2
+    tickets, offers, seen, dy, x, active, dx, count, mean, shift, rstd, scale, dweight, dbias, k1, k2, length
 ):  # fmt: skip
-    """The gradient, channel by channel; count is 0 where the statistics are constants."""
-    length = x.shape[2]
+    """The gradient of channels; count is 0 where the statistics are constants."""
+    stride = len(mean) * length
+    rows = len(x) // stride
     first, last = begin(tickets, offers, seen)
     while first < last:
         for c in range(first, last):
-            s1, s2 = run_gradient_sums(dy, x, active, c, 0, len(x), 0, length, mean[c])
+            s1, s2 = run_gradient_sums(dy, x, active, c * length, rows, stride, length, mean[c])
             settle_gradients(c, count, s1, s2, mean, shift, rstd, dweight, dbias, k1, k2)
-            for n in range(len(x)):
-                gradient_run(dy, x, active, dx, mean, shift, k1, k2, scale, n, c, 0, length)
+            gradient(dy, x, active, dx, mean, shift, k1, k2, scale, length, 1, c, rows * len(mean), len(mean))
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**EXACT)
-def part_of(q, x, segments):
-    """``(n, c, s, l0, l1)`` of part q, where every run is cut into as many segments."""
-    run, s = divmod(q, segments)
-    step = -(-x.shape[2] // segments)
-    return run // x.shape[1], run % x.shape[1], s, min(s * step, x.shape[2]), min((s + 1) * step, x.shape[2])
+# -- parts: segments -------------------------------------------------------------------------------------------
 
 
 @njit(**EXACT)
-def sum_parts(tickets, offers, seen, x, origin, partial, segments):
+def sum_parts(tickets, offers, seen, x, origin, partial, length, segments):
     """`run_sums` of segments, each at its place in ``partial``, ``(2, N, C, segments)``."""
+    s1, s2 = partial[0].reshape(-1), partial[1].reshape(-1)
     first, last = begin(tickets, offers, seen)
     while first < last:
         for q in range(first, last):
-            n, c, s, l0, l1 = part_of(q, x, segments)
-            partial[0, n, c, s], partial[1, n, c, s] = run_sums(x, c, n, n + 1, l0, l1, origin[c])
+            b, e = segment(q, length, segments)
+            s1[q], s2[q] = run_sums(x, b, 1, 0, e - b, origin[q // segments % len(origin)])
         first, last = proceed(tickets, offers, seen, last - first)
 
 
 @njit(**EXACT)
-def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, segments):
+def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, length, segments):
     """The same of `run_gradient_sums`."""
+    s1, s2 = partial[0].reshape(-1), partial[1].reshape(-1)
     first, last = begin(tickets, offers, seen)
     while first < last:
         for q in range(first, last):
-            n, c, s, l0, l1 = part_of(q, x, segments)
-            partial[0, n, c, s], partial[1, n, c, s] = run_gradient_sums(dy, x, active, c, n, n + 1, l0, l1, origin[c])
+            b, e = segment(q, length, segments)
+            c = q // segments % len(origin)
+            s1[q], s2[q] = run_gradient_sums(dy, x, active, b, 1, 0, e - b, origin[c])
         first, last = proceed(tickets, offers, seen, last - first)
 
 
 @njit(**EXACT)
-def normalize_parts(tickets, offers, seen, x, y, residual, relu, mean, shift, scale, bias, segments):
+def normalize_parts(tickets, offers, seen, x, y, residual, relu, mean, shift, scale, bias, length, segments):
     first, last = begin(tickets, offers, seen)
     while first < last:
-        for q in range(first, last):
-            n, c, _, l0, l1 = part_of(q, x, segments)
-            normalize_run(x, y, residual, relu, mean, shift, scale, bias, n, c, l0, l1)
+        normalize(x, y, residual, relu, mean, shift, scale, bias, length, segments, first, last, 1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
 @njit(**EXACT)
-def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, k1, k2, scale, segments):
+def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, k1, k2, scale, length, segments):
     first, last = begin(tickets, offers, seen)
     while first < last:
-        for q in range(first, last):
-            n, c, _, l0, l1 = part_of(q, x, segments)
-            gradient_run(dy, x, active, dx, mean, shift, k1, k2, scale, n, c, l0, l1)
+        gradient(dy, x, active, dx, mean, shift, k1, k2, scale, length, segments, first, last, 1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
