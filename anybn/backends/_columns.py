@@ -19,7 +19,6 @@ from anybn.backends._kernels import (
     SUMS,
     add_compensated,
     at,
-    compensated,
     cut,
     gradient_of,
     gradient_through,
@@ -61,18 +60,20 @@ def sum_of(values):
 
 
 @njit(**EXACT)
-def gather(columns, inner, k0, sums, lost):
-    """Adds what columns k0, k0 + 1, ... hold to the sums of their channels."""
-    k, end = k0, k0 + len(columns)
-    while k < end:
-        c = k // inner % len(sums)
-        if inner == 1:
-            stop = min(end, k + len(sums) - c)
-            add_compensated(sums[c : c + stop - k], lost[c : c + stop - k], columns[k - k0 : stop - k0])
-        else:
-            stop = min(end, (k // inner + 1) * inner)
-            sums[c], lost[c] = compensated(sums[c], lost[c], sum_of(columns[k - k0 : stop - k0]))
-        k = stop
+def gather(columns, turn, inner, sums):
+    """The sums over what columns hold of the same channel, for ``len(sums)`` channels; overwrites columns.
+
+    First the turns of the channels, ``turn`` columns each, are added up in pairs, then the columns of a channel.
+    """
+    turns = len(columns) // turn
+    while turns > 1:
+        kept = turns - turns // 2
+        head, tail = columns[: (turns - kept) * turn], columns[kept * turn : turns * turn]
+        for k in range(len(tail)):
+            head[k] += tail[k]
+        turns = kept
+    for c in range(len(sums)):
+        sums[c] = columns[c] if inner == 1 else sum_of(columns[c * inner : (c + 1) * inner])
 
 
 @njit(**EXACT)
@@ -179,7 +180,7 @@ def channels_of(k0, k1, width, inner, channels):
 @njit(**EXACT)
 def stripe_sums(x, width, inner, r0, r1, k0, k1, columns, sums):
     """`column_sums` with the origins spread in ``columns[0]``, gathered by channel into ``sums[0]`` and ``sums[1]``;
-    ``columns[1]`` and ``columns[2]`` and the other sums are scratch."""
+    ``columns[1]`` and ``columns[2]`` are scratch."""
     s1, s2 = columns[1][: k1 - k0], columns[2][: k1 - k0]
     column_sums(x, width, r0, r1, k0, k1, columns[0], s1, s2)
     gather_both(s1, s2, width, inner, k0, k1, sums)
@@ -196,10 +197,8 @@ def stripe_gradient_sums(dy, x, active, width, inner, r0, r1, k0, k1, columns, s
 @njit(**EXACT)
 def gather_both(s1, s2, width, inner, k0, k1, sums):
     c0, c1 = channels_of(k0, k1, width, inner, sums.shape[1])
-    for i in range(4):
-        sums[i][c0:c1] = 0.0
-    gather(s1, inner, k0, sums[0], sums[2])
-    gather(s2, inner, k0, sums[1], sums[3])
+    gather(s1, (c1 - c0) * inner, inner, sums[0][c0:c1])
+    gather(s2, (c1 - c0) * inner, inner, sums[1][c0:c1])
 
 
 @njit(**EXACT)
@@ -221,7 +220,7 @@ def train(
     """Panels of whole channels from statistics to y."""
     channels, rows = len(mean), -(-len(x) // width)
     count = len(x) // channels
-    sums, columns = np.empty((4, channels)), np.empty((4, panel))
+    sums, columns = np.empty((2, channels)), np.empty((4, panel))
     first, last = begin(tickets, offers, seen)
     while first < last:
         for p in range(first, last):
@@ -251,7 +250,7 @@ def backward(
 ):  # fmt: skip
     """The gradient of panels; count is 0 where the statistics are constants."""
     channels, rows = len(mean), -(-len(x) // width)
-    sums, columns = np.empty((4, channels)), np.empty((5, panel))
+    sums, columns = np.empty((2, channels)), np.empty((5, panel))
     first, last = begin(tickets, offers, seen)
     while first < last:
         for p in range(first, last):
@@ -282,7 +281,7 @@ def stripe_of(q, x, width, panel, stripe):
 @njit(**EXACT)
 def sum_parts(tickets, offers, seen, x, origin, partial, width, inner, panel, stripe):
     """`stripe_sums` of stripes, each at its place in ``partial``, ``(2, stripes, C)``."""
-    sums, columns = np.empty((4, len(origin))), np.empty((3, panel))
+    sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
     spread_for = -1
     first, last = begin(tickets, offers, seen)
     while first < last:
@@ -301,7 +300,7 @@ def sum_parts(tickets, offers, seen, x, origin, partial, width, inner, panel, st
 @njit(**EXACT)
 def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, width, inner, panel, stripe):
     """The same of `stripe_gradient_sums`."""
-    sums, columns = np.empty((4, len(origin))), np.empty((3, panel))
+    sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
     spread_for = -1
     first, last = begin(tickets, offers, seen)
     while first < last:
