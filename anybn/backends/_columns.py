@@ -25,9 +25,10 @@ from anybn.backends._kernels import (
     if_given,
     load,
     normalized,
-    rstd_of,
+    scales_of,
     settle,
     settle_gradients,
+    shift_in,
     store,
 )
 from anybn.backends._sharing import begin, proceed
@@ -161,14 +162,15 @@ def normalize(x, y, residual, relu, mean, shift, scale, bias, width, r0, r1, k0,
 
 
 @njit(**EXACT)
-def gradient(dy, x, active, dx, mean, shift, p1, p2, scale, width, r0, r1, k0, k1):
-    """The same; p1 and p2 are k1 and k2 of `gradient_through`."""
+def gradient(dy, x, active, dx, columns, shift, width, r0, r1, k0, k1):
+    """The same; columns are mean, shift, and what `gradient_through` needs."""
+    mean, a, b, scale = columns[0], columns[2], columns[3], columns[4]
     for r in range(r0, r1):
         row, out, drow = part_of(x, width, r, k0, k1), part_of(dx, width, r, k0, k1), part_of(dy, width, r, k0, k1)
         arow = part_of(active, width, r, k0, k1)
         for k in range(len(row)):
             g = gradient_of(drow[k], at(arow, k))
-            store(out, k, gradient_through(g, row[k], mean[k], at(shift, k), p1[k], p2[k], scale[k]))
+            store(out, k, gradient_through(g, row[k], mean[k], at(shift, k), a[k], b[k], scale[k]))
 
 
 @njit(**EXACT)
@@ -202,6 +204,13 @@ def gather_both(s1, s2, width, inner, k0, k1, sums):
 
 
 @njit(**EXACT)
+def spread_gradients(mean, shift, numbers, inner, k0, columns):
+    """For `gradient`; for numbers see `settle_gradients`."""
+    spread_all(mean, shift, numbers[2], numbers[3], inner, k0, columns)
+    spread(numbers[4], inner, k0, columns[4])
+
+
+@njit(**EXACT)
 def spread_all(mean, shift, a, b, inner, k0, columns):
     spread(mean, inner, k0, columns[0])
     if shift is not None:
@@ -214,13 +223,13 @@ def spread_all(mean, shift, a, b, inner, k0, columns):
 
 
 @njit(**EXACT)
-def train(
-    tickets, offers, seen, x, y, residual, relu, eps, weight, bias, mean, shift, m2, var, scale, width, inner, panel
-):  # fmt: skip
+def train(tickets, offers, seen, x, y, residual, relu, eps, weight, bias, numbers, width, inner, panel):
     """Panels of whole channels from statistics to y."""
+    mean, shift, scale = numbers[0], shift_in(numbers, x), numbers[4]
     channels, rows = len(mean), -(-len(x) // width)
     count = len(x) // channels
     sums, columns = np.empty((2, channels)), np.empty((4, panel))
+    shifts = if_given(shift, columns[1])
     first, last = begin(tickets, offers, seen)
     while first < last:
         for p in range(first, last):
@@ -236,21 +245,20 @@ def train(
                 spread(mean, inner, k0, columns[0])
                 stripe_sums(x, width, inner, 0, rows, k0, k1, columns, sums)
             for c in range(c0, c1):
-                settle(c, count, sums[0, c], sums[1, c], mean, shift, m2, var)
-                scale[c] = rstd_of(var[c], eps) * weight[c]
+                settle(c, count, sums[0, c], sums[1, c], eps, weight, numbers, shift)
             spread_all(mean, shift, scale, bias, inner, k0, columns)
-            shifts = if_given(shift, columns[1])
             normalize(x, y, residual, relu, columns[0], shifts, columns[2], columns[3], width, 0, rows, k0, k1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
 @njit(**EXACT)
 def backward(
-    tickets, offers, seen, dy, x, active, dx, count, mean, shift, rstd, scale, dweight, dbias, k1, k2, width, inner, panel
+    tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean, shift, var, numbers, width, inner, panel
 ):  # fmt: skip
     """The gradient of panels; count is 0 where the statistics are constants."""
     channels, rows = len(mean), -(-len(x) // width)
     sums, columns = np.empty((2, channels)), np.empty((5, panel))
+    shifts = if_given(shift, columns[1])
     first, last = begin(tickets, offers, seen)
     while first < last:
         for p in range(first, last):
@@ -259,11 +267,9 @@ def backward(
             stripe_gradient_sums(dy, x, active, width, inner, 0, rows, b, e, columns, sums)
             c0, c1 = channels_of(b, e, width, inner, channels)
             for c in range(c0, c1):
-                settle_gradients(c, count, sums[0, c], sums[1, c], mean, shift, rstd, dweight, dbias, k1, k2)
-            spread_all(mean, shift, k1, k2, inner, b, columns)
-            spread(scale, inner, b, columns[4])
-            shifts = if_given(shift, columns[1])
-            gradient(dy, x, active, dx, columns[0], shifts, columns[2], columns[3], columns[4], width, 0, rows, b, e)
+                settle_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, numbers)
+            spread_gradients(mean, shift, numbers, inner, b, columns)
+            gradient(dy, x, active, dx, columns, shifts, width, 0, rows, b, e)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
@@ -318,9 +324,9 @@ def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, wi
 
 @njit(**EXACT)
 def normalize_parts(
-    tickets, offers, seen, x, y, residual, relu, mean, shift, scale, bias, width, inner, panel, stripe
+    tickets, offers, seen, x, y, residual, relu, eps, weight, bias, mean, shift, var, width, inner, panel, stripe
 ):  # fmt: skip
-    columns, spread_for = np.empty((4, panel)), -1
+    scale, columns, spread_for = scales_of(var, eps, weight), np.empty((4, panel)), -1
     shifts = if_given(shift, columns[1])
     first, last = begin(tickets, offers, seen)
     while first < last:
@@ -334,9 +340,7 @@ def normalize_parts(
 
 
 @njit(**EXACT)
-def gradient_parts(
-    tickets, offers, seen, dy, x, active, dx, mean, shift, k1, k2, scale, width, inner, panel, stripe
-):  # fmt: skip
+def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, numbers, width, inner, panel, stripe):
     columns, spread_for = np.empty((5, panel)), -1
     shifts = if_given(shift, columns[1])
     first, last = begin(tickets, offers, seen)
@@ -344,10 +348,9 @@ def gradient_parts(
         for q in range(first, last):
             p, r0, r1, b, e = stripe_of(q, x, width, panel, stripe)
             if p != spread_for:
-                spread_all(mean, shift, k1, k2, inner, b, columns)
-                spread(scale, inner, b, columns[4])
+                spread_gradients(mean, shift, numbers, inner, b, columns)
                 spread_for = p
-            gradient(dy, x, active, dx, columns[0], shifts, columns[2], columns[3], columns[4], width, r0, r1, b, e)
+            gradient(dy, x, active, dx, columns, shifts, width, r0, r1, b, e)
         first, last = proceed(tickets, offers, seen, last - first)
 
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anybn import _core
 from anybn._core import Gradients, Spec, Statistics
 from anybn.backends import _columns, _kernels, _runs
 from anybn.backends._layout import Lying, alike, as_float64, delivered, destination, parameter
@@ -29,8 +28,8 @@ NARROW = 128  # columns that are still worth going through the rows for
 
 
 def supports(dtype: np.dtype) -> bool:
-    """float32, float64, and 16-bit numbers as their bits."""
-    return dtype in (np.float32, np.float64, np.uint16, np.int16)
+    """float32, float64, and 16-bit numbers as their bits; float16 where the processor converts it."""
+    return dtype in (np.float32, np.float64, np.uint16) or (dtype == np.int16 and _kernels.converts_half())
 
 
 class Plan(NamedTuple):
@@ -99,10 +98,6 @@ def plan_of(how: Lying, itemsize: int, arrays: int) -> Plan:
     )
 
 
-def _flat(how: Lying, a: np.ndarray | None) -> Any:
-    return None if a is None else a.transpose(how.order).reshape(-1)
-
-
 # -- the operations --------------------------------------------------------------------------------------------
 
 
@@ -121,20 +116,19 @@ def train(
         statistics = batch_statistics(contiguous, spec.axis)
         return evaluate(contiguous, statistics, weight, bias, rest, spec, out), statistics
     y = destination(contiguous, out)
-    mean, m2, var, scale, shift_or_not = np.empty((5, how.channels))
-    shift = shift_or_not if x.dtype == np.float64 else None
-    arrays = (_flat(how, contiguous), _flat(how, y), _flat(how, rest))
+    numbers, wide = np.empty((5, how.channels)), x.dtype != np.float64
+    arrays = (how.flat(contiguous), how.flat(y), None if rest is None else how.flat(rest))
     parameters = (parameter(weight, how.channels, 1.0), parameter(bias, how.channels, 0.0))
     options = (True if spec.relu else None, spec.eps)
-    share(plan.kernels.train, *plan.tasks, *arrays, *options, *parameters, mean, shift, m2, var, scale, *plan.of_task)
-    return delivered(y, out), Statistics(how.outer * how.inner, mean, shift, var, m2)
+    share(plan.kernels.train, *plan.tasks, *arrays, *options, *parameters, numbers, *plan.of_task)
+    return delivered(y, out), Statistics(how.outer * how.inner, numbers[0], None if wide else numbers[1], *numbers[2:4])
 
 
 def batch_statistics(x: np.ndarray, axis: int) -> Statistics:
     """Mean and variance of every channel."""
     how, x, _ = alike(x, axis)
     plan = plan_of(how, x.itemsize, 1)
-    x, count, shift = _flat(how, x), how.outer * how.inner, None
+    x, count, shift = how.flat(x), how.outer * how.inner, None
 
     def sums(origin: np.ndarray) -> np.ndarray:
         return _summed(plan, plan.kernels.sum_parts, x, origin)
@@ -171,12 +165,15 @@ def evaluate(
     how, contiguous, (rest,) = alike(x, spec.axis, residual)
     plan = plan_of(how, x.itemsize, 1)
     y = destination(contiguous, out)
-    mean = np.array(statistics.mean)  # the state's are read-only, which Numba would compile another version for
-    parameters = (mean, statistics.shift, _core.scale_of(np, statistics, weight, spec.eps))
-    arrays = (_flat(how, contiguous), _flat(how, y), _flat(how, rest), True if spec.relu else None)
-    bias = parameter(bias, how.channels, 0.0)
-    share(plan.kernels.normalize_parts, *plan.parts, *arrays, *parameters, bias, *plan.of_part)
+    arrays = (how.flat(contiguous), how.flat(y), None if rest is None else how.flat(rest), True if spec.relu else None)
+    parameters = (spec.eps, parameter(weight, how.channels, 1.0), parameter(bias, how.channels, 0.0))
+    share(plan.kernels.normalize_parts, *plan.parts, *arrays, *parameters, *_writable(statistics), *plan.of_part)
     return delivered(y, out)
+
+
+def _writable(statistics: Statistics) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Mean, shift and variance; a state's are read-only, for which Numba would compile another version."""
+    return np.array(statistics.mean), statistics.shift, np.array(statistics.var)
 
 
 def gradients(
@@ -190,23 +187,18 @@ def gradients(
     """See `anybn._core.gradients`; weight's and bias's in float64, the residual's left out."""
     how, contiguous, (dy_like, active_like) = alike(x, spec.axis, dy, active)
     plan = plan_of(how, x.itemsize, 2)
-    dx = np.empty_like(contiguous)
-    mean, shift = np.array(statistics.mean), statistics.shift
-    rstd, scale = _core.reciprocal_std(np, statistics, spec.eps), _core.scale_of(np, statistics, weight, spec.eps)
+    dx, numbers = np.empty_like(contiguous), np.empty((5, how.channels))
+    inputs = (how.flat(dy_like), how.flat(contiguous), None if active_like is None else how.flat(active_like))
     count = 0 if statistics.count is None else how.outer * how.inner
-    inputs = (_flat(how, dy_like), _flat(how, contiguous), _flat(how, active_like))
-    dx_in = _flat(how, dx)
-    dweight, dbias, k1, k2 = np.empty((4, how.channels))
-    results = (dweight, dbias, k1, k2)
+    weight, (mean, shift, var) = parameter(weight, how.channels, 1.0), _writable(statistics)
     if plan.fits:
-        values = (count, mean, shift, rstd, scale, *results)
-        share(plan.kernels.backward, *plan.tasks, *inputs, dx_in, *values, *plan.of_task)
+        values = (count, spec.eps, weight, mean, shift, var, numbers)
+        share(plan.kernels.backward, *plan.tasks, *inputs, how.flat(dx), *values, *plan.of_task)
     else:
-        s1, s2 = _summed(plan, plan.kernels.gradient_sum_parts, *inputs, mean)
-        _kernels.settle_all_gradients(count, s1, s2, mean, shift, rstd, *results)
-        values = (mean, shift, k1, k2, scale)
-        share(plan.kernels.gradient_parts, *plan.parts, *inputs, dx_in, *values, *plan.of_part)
-    return Gradients(dx, dweight, dbias, None)
+        sums = _summed(plan, plan.kernels.gradient_sum_parts, *inputs, mean)
+        _kernels.settle_all_gradients(count, sums, spec.eps, weight, shift, var, numbers)
+        share(plan.kernels.gradient_parts, *plan.parts, *inputs, how.flat(dx), mean, shift, numbers, *plan.of_part)
+    return Gradients(dx, numbers[0], numbers[1], None)
 
 
 def updated_running_statistics(

@@ -16,8 +16,12 @@ Every function is untyped, since Numba compiles one version per combination of d
 
 from __future__ import annotations
 
+import functools
+import platform
+
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
@@ -26,6 +30,12 @@ EXACT = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 # -- values ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def converts_half() -> bool:
+    """Whether the processor has instructions for it; LLVM would call functions that are not there."""
+    return platform.machine() in ("aarch64", "arm64") or bool(get_host_cpu_features().get("f16c", False))
 
 
 @intrinsic
@@ -128,6 +138,18 @@ def _cut(values, first, last):
     return lambda values, first, last: values[first:last]
 
 
+def shift_in(numbers, x):
+    """The shifts in what `train` works out; None for narrow x."""
+    raise NotImplementedError
+
+
+@overload(shift_in, inline="always")
+def _shift_in(numbers, x):
+    if x.dtype == types.float64:
+        return lambda numbers, x: numbers[1]
+    return lambda numbers, x: None
+
+
 @njit(**EXACT)
 def normalized(value, mean, shift, scale, bias, rest, relu):
     """``relu(((value - mean) - shift) * scale + bias + rest)``; shift, rest and relu may be None."""
@@ -180,29 +202,46 @@ def rstd_of(var, eps):
 
 
 @njit(**EXACT)
-def settle(c, count, s1, s2, mean, shift, m2, var):
-    """The statistics of channel c from the sums of its values less mean, or less an origin that mean still is."""
+def scales_of(var, eps, weight):
+    scale = np.empty(len(var))
+    for c in range(len(var)):
+        scale[c] = rstd_of(var[c], eps) * weight[c]
+    return scale
+
+
+@njit(**EXACT)
+def settle(c, count, s1, s2, eps, weight, numbers, shift):
+    """The statistics of channel c, and its scale, from the sums of its values less an origin, which mean still is.
+
+    Numbers are the rows mean, shift, var, m2 and scale; with shifts, mean is the mean already.
+    """
     if shift is None:
-        mean[c] += s1 / count
+        numbers[0, c] += s1 / count
     else:
         shift[c] = s1 / count
-    m2[c] = s2 - s1 * (s1 / count)
-    var[c] = m2[c] / count
+    numbers[3, c] = s2 - s1 * (s1 / count)
+    numbers[2, c] = numbers[3, c] / count
+    numbers[4, c] = rstd_of(numbers[2, c], eps) * weight[c]
 
 
 @njit(**EXACT)
-def settle_gradients(c, count, s1, s2, mean, shift, rstd, dweight, dbias, k1, k2):
-    """The gradients of channel c's parameters from its sums, and what `gradient_through` needs: 0 for constant statistics."""
-    dbias[c] = s1
-    dweight[c] = (s2 if shift is None else s2 - shift[c] * s1) * rstd[c]
-    k1[c] = dbias[c] / count if count else 0.0
-    k2[c] = dweight[c] / count * rstd[c] if count else 0.0
+def settle_gradients(c, count, s1, s2, eps, weight, shift, var, numbers):
+    """The gradients of channel c's parameters from its sums, and what `gradient_through` needs.
+
+    Numbers are the rows dweight, dbias, k1, k2 and scale; k1 and k2 are 0 for constant statistics, of count 0.
+    """
+    rstd = rstd_of(var[c], eps)
+    numbers[0, c] = (s2 if shift is None else s2 - shift[c] * s1) * rstd
+    numbers[1, c] = s1
+    numbers[2, c] = s1 / count if count else 0.0
+    numbers[3, c] = numbers[0, c] / count * rstd if count else 0.0
+    numbers[4, c] = rstd * weight[c]
 
 
 @njit(**EXACT)
-def settle_all_gradients(count, s1, s2, mean, shift, rstd, dweight, dbias, k1, k2):
-    for c in range(len(mean)):
-        settle_gradients(c, count, s1[c], s2[c], mean, shift, rstd, dweight, dbias, k1, k2)
+def settle_all_gradients(count, sums, eps, weight, shift, var, numbers):
+    for c in range(len(var)):
+        settle_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, numbers)
 
 
 @njit(**EXACT)

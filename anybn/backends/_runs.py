@@ -19,9 +19,10 @@ from anybn.backends._kernels import (
     gradient_through,
     load,
     normalized,
-    rstd_of,
+    scales_of,
     settle,
     settle_gradients,
+    shift_in,
     store,
 )
 from anybn.backends._sharing import begin, proceed
@@ -107,24 +108,25 @@ def normalize(x, y, residual, relu, mean, shift, scale, bias, length, segments, 
 
 
 @njit(**EXACT)
-def gradient(dy, x, active, dx, mean, shift, k1, k2, scale, length, segments, first, last, stride):
-    """The same."""
+def gradient(dy, x, active, dx, mean, shift, numbers, length, segments, first, last, stride):
+    """The same; for numbers see `settle_gradients`."""
     for q in range(first, last, stride):
         b, e = segment(q, length, segments)
         c = q // segments % len(mean)
-        m, s, p1, p2, k = mean[c], at(shift, c), k1[c], k2[c], scale[c]
+        m, s, k1, k2, k = mean[c], at(shift, c), numbers[2, c], numbers[3, c], numbers[4, c]
         row, drow, arow, out = x[b:e], dy[b:e], cut(active, b, e), dx[b:e]
         for i in range(len(row)):
             g = gradient_of(drow[i], at(arow, i))
-            store(out, i, gradient_through(g, row[i], m, s, p1, p2, k))
+            store(out, i, gradient_through(g, row[i], m, s, k1, k2, k))
 
 
 # -- tasks: channels -------------------------------------------------------------------------------------------
 
 
 @njit(**EXACT)
-def train(tickets, offers, seen, x, y, residual, relu, eps, weight, bias, mean, shift, m2, var, scale, length):
+def train(tickets, offers, seen, x, y, residual, relu, eps, weight, bias, numbers, length):
     """Channels from statistics to y."""
+    mean, shift, scale = numbers[0], shift_in(numbers, x), numbers[4]
     stride = len(mean) * length
     rows = len(x) // stride
     first, last = begin(tickets, offers, seen)
@@ -135,16 +137,13 @@ def train(tickets, offers, seen, x, y, residual, relu, eps, weight, bias, mean, 
             if shift is not None:
                 mean[c] += s1 / (rows * length)
                 s1, s2 = run_sums(x, c * length, rows, stride, length, mean[c])
-            settle(c, rows * length, s1, s2, mean, shift, m2, var)
-            scale[c] = rstd_of(var[c], eps) * weight[c]
+            settle(c, rows * length, s1, s2, eps, weight, numbers, shift)
             normalize(x, y, residual, relu, mean, shift, scale, bias, length, 1, c, rows * len(mean), len(mean))
         first, last = proceed(tickets, offers, seen, last - first)
 
 
 @njit(**EXACT)
-def backward(
-    tickets, offers, seen, dy, x, active, dx, count, mean, shift, rstd, scale, dweight, dbias, k1, k2, length
-):  # fmt: skip
+def backward(tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean, shift, var, numbers, length):
     """The gradient of channels; count is 0 where the statistics are constants."""
     stride = len(mean) * length
     rows = len(x) // stride
@@ -152,8 +151,8 @@ def backward(
     while first < last:
         for c in range(first, last):
             s1, s2 = run_gradient_sums(dy, x, active, c * length, rows, stride, length, mean[c])
-            settle_gradients(c, count, s1, s2, mean, shift, rstd, dweight, dbias, k1, k2)
-            gradient(dy, x, active, dx, mean, shift, k1, k2, scale, length, 1, c, rows * len(mean), len(mean))
+            settle_gradients(c, count, s1, s2, eps, weight, shift, var, numbers)
+            gradient(dy, x, active, dx, mean, shift, numbers, length, 1, c, rows * len(mean), len(mean))
         first, last = proceed(tickets, offers, seen, last - first)
 
 
@@ -186,7 +185,8 @@ def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, le
 
 
 @njit(**EXACT)
-def normalize_parts(tickets, offers, seen, x, y, residual, relu, mean, shift, scale, bias, length, segments):
+def normalize_parts(tickets, offers, seen, x, y, residual, relu, eps, weight, bias, mean, shift, var, length, segments):
+    scale = scales_of(var, eps, weight)
     first, last = begin(tickets, offers, seen)
     while first < last:
         normalize(x, y, residual, relu, mean, shift, scale, bias, length, segments, first, last, 1)
@@ -194,10 +194,10 @@ def normalize_parts(tickets, offers, seen, x, y, residual, relu, mean, shift, sc
 
 
 @njit(**EXACT)
-def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, k1, k2, scale, length, segments):
+def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, numbers, length, segments):
     first, last = begin(tickets, offers, seen)
     while first < last:
-        gradient(dy, x, active, dx, mean, shift, k1, k2, scale, length, segments, first, last, 1)
+        gradient(dy, x, active, dx, mean, shift, numbers, length, segments, first, last, 1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
