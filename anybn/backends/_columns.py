@@ -153,12 +153,12 @@ def column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, s1, s2):
 
 
 @njit(**EXACT)
-def normalize(x, y, residual, relu, mean, shift, scale, bias, width, r0, r1, k0, k1):
+def normalize(x, y, residual, floor, mean, shift, scale, bias, width, r0, r1, k0, k1):
     """Columns k0 to k1 of rows r0 to r1, with the channels' values spread."""
     for r in range(r0, r1):
         row, out, rest = part_of(x, width, r, k0, k1), part_of(y, width, r, k0, k1), part_of(residual, width, r, k0, k1)
         for k in range(len(row)):
-            store(out, k, normalized(row[k], mean[k], at(shift, k), scale[k], bias[k], at(rest, k), relu))
+            store(out, k, normalized(row[k], mean[k], at(shift, k), scale[k], bias[k], at(rest, k), floor))
 
 
 @njit(**EXACT)
@@ -223,7 +223,7 @@ def spread_all(mean, shift, a, b, inner, k0, columns):
 
 
 @njit(**EXACT)
-def train(tickets, offers, seen, x, y, residual, relu, eps, weight, bias, numbers, width, inner, panel):
+def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbers, width, inner, panel):
     """Panels of whole channels from statistics to y."""
     mean, shift, scale = numbers[0], shift_in(numbers, x), numbers[4]
     channels, rows = len(mean), -(-len(x) // width)
@@ -247,7 +247,7 @@ def train(tickets, offers, seen, x, y, residual, relu, eps, weight, bias, number
             for c in range(c0, c1):
                 settle(c, count, sums[0, c], sums[1, c], eps, weight, numbers, shift)
             spread_all(mean, shift, scale, bias, inner, k0, columns)
-            normalize(x, y, residual, relu, columns[0], shifts, columns[2], columns[3], width, 0, rows, k0, k1)
+            normalize(x, y, residual, floor, columns[0], shifts, columns[2], columns[3], width, 0, rows, k0, k1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
@@ -324,7 +324,7 @@ def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, wi
 
 @njit(**EXACT)
 def normalize_parts(
-    tickets, offers, seen, x, y, residual, relu, eps, weight, bias, mean, shift, var, width, inner, panel, stripe
+    tickets, offers, seen, x, y, residual, floor, eps, weight, bias, mean, shift, var, width, inner, panel, stripe
 ):  # fmt: skip
     scale, columns, spread_for = scales_of(var, eps, weight), np.empty((4, panel)), -1
     shifts = if_given(shift, columns[1])
@@ -335,7 +335,7 @@ def normalize_parts(
             if p != spread_for:
                 spread_all(mean, shift, scale, bias, inner, k0, columns)
                 spread_for = p
-            normalize(x, y, residual, relu, columns[0], shifts, columns[2], columns[3], width, r0, r1, k0, k1)
+            normalize(x, y, residual, floor, columns[0], shifts, columns[2], columns[3], width, r0, r1, k0, k1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 

@@ -8,6 +8,7 @@ one task. Larger channels are read twice.
 from __future__ import annotations
 
 import functools
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -119,7 +120,7 @@ def train(
     numbers, wide = np.empty((5, how.channels)), x.dtype != np.float64
     arrays = (how.flat(contiguous), how.flat(y), None if rest is None else how.flat(rest))
     parameters = (parameter(weight, how.channels, 1.0), parameter(bias, how.channels, 0.0))
-    options = (True if spec.relu else None, spec.eps)
+    options = (_floor(spec), spec.eps)
     share(plan.kernels.train, *plan.tasks, *arrays, *options, *parameters, numbers, *plan.of_task)
     return delivered(y, out), Statistics(how.outer * how.inner, numbers[0], None if wide else numbers[1], *numbers[2:4])
 
@@ -165,10 +166,15 @@ def evaluate(
     how, contiguous, (rest,) = alike(x, spec.axis, residual)
     plan = plan_of(how, x.itemsize, 1)
     y = destination(contiguous, out)
-    arrays = (how.flat(contiguous), how.flat(y), None if rest is None else how.flat(rest), True if spec.relu else None)
+    arrays = (how.flat(contiguous), how.flat(y), None if rest is None else how.flat(rest), _floor(spec))
     parameters = (spec.eps, parameter(weight, how.channels, 1.0), parameter(bias, how.channels, 0.0))
     share(plan.kernels.normalize_parts, *plan.parts, *arrays, *parameters, *_writable(statistics), *plan.of_part)
     return delivered(y, out)
+
+
+def _floor(spec: Spec) -> float:
+    """What y is at least."""
+    return 0.0 if spec.relu else -math.inf
 
 
 def _writable(statistics: Statistics) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:

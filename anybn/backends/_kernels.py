@@ -151,17 +151,15 @@ def _shift_in(numbers, x):
 
 
 @njit(**EXACT)
-def normalized(value, mean, shift, scale, bias, rest, relu):
-    """``relu(((value - mean) - shift) * scale + bias + rest)``; shift, rest and relu may be None."""
+def normalized(value, mean, shift, scale, bias, rest, floor):
+    """``max(floor, ((value - mean) - shift) * scale + bias + rest)``; shift and rest may be None."""
     v = load(value) - mean
     if shift is not None:
         v = v - shift
     v = v * scale + bias
     if rest is not None:
         v = v + load(rest)
-    if relu is not None:
-        v = 0.0 if v <= 0.0 else v
-    return v
+    return floor if v < floor else v  # NaN stays
 
 
 @njit(**EXACT)

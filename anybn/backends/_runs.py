@@ -96,7 +96,7 @@ def segment(q, length, segments):
 
 
 @njit(**EXACT)
-def normalize(x, y, residual, relu, mean, shift, scale, bias, length, segments, first, last, stride):
+def normalize(x, y, residual, floor, mean, shift, scale, bias, length, segments, first, last, stride):
     """Segments first, first + stride, ..."""
     for q in range(first, last, stride):
         b, e = segment(q, length, segments)
@@ -104,7 +104,7 @@ def normalize(x, y, residual, relu, mean, shift, scale, bias, length, segments, 
         m, s, k, o = mean[c], at(shift, c), scale[c], bias[c]
         row, out, rest = x[b:e], y[b:e], cut(residual, b, e)
         for i in range(len(row)):
-            store(out, i, normalized(row[i], m, s, k, o, at(rest, i), relu))
+            store(out, i, normalized(row[i], m, s, k, o, at(rest, i), floor))
 
 
 @njit(**EXACT)
@@ -124,7 +124,7 @@ def gradient(dy, x, active, dx, mean, shift, numbers, length, segments, first, l
 
 
 @njit(**EXACT)
-def train(tickets, offers, seen, x, y, residual, relu, eps, weight, bias, numbers, length):
+def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbers, length):
     """Channels from statistics to y."""
     mean, shift, scale = numbers[0], shift_in(numbers, x), numbers[4]
     stride = len(mean) * length
@@ -138,7 +138,7 @@ def train(tickets, offers, seen, x, y, residual, relu, eps, weight, bias, number
                 mean[c] += s1 / (rows * length)
                 s1, s2 = run_sums(x, c * length, rows, stride, length, mean[c])
             settle(c, rows * length, s1, s2, eps, weight, numbers, shift)
-            normalize(x, y, residual, relu, mean, shift, scale, bias, length, 1, c, rows * len(mean), len(mean))
+            normalize(x, y, residual, floor, mean, shift, scale, bias, length, 1, c, rows * len(mean), len(mean))
         first, last = proceed(tickets, offers, seen, last - first)
 
 
@@ -185,11 +185,11 @@ def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, le
 
 
 @njit(**EXACT)
-def normalize_parts(tickets, offers, seen, x, y, residual, relu, eps, weight, bias, mean, shift, var, length, segments):
+def normalize_parts(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, mean, shift, var, length, segments):
     scale = scales_of(var, eps, weight)
     first, last = begin(tickets, offers, seen)
     while first < last:
-        normalize(x, y, residual, relu, mean, shift, scale, bias, length, segments, first, last, 1)
+        normalize(x, y, residual, floor, mean, shift, scale, bias, length, segments, first, last, 1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
