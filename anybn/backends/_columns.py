@@ -16,10 +16,12 @@ from numba import njit
 
 from anybn.backends._kernels import (
     EXACT,
+    KERNEL,
     SUMS,
     add_compensated,
     at,
     cut,
+    fill,
     gradient_of,
     gradient_through,
     if_given,
@@ -40,16 +42,18 @@ ROWS = 32
 @njit(**EXACT)
 def spread(values, inner, k0, out):
     """Fills out with the channels' values for columns k0, k0 + 1, ..."""
-    k, end = k0, k0 + len(out)
-    while k < end:
-        c = k // inner % len(values)
+    column, end = k0, k0 + len(out)
+    while column < end:
+        c = column // inner % len(values)
         if inner == 1:
-            stop = min(end, k + len(values) - c)
-            out[k - k0 : stop - k0] = values[c : c + stop - k]
+            part, run = out[column - k0 : column - k0 + len(values) - c], values[c:]
+            for k in range(len(part)):
+                part[k] = run[k]
         else:
-            stop = min(end, (k // inner + 1) * inner)
-            out[k - k0 : stop - k0] = values[c]
-        k = stop
+            part = out[column - k0 : (column // inner + 1) * inner - k0]
+            for k in range(len(part)):
+                part[k] = values[c]
+        column += len(part)
 
 
 @njit(**SUMS)
@@ -85,8 +89,8 @@ def part_of(x, width, r, k0, k1):
 
 @njit(**SUMS)
 def block_column_sums(x, width, r0, r1, k0, k1, origin, b1, b2):
-    b1[:] = 0.0
-    b2[:] = 0.0
+    fill(b1, 0.0)
+    fill(b2, 0.0)
     whole = min(r1, len(x) // width)
     even = r0 + max(0, whole - r0) // 4 * 4
     for r in range(r0, even, 4):  # four rows for each pass over the sums, which lie in memory
@@ -107,8 +111,8 @@ def block_column_sums(x, width, r0, r1, k0, k1, origin, b1, b2):
 
 @njit(**SUMS)
 def block_column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, b1, b2):
-    b1[:] = 0.0
-    b2[:] = 0.0
+    fill(b1, 0.0)
+    fill(b2, 0.0)
     whole = min(r1, len(x) // width)
     even = r0 + max(0, whole - r0) // 2 * 2
     for r in range(r0, even, 2):
@@ -131,9 +135,11 @@ def block_column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, b1,
 @njit(**EXACT)
 def column_sums(x, width, r0, r1, k0, k1, origin, s1, s2):
     """``sum(x - origin)`` and ``sum((x - origin)**2)`` of columns k0 to k1 over rows r0 to r1."""
-    b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.zeros(k1 - k0), np.zeros(k1 - k0)
-    s1[:] = 0.0
-    s2[:] = 0.0
+    b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
+    fill(lost1, 0.0)
+    fill(lost2, 0.0)
+    fill(s1, 0.0)
+    fill(s2, 0.0)
     for b in range(r0, r1, ROWS):
         block_column_sums(x, width, b, min(b + ROWS, r1), k0, k1, origin, b1, b2)
         add_compensated(s1, lost1, b1)
@@ -143,9 +149,11 @@ def column_sums(x, width, r0, r1, k0, k1, origin, s1, s2):
 @njit(**EXACT)
 def column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, s1, s2):
     """``sum(dy)`` and ``sum(dy * (x - origin))`` of the same part, with 0 for dy where it is not active."""
-    b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.zeros(k1 - k0), np.zeros(k1 - k0)
-    s1[:] = 0.0
-    s2[:] = 0.0
+    b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
+    fill(lost1, 0.0)
+    fill(lost2, 0.0)
+    fill(s1, 0.0)
+    fill(s2, 0.0)
     for b in range(r0, r1, ROWS):
         block_column_gradient_sums(dy, x, active, width, b, min(b + ROWS, r1), k0, k1, origin, b1, b2)
         add_compensated(s1, lost1, b1)
@@ -222,7 +230,7 @@ def spread_all(mean, shift, a, b, inner, k0, columns):
 # -- tasks: panels ---------------------------------------------------------------------------------------------
 
 
-@njit(**EXACT)
+@njit(**KERNEL)
 def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbers, width, inner, panel):
     """Panels of whole channels from statistics to y."""
     mean, shift, scale = numbers[0], shift_in(numbers, x), numbers[4]
@@ -251,7 +259,7 @@ def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbe
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**EXACT)
+@njit(**KERNEL)
 def backward(
     tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean, shift, var, numbers, width, inner, panel
 ):  # fmt: skip
@@ -284,7 +292,7 @@ def stripe_of(q, x, width, panel, stripe):
     return p, s * stripe, min((s + 1) * stripe, rows), p * panel, min((p + 1) * panel, width)
 
 
-@njit(**EXACT)
+@njit(**KERNEL)
 def sum_parts(tickets, offers, seen, x, origin, partial, width, inner, panel, stripe):
     """`stripe_sums` of stripes, each at its place in ``partial``, ``(2, stripes, C)``."""
     sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
@@ -298,12 +306,12 @@ def sum_parts(tickets, offers, seen, x, origin, partial, width, inner, panel, st
                 spread_for = p
             stripe_sums(x, width, inner, r0, r1, k0, k1, columns, sums)
             c0, c1 = channels_of(k0, k1, width, inner, len(origin))
-            partial[0, r0 // stripe, c0:c1] = sums[0, c0:c1]
-            partial[1, r0 // stripe, c0:c1] = sums[1, c0:c1]
+            for c in range(c0, c1):
+                partial[0, r0 // stripe, c], partial[1, r0 // stripe, c] = sums[0, c], sums[1, c]
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**EXACT)
+@njit(**KERNEL)
 def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, width, inner, panel, stripe):
     """The same of `stripe_gradient_sums`."""
     sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
@@ -317,12 +325,12 @@ def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, wi
                 spread_for = p
             stripe_gradient_sums(dy, x, active, width, inner, r0, r1, k0, k1, columns, sums)
             c0, c1 = channels_of(k0, k1, width, inner, len(origin))
-            partial[0, r0 // stripe, c0:c1] = sums[0, c0:c1]
-            partial[1, r0 // stripe, c0:c1] = sums[1, c0:c1]
+            for c in range(c0, c1):
+                partial[0, r0 // stripe, c], partial[1, r0 // stripe, c] = sums[0, c], sums[1, c]
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**EXACT)
+@njit(**KERNEL)
 def normalize_parts(
     tickets, offers, seen, x, y, residual, floor, eps, weight, bias, mean, shift, var, width, inner, panel, stripe
 ):  # fmt: skip
@@ -339,7 +347,7 @@ def normalize_parts(
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**EXACT)
+@njit(**KERNEL)
 def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, numbers, width, inner, panel, stripe):
     columns, spread_for = np.empty((5, panel)), -1
     shifts = if_given(shift, columns[1])
@@ -354,11 +362,12 @@ def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, number
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**EXACT)
+@njit(**KERNEL)
 def merge_parts(partial, sums):
     """The sums of every channel, ``(2, C)``, over all stripes."""
     for i in range(2):
-        sums[i] = 0.0
-        lost = np.zeros(partial.shape[2])
+        lost = np.empty(partial.shape[2])
+        fill(lost, 0.0)
+        fill(sums[i], 0.0)
         for s in range(partial.shape[1]):
             add_compensated(sums[i], lost, partial[i, s])

@@ -11,6 +11,7 @@ from numba import njit
 
 from anybn.backends._kernels import (
     EXACT,
+    KERNEL,
     SUMS,
     at,
     compensated,
@@ -123,7 +124,7 @@ def gradient(dy, x, active, dx, mean, shift, numbers, length, segments, first, l
 # -- tasks: channels -------------------------------------------------------------------------------------------
 
 
-@njit(**EXACT)
+@njit(**KERNEL)
 def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbers, length):
     """Channels from statistics to y."""
     mean, shift, scale = numbers[0], shift_in(numbers, x), numbers[4]
@@ -142,7 +143,7 @@ def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbe
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**EXACT)
+@njit(**KERNEL)
 def backward(tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean, shift, var, numbers, length):
     """The gradient of channels; count is 0 where the statistics are constants."""
     stride = len(mean) * length
@@ -159,7 +160,7 @@ def backward(tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean,
 # -- parts: segments -------------------------------------------------------------------------------------------
 
 
-@njit(**EXACT)
+@njit(**KERNEL)
 def sum_parts(tickets, offers, seen, x, origin, partial, length, segments):
     """`run_sums` of segments, each at its place in ``partial``, ``(2, N, C, segments)``."""
     s1, s2 = partial[0].reshape(-1), partial[1].reshape(-1)
@@ -171,7 +172,7 @@ def sum_parts(tickets, offers, seen, x, origin, partial, length, segments):
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**EXACT)
+@njit(**KERNEL)
 def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, length, segments):
     """The same of `run_gradient_sums`."""
     s1, s2 = partial[0].reshape(-1), partial[1].reshape(-1)
@@ -184,7 +185,7 @@ def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, le
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**EXACT)
+@njit(**KERNEL)
 def normalize_parts(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, mean, shift, var, length, segments):
     scale = scales_of(var, eps, weight)
     first, last = begin(tickets, offers, seen)
@@ -193,7 +194,7 @@ def normalize_parts(tickets, offers, seen, x, y, residual, floor, eps, weight, b
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**EXACT)
+@njit(**KERNEL)
 def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, numbers, length, segments):
     first, last = begin(tickets, offers, seen)
     while first < last:
@@ -201,7 +202,7 @@ def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, number
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**EXACT)
+@njit(**KERNEL)
 def merge_parts(partial, sums):
     """The sums of every channel, ``(2, C)``, in the order of memory."""
     _, runs, channels, segments = partial.shape

@@ -24,7 +24,6 @@ from numba.extending import intrinsic
 
 from anybn import _threads
 
-_COMPILED = {"nogil": True, "cache": True, "error_model": "numpy"}
 #: The tickets of a call: the next number, how many are done, how many go with one claim, how many there are.
 NEXT, DONE, STEP, COUNT = range(4)
 #: How long a thread stays awake for what another is to do, in looks at a number, 10 to a nanosecond, and how often it
@@ -68,7 +67,7 @@ else:
     _yield = njit(lambda: 0)
 
 
-@njit(**_COMPILED)
+@njit(nogil=True, cache=True)
 def _reaches(numbers, index, value):
     """Waits for ``numbers[index] >= value``, but not for ever; whether it is so."""
     for _ in range(PATIENCE):
@@ -79,13 +78,13 @@ def _reaches(numbers, index, value):
     return False
 
 
-@njit(**_COMPILED)
+@njit
 def _claim(tickets):
     first = _fetch_add(tickets, NEXT, tickets[STEP])
     return first, min(first + tickets[STEP], tickets[COUNT])
 
 
-@njit(**_COMPILED)
+@njit
 def begin(tickets, offers, seen):
     """The first range of numbers that the thread claims; empty when there are none.
 
@@ -96,7 +95,7 @@ def begin(tickets, offers, seen):
     return _claim(tickets)
 
 
-@njit(**_COMPILED)
+@njit
 def proceed(tickets, offers, seen, done):
     """The next range, after so many numbers are done. When there is none, it comes after a wait: the caller's for the
     others to be done, a helper's for the next call, since back in Python it would wait for the interpreter's lock."""
@@ -110,7 +109,7 @@ def proceed(tickets, offers, seen, done):
     return first, last
 
 
-@njit(**_COMPILED)
+@njit(cache=True)
 def _claim_all(tickets):
     """Leaves nothing to claim; how much was claimed before."""
     return min(_fetch_add(tickets, NEXT, tickets[COUNT]), tickets[COUNT])
