@@ -1,12 +1,13 @@
 """Kernels for runs: flat memory in which ``length`` values of one channel lie side by side, then those of the next.
 
-A thread claims whole channels, each worked on while it lies in the cache; or, where a channel is too large for that or
+A thread claims groups of neighbouring channels, each worked on while it lies in the cache; or, where a channel is too large for that or
 its statistics are given, segments of runs, in the order of memory.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 from anybn.backends._kernels import (
@@ -16,6 +17,7 @@ from anybn.backends._kernels import (
     at,
     compensated,
     cut,
+    fill,
     gradient_of,
     gradient_through,
     load,
@@ -36,56 +38,75 @@ BLOCK = 4096
 
 
 @njit(**SUMS)
-def block_sums(x, start, rows, stride, size, origin):
+def block_sums(row, origin):
     s1 = s2 = 0.0
-    for r in range(rows):
-        row = x[start + r * stride : start + r * stride + size]
-        for i in range(len(row)):
-            d = load(row[i]) - origin
-            s1 += d
-            s2 += d * d
+    for i in range(len(row)):
+        d = load(row[i]) - origin
+        s1 += d
+        s2 += d * d
     return s1, s2
 
 
 @njit(**SUMS)
-def block_gradient_sums(dy, x, active, start, rows, stride, size, origin):
+def block_gradient_sums(drow, row, arow, origin):
     s1 = s2 = 0.0
-    for r in range(rows):
-        b = start + r * stride
-        row, drow, arow = x[b : b + size], dy[b : b + size], cut(active, b, b + size)
-        for i in range(len(row)):
-            g = gradient_of(drow[i], at(arow, i))
-            s1 += g
-            s2 += g * (load(row[i]) - origin)
+    for i in range(len(row)):
+        g = gradient_of(drow[i], at(arow, i))
+        s1 += g
+        s2 += g * (load(row[i]) - origin)
     return s1, s2
 
 
 @njit(**EXACT)
-def run_sums(x, start, rows, stride, length, origin):
-    """``sum(x - origin)`` and ``sum((x - origin)**2)`` over rows of so many values, stride apart."""
+def run_sums(x, first, last, origin):
+    """``sum(x - origin)`` and ``sum((x - origin)**2)`` from value first to last."""
     s1 = s2 = lost1 = lost2 = 0.0
-    together = max(1, BLOCK // length)
-    for r in range(0, rows, together):
-        for b in range(0, length, BLOCK):
-            first, size = start + r * stride + b, min(BLOCK, length - b)
-            b1, b2 = block_sums(x, first, min(together, rows - r), stride, size, origin)
-            s1, lost1 = compensated(s1, lost1, b1)
-            s2, lost2 = compensated(s2, lost2, b2)
+    for b in range(first, last, BLOCK):
+        b1, b2 = block_sums(x[b : min(b + BLOCK, last)], origin)
+        s1, lost1 = compensated(s1, lost1, b1)
+        s2, lost2 = compensated(s2, lost2, b2)
     return s1, s2
 
 
 @njit(**EXACT)
-def run_gradient_sums(dy, x, active, start, rows, stride, length, origin):
-    """``sum(dy)`` and ``sum(dy * (x - origin))`` over the same rows, with 0 for dy where it is not active."""
+def run_gradient_sums(dy, x, active, first, last, origin):
+    """``sum(dy)`` and ``sum(dy * (x - origin))`` of the same values, with 0 for dy where it is not active."""
     s1 = s2 = lost1 = lost2 = 0.0
-    together = max(1, BLOCK // length)
-    for r in range(0, rows, together):
-        for b in range(0, length, BLOCK):
-            first, size = start + r * stride + b, min(BLOCK, length - b)
-            b1, b2 = block_gradient_sums(dy, x, active, first, min(together, rows - r), stride, size, origin)
-            s1, lost1 = compensated(s1, lost1, b1)
-            s2, lost2 = compensated(s2, lost2, b2)
+    for b in range(first, last, BLOCK):
+        e = min(b + BLOCK, last)
+        b1, b2 = block_gradient_sums(dy[b:e], x[b:e], cut(active, b, e), origin)
+        s1, lost1 = compensated(s1, lost1, b1)
+        s2, lost2 = compensated(s2, lost2, b2)
     return s1, s2
+
+
+@njit(**EXACT)
+def add_to(sums, c, s1, s2):
+    """Adds to ``sums[0, c]`` and ``sums[1, c]``, with what rounding loses in the next two rows."""
+    sums[0, c], sums[2, c] = compensated(sums[0, c], sums[2, c], s1)
+    sums[1, c], sums[3, c] = compensated(sums[1, c], sums[3, c], s2)
+
+
+@njit(**EXACT)
+def group_sums(x, c0, c1, length, origin, sums):
+    """`run_sums` of channels c0 to c1, in the order of memory."""
+    for i in range(4):
+        fill(sums[i][c0:c1], 0.0)
+    for r in range(0, len(x), len(origin) * length):
+        for c in range(c0, c1):
+            s1, s2 = run_sums(x, r + c * length, r + (c + 1) * length, origin[c])
+            add_to(sums, c, s1, s2)
+
+
+@njit(**EXACT)
+def group_gradient_sums(dy, x, active, c0, c1, length, origin, sums):
+    """The same of `run_gradient_sums`."""
+    for i in range(4):
+        fill(sums[i][c0:c1], 0.0)
+    for r in range(0, len(x), len(origin) * length):
+        for c in range(c0, c1):
+            s1, s2 = run_gradient_sums(dy, x, active, r + c * length, r + (c + 1) * length, origin[c])
+            add_to(sums, c, s1, s2)
 
 
 @njit(**EXACT)
@@ -97,9 +118,9 @@ def segment(q, length, segments):
 
 
 @njit(**EXACT)
-def normalize(x, y, residual, floor, mean, shift, scale, bias, length, segments, first, last, stride):
-    """Segments first, first + stride, ..."""
-    for q in range(first, last, stride):
+def normalize(x, y, residual, floor, mean, shift, scale, bias, length, segments, first, last):
+    """Segments first to last."""
+    for q in range(first, last):
         b, e = segment(q, length, segments)
         c = q // segments % len(mean)
         m, s, k, o = mean[c], at(shift, c), scale[c], bias[c]
@@ -109,9 +130,9 @@ def normalize(x, y, residual, floor, mean, shift, scale, bias, length, segments,
 
 
 @njit(**EXACT)
-def gradient(dy, x, active, dx, mean, shift, numbers, length, segments, first, last, stride):
+def gradient(dy, x, active, dx, mean, shift, numbers, length, segments, first, last):
     """The same; for numbers see `settle_gradients`."""
-    for q in range(first, last, stride):
+    for q in range(first, last):
         b, e = segment(q, length, segments)
         c = q // segments % len(mean)
         m, s, k1, k2, k = mean[c], at(shift, c), numbers[2, c], numbers[3, c], numbers[4, c]
@@ -121,39 +142,47 @@ def gradient(dy, x, active, dx, mean, shift, numbers, length, segments, first, l
             store(out, i, gradient_through(g, row[i], m, s, k1, k2, k))
 
 
-# -- tasks: channels -------------------------------------------------------------------------------------------
+# -- tasks: groups of channels ---------------------------------------------------------------------------------
 
 
 @njit(**KERNEL)
-def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbers, length):
-    """Channels from statistics to y."""
+def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbers, length, group):
+    """Groups of channels from statistics to y."""
     mean, shift, scale = numbers[0], shift_in(numbers, x), numbers[4]
-    stride = len(mean) * length
-    rows = len(x) // stride
+    channels = len(mean)
+    count, sums = len(x) // channels, np.empty((4, channels))
     first, last = begin(tickets, offers, seen)
     while first < last:
-        for c in range(first, last):
-            mean[c] = load(x[c * length])
-            s1, s2 = run_sums(x, c * length, rows, stride, length, mean[c])
+        for c0 in range(first * group, min(last * group, channels), group):
+            c1 = min(c0 + group, channels)
+            for c in range(c0, c1):
+                mean[c] = load(x[c * length])
+            group_sums(x, c0, c1, length, mean, sums)
             if shift is not None:
-                mean[c] += s1 / (rows * length)
-                s1, s2 = run_sums(x, c * length, rows, stride, length, mean[c])
-            settle(c, rows * length, s1, s2, eps, weight, numbers, shift)
-            normalize(x, y, residual, floor, mean, shift, scale, bias, length, 1, c, rows * len(mean), len(mean))
+                for c in range(c0, c1):
+                    mean[c] += sums[0, c] / count
+                group_sums(x, c0, c1, length, mean, sums)
+            for c in range(c0, c1):
+                settle(c, count, sums[0, c], sums[1, c], eps, weight, numbers, shift)
+            for run in range(0, len(x) // length, channels):
+                normalize(x, y, residual, floor, mean, shift, scale, bias, length, 1, run + c0, run + c1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
 @njit(**KERNEL)
-def backward(tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean, shift, var, numbers, length):
-    """The gradient of channels; count is 0 where the statistics are constants."""
-    stride = len(mean) * length
-    rows = len(x) // stride
+def backward(tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean, shift, var, numbers, length, group):
+    """The gradient of groups of channels; count is 0 where the statistics are constants."""
+    channels = len(mean)
+    sums = np.empty((4, channels))
     first, last = begin(tickets, offers, seen)
     while first < last:
-        for c in range(first, last):
-            s1, s2 = run_gradient_sums(dy, x, active, c * length, rows, stride, length, mean[c])
-            settle_gradients(c, count, s1, s2, eps, weight, shift, var, numbers)
-            gradient(dy, x, active, dx, mean, shift, numbers, length, 1, c, rows * len(mean), len(mean))
+        for c0 in range(first * group, min(last * group, channels), group):
+            c1 = min(c0 + group, channels)
+            group_gradient_sums(dy, x, active, c0, c1, length, mean, sums)
+            for c in range(c0, c1):
+                settle_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, numbers)
+            for run in range(0, len(x) // length, channels):
+                gradient(dy, x, active, dx, mean, shift, numbers, length, 1, run + c0, run + c1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
@@ -168,7 +197,7 @@ def sum_parts(tickets, offers, seen, x, origin, partial, length, segments):
     while first < last:
         for q in range(first, last):
             b, e = segment(q, length, segments)
-            s1[q], s2[q] = run_sums(x, b, 1, 0, e - b, origin[q // segments % len(origin)])
+            s1[q], s2[q] = run_sums(x, b, e, origin[q // segments % len(origin)])
         first, last = proceed(tickets, offers, seen, last - first)
 
 
@@ -181,7 +210,7 @@ def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, le
         for q in range(first, last):
             b, e = segment(q, length, segments)
             c = q // segments % len(origin)
-            s1[q], s2[q] = run_gradient_sums(dy, x, active, b, 1, 0, e - b, origin[c])
+            s1[q], s2[q] = run_gradient_sums(dy, x, active, b, e, origin[c])
         first, last = proceed(tickets, offers, seen, last - first)
 
 
@@ -190,7 +219,7 @@ def normalize_parts(tickets, offers, seen, x, y, residual, floor, eps, weight, b
     scale = scales_of(var, eps, weight)
     first, last = begin(tickets, offers, seen)
     while first < last:
-        normalize(x, y, residual, floor, mean, shift, scale, bias, length, segments, first, last, 1)
+        normalize(x, y, residual, floor, mean, shift, scale, bias, length, segments, first, last)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
@@ -198,7 +227,7 @@ def normalize_parts(tickets, offers, seen, x, y, residual, floor, eps, weight, b
 def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, numbers, length, segments):
     first, last = begin(tickets, offers, seen)
     while first < last:
-        gradient(dy, x, active, dx, mean, shift, numbers, length, segments, first, last, 1)
+        gradient(dy, x, active, dx, mean, shift, numbers, length, segments, first, last)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
