@@ -57,6 +57,9 @@ def state_dict(state: BatchNormState, convention: str) -> dict[str, Array]:
     rules = _convention(convention)
     arrays = state._arrays
     names = _names_of(state, rules, convention)
+    if "ignored_weight" in names.values() and state.affine:
+        if np.any(backend_for(arrays.weight).to_numpy(arrays.weight) != 1):
+            raise ValueError(f"weight is not 1 everywhere, and {convention} takes it to be: use 'mxnet', without fix_gamma")
     counter = _counter(state) if "counter" in names.values() else 0
     result = {}
     for name, quantity in names.items():
