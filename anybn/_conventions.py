@@ -93,7 +93,7 @@ class Convention:
         return {self.eps[0]: eps, self.momentum[0]: complement(momentum) if self.decay else momentum}
 
 
-def complement(momentum: float) -> float:
+def complement(momentum: Any) -> float:
     """``1 - momentum``, without the digits that binary numbers add: 0.01 for 0.99."""
     return round(1.0 - momentum, 15)
 

@@ -57,14 +57,12 @@ def state_dict(state: BatchNormState, convention: str) -> dict[str, Array]:
     rules = _convention(convention)
     arrays = state._arrays
     names = _names_of(state, rules, convention)
-    if "ignored_weight" in names.values() and state.affine:
-        if np.any(backend_for(arrays.weight).to_numpy(arrays.weight) != 1):
-            raise ValueError(f"weight is not 1 everywhere, and {convention} takes it to be: use 'mxnet', without fix_gamma")
+    if "ignored_weight" in names.values() and state.affine and np.any(_to_numpy(arrays.weight) != 1):
+        raise ValueError(f"weight is not 1 everywhere, as {convention} takes it to be: use 'mxnet', without fix_gamma")
     counter = _counter(state) if "counter" in names.values() else 0
-    result = {}
+    result: dict[str, Array] = {}
     for name, quantity in names.items():
-        field = quantity.replace("hidden", "running")
-        value = getattr(arrays, field, None)
+        value: Any = getattr(arrays, quantity.replace("hidden", "running"), None)
         if quantity == "num_batches_tracked":
             value = _scalar_beside(value, arrays.running_mean)
         elif quantity == "counter":
@@ -72,7 +70,7 @@ def state_dict(state: BatchNormState, convention: str) -> dict[str, Array]:
         elif quantity == "unfilled":
             value = _scalar_beside(False, arrays.running_mean)
         elif quantity.startswith("hidden"):
-            value = value * _debiasing(complement(state.momentum), counter)  # type: ignore[arg-type]
+            value = value * _debiasing(complement(state.momentum), counter)
         elif value is not None:
             value = backend_for(value).copy(value)
         else:  # of affine=False, or ignored
@@ -135,6 +133,10 @@ def _debiasing(decay: float, counter: int) -> float:
     return 1 - decay**counter if counter else 1.0
 
 
+def _to_numpy(array: Array) -> np.ndarray:
+    return backend_for(array).to_numpy(array)
+
+
 def _scalar_beside(value: int | bool | Array, like: Array) -> Array:
     """A 0-d array beside the others: a bool, or an int in int64 where there is one."""
     backend = backend_for(like)
@@ -180,7 +182,7 @@ def from_state_dict(mapping: Mapping[str, Any], convention: str = "torch", **set
     """
     rules = _convention(convention)
     found, problems = _arrays_of(mapping, rules)
-    return _new_state(found, rules, settings, problems)
+    return new_state(found, rules, settings, problems)
 
 
 def load_state_dict(state: BatchNormState, mapping: Mapping[str, Any], convention: str) -> None:
@@ -196,7 +198,7 @@ def load_state_dict(state: BatchNormState, mapping: Mapping[str, Any], conventio
     _fill(state, {name: a for name, a in found.items() if name in wanted}, rules, required, state.momentum, problems)
 
 
-def _new_state(
+def new_state(
     found: Mapping[str, Any], rules: Convention, settings: Mapping[str, float], problems: list[str]
 ) -> BatchNormState:
     """A state of the arrays in found, by their names; with problems so far, if any, in the error."""
@@ -291,8 +293,7 @@ def _read(name: str, quantity: str, value: Any, num_features: int, rules: Conven
     """value as NumPy, or a counter as an int, if it can be this quantity."""
     if quantity in ("num_batches_tracked", "counter", "unfilled"):
         if not isinstance(value, numbers.Integral):
-            value = _known(name, value)
-            value = backend_for(value).to_numpy(value)
+            value = _to_numpy(_known(name, value))
             if value.size != 1 or value.dtype.kind not in "iub":
                 raise ValueError(f"{name} has shape {value.shape} and dtype {value.dtype}; it must be one integer")
             value = value.reshape(()).item()
@@ -333,12 +334,12 @@ def _arrays_of(mapping: Mapping[str, Any], rules: Convention) -> tuple[dict[str,
     return found, problems
 
 
-def flat(mapping: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(mapping: Mapping[Any, Any], separator: str = "/", prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested mappings and tuples with their paths, as in "batch_norm/~/mean_ema/average"."""
     for key, value in mapping.items():
+        if isinstance(value, tuple):
+            value = dict(enumerate(value))
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}/")
-        elif isinstance(value, tuple):
-            yield from flat(dict(enumerate(value)), f"{prefix}{key}/")
+            yield from flat(value, separator, f"{prefix}{key}{separator}")
         else:
             yield f"{prefix}{key}", value

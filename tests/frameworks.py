@@ -257,9 +257,7 @@ def start(convention: str):
     """A state that every framework can hold, of numbers that float32 and JSON hold exactly."""
     import anybn
 
-    state = anybn.BatchNormState(
-        CHANNELS, eps=2.0**-7, momentum=0.25, ddof=anybn.interop.CONVENTIONS[convention].ddof
-    )
+    state = anybn.BatchNormState(CHANNELS, eps=2.0**-7, momentum=0.25, ddof=anybn.interop.CONVENTIONS[convention].ddof)
     if convention != "mxnet-fix-gamma":
         state.weight = np.array([1.5, -0.5, 2.0], np.float32)
     state.bias = np.array([0.25, -1.0, 8.0], np.float32)
@@ -285,7 +283,9 @@ def observe(convention: str, given: dict[str, Any]) -> dict[str, Any]:
     """What a framework does with a layer of its own, and with the one that is given; as JSON has it."""
     package, run = RUN[convention]
     x, *steps = batches()
-    arrays = {n: np.asarray(a, np.float32) if isinstance(a, list) else np.asarray(a) for n, a in given["arrays"].items()}
+    arrays = {
+        n: np.asarray(a, np.float32) if isinstance(a, list) else np.asarray(a) for n, a in given["arrays"].items()
+    }
 
     def result(settings, arrays, steps):
         arrays, y = run(settings, arrays, steps, x)
@@ -314,5 +314,10 @@ if __name__ == "__main__":
         record.setdefault(convention, {})["given"] = inputs
         if installed(convention):
             record[convention] = observe(convention, inputs)
-    rows = [f'{json.dumps(convention)}: {{\n' + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in row.items()) + "\n}" for convention, row in record.items()]
+    rows = [
+        f"{json.dumps(convention)}: {{\n"
+        + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in row.items())
+        + "\n}"
+        for convention, row in record.items()
+    ]
     RECORD.write_text("{\n" + ",\n".join(rows) + "\n}\n")
