@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,22 +105,27 @@ def _states(
 
 
 def _layers(keys: Iterable[str], rows: list[Convention]) -> dict[str, tuple[Convention, dict[str, list[str]]]]:
-    """{layer: (convention, {name: keys})} of everything that has running statistics.
+    """{layer: (convention, {name: keys})} of everything that has running statistics, in the order of keys.
 
-    A layer's convention is the one that most of its names belong to; of several, the first in the table.
+    Where conventions share names, that of the largest group counts; of several, the first in the table.
     """
-    keys = tuple(keys)
-    layers: dict[str, tuple[Convention, dict[str, list[str]]]] = {}
+    position = {key: i for i, key in enumerate(keys)}
+    groups: list[tuple[str, Convention, dict[str, list[str]]]] = []
     for rules in rows:
-        groups: dict[str, dict[str, list[str]]] = {}
-        for key in keys:
+        layers: dict[str, dict[str, list[str]]] = {}
+        for key in position:
             if (parsed := rules.parse(key)) is not None:
                 layer, name = parsed
-                groups.setdefault(layer, {}).setdefault(name, []).append(key)
-        for layer, names in groups.items():
-            if _has_statistics(rules, names) and len(names) > len(layers.get(layer, (rules, {}))[1]):
-                layers[layer] = rules, names
-    return layers
+                layers.setdefault(layer, {}).setdefault(name, []).append(key)
+        groups += [(layer, rules, names) for layer, names in layers.items() if _has_statistics(rules, names)]
+    chosen: dict[str, tuple[Convention, dict[str, list[str]]]] = {}
+    taken: set[str] = set()
+    for layer, rules, names in sorted(groups, key=lambda group: -len(group[2])):
+        keys_of = {key for own in names.values() for key in own}
+        if taken.isdisjoint(keys_of):
+            chosen[layer] = rules, names
+            taken |= keys_of
+    return dict(sorted(chosen.items(), key=lambda item: min(position[key] for key in _keys_of(dict([item])))))
 
 
 def _keys_of(layers: Mapping[str, tuple[Convention, dict[str, list[str]]]]) -> list[str]:
@@ -159,7 +165,7 @@ def _safetensors_arrays(path: Path, needed: Needed) -> dict[str, Any]:
 
 
 def _npz_arrays(path: Path, needed: Needed) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:  # np.load leaves damaged paths open
         return {name: file[name] for name in needed(file.files)}
 
 
@@ -171,7 +177,13 @@ def _torch_arrays(path: Path, needed: Needed) -> dict[str, Any]:
             f"{path} is a {path.suffix} file, which takes torch to read ({error}): pip install torch, or save the "
             "state_dict as .safetensors where torch is"
         ) from error
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"nothing was loaded: {path} is damaged or holds more than arrays, such as a whole module, which may run "
+            "code when read: where that code is at home, save model.state_dict() instead"
+        ) from error
     if not isinstance(content, Mapping):
         raise TypeError(f"it holds a {type(content).__name__}, not a state_dict")
     arrays = dict(interop.flat(content, "."))
@@ -194,6 +206,8 @@ def _onnx_layers(path: Path, settings: Mapping[str, float]) -> dict[str, Layer]:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == "Constant" and "value" in attributes:
             constants[node.output[0]] = attributes["value"]
+        if node.op_type == "Identity" and node.input[0] in constants:  # torch's exporter keeps equal arrays once
+            constants[node.output[0]] = constants[node.input[0]]
         if node.op_type != "BatchNormalization" or node.domain not in ("", "ai.onnx"):
             continue
         inputs = dict(zip(rules.names, node.input[1:], strict=False))
@@ -213,8 +227,8 @@ def _onnx_layers(path: Path, settings: Mapping[str, float]) -> dict[str, Layer]:
 
 
 def _onnx_name(node: Any) -> str:
-    """What the arrays' names share, as "layer1.0.bn1" in torch's; or the node's name; or that of its output."""
-    layers = {name.rpartition(".")[0] for name in node.input[1:5]}
+    """What the statistics' names share, as "layer1.0.bn1" in torch's; or the node's name; or that of its output."""
+    layers = {name.rpartition(".")[0] for name in node.input[3:5]}
     return layers.pop() if len(layers) == 1 and "" not in layers else node.name or node.output[0]
 
 

@@ -307,14 +307,16 @@ def _read(name: str, quantity: str, value: Any, num_features: int, rules: Conven
 
 
 def _known(name: str, value: Any) -> Array:
-    """value, or the array inside what another framework wraps one in: a variable of Keras, a Param of Flax."""
+    """value, or as NumPy what an array lies in (a variable of Keras or Flax) or lacks of one (a device, in MLX)."""
     try:
         backend_for(value, name)
     except TypeError:
         if isinstance(value, np.ndarray) or not hasattr(value, "__array__"):
             raise
-        return np.asarray(value)
-    return value
+    else:
+        if hasattr(value, "device"):
+            return value
+    return np.asarray(value)
 
 
 def _arrays_of(mapping: Mapping[str, Any], rules: Convention) -> tuple[dict[str, Any], list[str]]:
