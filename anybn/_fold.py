@@ -19,11 +19,16 @@ def fold(
 
     Args:
         state: with running statistics, of as many channels as the layer gives out.
-        weight: the layer's, with its output channels on channel_axis: ``(out, in)``, ``(out, in / groups, *kernel)``;
-            for a transposed convolution ``(in, out / groups, *kernel)`` with ``channel_axis=1``; Keras's
-            ``(*kernel, in, out)`` with ``channel_axis=-1``.
+        weight: the layer's, with its output channels on channel_axis.
+
+            - torch, Chainer, MXNet, ONNX: ``(out, in)``, ``(out, in / groups, *kernel)``; for a transposed convolution
+              ``(in, out / groups, *kernel)`` with ``channel_axis=1`` and groups.
+            - Keras, Flax, Haiku: ``(*kernel, in / groups, out)`` with ``channel_axis=-1``. Keras's transposed
+              convolutions are ``(*kernel, out, in)``, so ``channel_axis=-2``; a depthwise kernel
+              ``(*kernel, in, multiplier)`` has its channels on two axes: fold ``w.reshape(*kernel, -1)`` and reshape
+              the result back.
         bias: ``(out,)`` or None.
-        groups: of a transposed convolution; other layers do not need it.
+        groups: of a transposed convolution; for other layers it makes no difference.
 
     Returns:
         (weight, bias) in weight's library and dtype, computed in float64 and rounded once.
@@ -51,7 +56,7 @@ def fold(
         raise ValueError(f"channel_axis is {index} but weight has shape {shape}")
     index %= len(shape)
     groups = _checks.positive("groups", groups)
-    in_groups = groups if index != 0 else 1  # (out, in / groups, ...): axis 0 has all output channels already
+    in_groups = 1 if shape[index] == c else groups  # only a transposed convolution has out / groups there
     if shape[index] * in_groups != c or (in_groups > 1 and shape[0] % groups):
         raise ValueError(
             f"weight has shape {shape} with channel_axis={channel_axis} and groups={groups}, which does not give the "
