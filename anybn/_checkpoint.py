@@ -72,9 +72,10 @@ def save(state: BatchNormState, path: str | os.PathLike[str]) -> None:
 
 
 def is_own(path: Path) -> bool:
-    """Whether `save` wrote a safetensors file."""
+    """Whether `save` wrote a safetensors file; also if one of its marks is damaged, so that `load` refuses it."""
     with safetensors().safe_open(path, framework="numpy") as file:
-        return (file.metadata() or {}).get("format") == _FORMAT
+        metadata = file.metadata() or {}
+    return metadata.get("format") == _FORMAT or {"settings", "sha256"} <= metadata.keys()
 
 
 def load(path: str | os.PathLike[str]) -> BatchNormState:
