@@ -31,6 +31,7 @@ class Convention:
         ddof: running_var averages ``m2 / (count - ddof)``.
         affine: the settings that switch weight and bias on: one for both, one for each, none where both always exist.
         track: the setting that switches the running statistics on, or "" where they always exist.
+        cumulative: momentum may be None, for the average over all batches.
         size: the setting that is the number of channels, or "" where the input tells it.
         constants: settings that tell this convention from the framework's others.
         keeps_rank: the arrays have x's rank, with 1 on all axes but the channels'.
@@ -46,6 +47,7 @@ class Convention:
     ddof: int
     affine: tuple[str, ...] = ()
     track: str = ""
+    cumulative: bool = False
     size: str = ""
     constants: Mapping[str, Any] = field(default_factory=dict)
     keeps_rank: bool = False
@@ -56,6 +58,11 @@ class Convention:
     @property
     def always_affine(self) -> bool:
         return not self.affine
+
+    def name_of(self, field: str) -> str:
+        """The name under which running_mean or running_var stands, debiased or not."""
+        quantities = field, field.replace("running", "hidden")
+        return min((quantities.index(q), name) for name, q in self.names.items() if q in quantities)[1]
 
     @cached_property
     def _key(self) -> re.Pattern[str]:
@@ -79,13 +86,15 @@ class Convention:
                 raise TypeError(f"{name!r} is no setting of this convention: it has {eps_name!r} and {momentum_name!r}")
         eps = settings.get(eps_name, eps)
         momentum = _checks.momentum(settings.get(momentum_name, momentum))
-        if self.decay:  # 0.9 where nothing is known: it matters once training goes on
-            momentum = complement(0.9 if momentum is None else momentum)
+        if momentum is None and not self.cumulative:
+            momentum = 0.9 if self.decay else 0.1  # not known, and of no consequence before training goes on
+        if self.decay:
+            momentum = complement(momentum)
         return {"eps": eps, "momentum": momentum, "ddof": self.ddof}
 
     def own_settings(self, eps: float, momentum: float | None) -> dict[str, Any]:
-        """The reverse. Raises ValueError for a momentum of None, which few frameworks know."""
-        if self.decay and momentum is None:
+        """The reverse. Raises ValueError for a momentum of None, which only torch knows."""
+        if momentum is None and not self.cumulative:
             raise ValueError(
                 "momentum is None, the average over all batches, which this convention has no setting for: "
                 "set state.momentum to a number first"
@@ -106,6 +115,7 @@ _TORCH = Convention(
     ddof=1,
     affine=("affine",),
     track="track_running_stats",
+    cumulative=True,
     size="num_features",
 )
 _FLAX = Convention(
@@ -212,7 +222,11 @@ CONVENTIONS: dict[str, Convention] = {
         decay=True,
         ddof=0,
     ),
-    "mlx": replace(_TORCH, names={name: name for name in ("weight", "bias", "running_mean", "running_var")}),
+    "mlx": replace(
+        _TORCH,
+        names={name: name for name in ("weight", "bias", "running_mean", "running_var")},
+        cumulative=False,
+    ),
     "equinox": _EQUINOX,
     "equinox-ema": replace(
         _EQUINOX,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from anybn import _checkpoint, _checks, interop
+from anybn import _checks, interop
 from anybn._conventions import CONVENTIONS, Convention
 from anybn._state import BatchNormState
 from anybn.errors import BackendNotInstalled, CheckpointError
@@ -63,6 +63,8 @@ def load_batch_norms(
         return _states(dict(interop.flat(source)), rows, settings)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source is a {type(source).__name__}; it must be a path or a mapping of names to arrays")
+    from anybn import _checkpoint  # as late as in `BatchNormState`: json and hashlib take time to import
+
     path = Path(source)
     if (read := _READERS.get(path.suffix.lower())) is None:
         raise ValueError(
@@ -160,6 +162,8 @@ Needed = Callable[[Iterable[str]], list[str]]  # all names -> those to read
 
 
 def _safetensors_arrays(path: Path, needed: Needed) -> dict[str, Any]:
+    from anybn import _checkpoint
+
     with _checkpoint.safetensors().safe_open(path, framework="numpy") as file:
         return {name: file.get_tensor(name) for name in needed(file.keys())}
 

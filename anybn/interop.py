@@ -23,6 +23,9 @@ What every conversion keeps, exactly, is y in evaluation. How training goes on i
 - A framework with one switch each for weight and bias may lack one of them: it is then 1, or 0. Where both always exist
   (ONNX, MXNet), a state without weight and bias writes 1 and 0.
 - Where there is no count of batches, num_batches_tracked is 0.
+- Equinox with ``mode="ema"`` normalizes with the running statistics in training too; a state only in evaluation.
+- Haiku's arrays have x's rank: ``(1, C)``, ``(1, 1, 1, C)``. Any of these is read; what is written is ``(C,)``, to be
+  reshaped.
 """
 
 from __future__ import annotations
@@ -195,7 +198,7 @@ def load_state_dict(state: BatchNormState, mapping: Mapping[str, Any], conventio
     affine = wanted.keys() - required
     if len(rules.affine) != 2 or not affine & found.keys():
         required |= affine
-    _fill(state, {name: a for name, a in found.items() if name in wanted}, rules, required, state.momentum, problems)
+    _fill(state, {name: a for name, a in found.items() if name in wanted}, rules, required, problems)
 
 
 def new_state(
@@ -226,7 +229,7 @@ def new_state(
         dtype=_dtype_of(affine),
     )
     required = {name for name, quantity in rules.names.items() if quantity not in optional}
-    _fill(state, found, rules, required, state.momentum, problems)
+    _fill(state, found, rules, required, problems)
     return state
 
 
@@ -241,7 +244,6 @@ def _fill(
     found: Mapping[str, Any],
     rules: Convention,
     required: set[str],
-    momentum: float | None,
     problems: list[str],
 ) -> None:
     """Put the arrays of found into state, all of them or none. Raises CheckpointError that lists every problem."""
@@ -257,10 +259,11 @@ def _fill(
         if quantity == "counter" and read.setdefault(quantity, value) != value:
             problems.append(f"{name} is {value}, but the other average has counted {read[quantity]} batches")
         read[quantity] = value
-    values = _fields_of(read, momentum, state.num_features, problems)
+    values = _fields_of(read, state, problems)
     for field in ("running_mean", "running_var"):
         if field in values and (problem := _checks.impossible_statistics(field, values[field])):
-            problems.append(problem)
+            name = rules.name_of(field)
+            problems.append(problem if name == field else f"{name}: {problem}")
     if not state.affine and any(np.any(values.pop(name, one) != one) for name, one in (("weight", 1), ("bias", 0))):
         problems.append("weight is not 1 or bias is not 0, but the state has affine=False")
     if problems:
@@ -270,8 +273,9 @@ def _fill(
     state._replace_values(values)
 
 
-def _fields_of(read: dict[str, Any], momentum: float | None, c: int, problems: list[str]) -> dict[str, Any]:
-    """{field of a state: value} from {quantity: value}."""
+def _fields_of(read: dict[str, Any], state: BatchNormState, problems: list[str]) -> dict[str, Any]:
+    """{field of a state: value} from {quantity: value}, for the state they go into."""
+    c, momentum = state.num_features, state.momentum
     values = {"weight": np.ones(c), "bias": np.zeros(c), "num_batches_tracked": read.get("counter", 0)}
     values |= {quantity: value for quantity, value in read.items() if quantity in Arrays._fields}
     if "running_mean" not in values and "counter" in read:

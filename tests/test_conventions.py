@@ -196,7 +196,7 @@ def test_no_running_statistics(convention):
 
 def test_a_cumulative_average_has_a_setting_in_torch_only(convention):
     state = anybn.BatchNormState(3, momentum=None)
-    if convention in ("torch", "mlx"):
+    if convention == "torch":
         assert interop.settings(state, convention)["momentum"] is None
         return
     with pytest.raises(ValueError, match="momentum is None, the average over all batches, which this convention has"):
@@ -267,14 +267,16 @@ def test_counters_that_may_be_missing():
         ("keras", {"gamma": np.ones(4)}, r"has shape \(3,\); the state has 4 channels"),
         ("keras", {"kernel": np.ones(3)}, "extra key 'kernel'"),
         ("keras", {"bn/gamma": np.ones(3)}, "extra key 'bn/gamma'"),
-        ("keras", {"moving_variance": np.array([1, -1, 1.0])}, "running_var is -1.0 in channel 1"),
-        ("keras", {"moving_mean": np.array([1, 1, np.nan])}, "running_mean is nan in channel 2"),
+        ("keras", {"moving_variance": np.array([1, -1, 1.0])}, "moving_variance: running_var is -1.0 in channel 1"),
+        ("keras", {"moving_mean": np.array([1, 1, np.nan])}, "moving_mean: running_mean is nan in channel 2"),
         ("keras", {"beta": [0.0, 0.0, 0.0]}, "beta is a list"),
         ("flax", {"mean": np.zeros(3, int)}, "mean has dtype int64: cast to float32"),
         ("flax", {"params/scale": np.ones(3)}, "key '.*scale' is there twice"),
         ("haiku", {"~/mean_ema/counter": 5}, "counter is 131, but the other average has counted 5 batches"),
         ("haiku", {"~/mean_ema/counter": -1}, "num_batches_tracked is -1"),
         ("haiku", {"scale": np.ones((3, 3))}, "scale has shape"),
+        ("haiku", {"~/var_ema/average": -np.ones((1, 3))}, "~/var_ema/average: running_var is -1.0 in channel 0"),
+        ("equinox", {"batch_state_index/1": -np.ones(3)}, "batch_state_index/1: running_var is -"),
         ("equinox", {"batch_counter": None}, "missing key 'batch_counter'"),
         ("equinox", {"batch_counter": np.ones(2)}, r"batch_counter has shape \(2,\) and dtype float64; it must be one"),
         ("chainer", {"avg_mean": None, "N": "x"}, "missing key 'avg_mean'"),
