@@ -24,6 +24,7 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 Run = Callable[[dict[str, Any], Arrays | None, list[np.ndarray], np.ndarray], tuple[Arrays, np.ndarray]]
 CHANNELS = 3
+SMALL = np.float32(2.0**-10)  # what a batch is multiplied by to show eps
 RECORD = Path(__file__).with_suffix(".json")
 
 
@@ -287,13 +288,14 @@ def observe(convention: str, given: dict[str, Any]) -> dict[str, Any]:
         n: np.asarray(a, np.float32) if isinstance(a, list) else np.asarray(a) for n, a in given["arrays"].items()
     }
 
-    def result(settings, arrays, steps):
+    def result(settings, arrays, steps, x=x):
         arrays, y = run(settings, arrays, steps, x)
         return {"arrays": {name: np.asarray(a).tolist() for name, a in arrays.items()}, "y": np.asarray(y).tolist()}
 
     return {
         "version": f"{package} {version(package)}",
         "given": given,
+        "by default": result(given["constants"], None, [batch * SMALL for batch in steps], x * SMALL),
         "own": result({**given["eps and momentum"], **given["constants"]}, None, steps),
         "evaluated": result(given["settings"], arrays, []),
         "trained on": result(given["settings"], arrays, steps),

@@ -81,21 +81,50 @@ def test_it_goes_back_as_it_came(seen, convention):
         assert np.allclose(back[name], np.reshape(array, np.shape(back[name])), rtol=tolerance, atol=0), name
 
 
-def test_its_statistics_are_what_this_ddof_and_momentum_make_of_the_same_batches(seen, convention):
-    """Those that fill or debias their averages weigh the first batches more: momentum (1 - decay) / (1 - decay**i)."""
-    ddof = interop.CONVENTIONS[convention].ddof
-    state = anybn.BatchNormState(3, eps=2.0**-7, momentum=0.25, ddof=ddof)
-    for i, batch in enumerate(STEPS, 1):
+def trained_as_there(convention, momentum, steps):
+    """(mean, var) of batches, by the ddof and momentum of a convention.
+
+    Those that fill or debias their averages weigh the first batches more: momentum (1 - decay) / (1 - decay**i).
+    """
+    decay = 1 - momentum
+    state = anybn.BatchNormState(3, momentum=momentum, ddof=interop.CONVENTIONS[convention].ddof)
+    for i, batch in enumerate(steps, 1):
         if convention in ("haiku", "equinox"):
-            state.momentum = 0.25 / (1 - 0.75**i)
+            state.momentum = min(1, momentum / (1 - decay**i))
         elif convention == "equinox-ema":
-            state.momentum = 1 if i == 1 else 0.25
+            state.momentum = 1 if i == 1 else momentum
         anybn.batch_norm(batch.astype(np.float64), state, training=True)
-    theirs = state_of(seen, seen["own"]["arrays"], convention)
     var = state.running_var
-    if convention == "equinox":  # its variance starts at 1, which it does not debias
-        var = var + 0.75**2 / (1 - 0.75**2)
-    assert_same_statistics(theirs, state.running_mean, var)
+    if convention == "equinox":  # its variance starts at 1, which it does not take out again
+        var = var + decay ** len(steps) / (1 - decay ** len(steps))
+    return state.running_mean, var
+
+
+def test_its_statistics_are_what_this_ddof_and_momentum_make_of_the_same_batches(seen, convention):
+    theirs = state_of(seen, seen["own"]["arrays"], convention)
+    assert_same_statistics(theirs, *trained_as_there(convention, 0.25, STEPS))
+
+
+def test_the_defaults_are_the_frameworks(seen, convention):
+    """On batches so small that eps shows: what is within a few roundings for 1e-5 is not for 2e-5."""
+    arrays = {name: as_array(a) for name, a in seen["by default"]["arrays"].items()}
+    state = interop.from_state_dict(arrays, convention)
+    steps = [batch * frameworks.SMALL for batch in STEPS]
+    mean, var = trained_as_there(convention, state.momentum, steps)
+    # Haiku and Equinox divide by 1 - decay**2 in float32, where it has lost digits.
+    lost = 1 / (1 - (1 - state.momentum) ** 2) if convention in ("haiku", "equinox") else 1
+    assert np.allclose(state.running_mean, mean, rtol=1e-6 * lost, atol=0)
+    assert np.allclose(state.running_var, var, rtol=3e-6 * lost, atol=0)
+    y = (X.astype(np.float64) * frameworks.SMALL - state.running_mean) / np.sqrt(state.running_var + state.eps)
+    assert np.abs(y - seen["by default"]["y"]).max() <= 10 * 2**-23 * lost * np.abs(y).max()
+
+
+def test_equinoxs_default_eps():
+    """Which a young average hides: its variance starts at 1 and is divided by 0.02."""
+    equinox = pytest.importorskip("equinox", reason="equinox: not installed, pip install equinox")
+    layer = equinox.nn.BatchNorm(3, "batch", mode="batch")
+    assert interop.CONVENTIONS["equinox"].eps == ("eps", layer.eps)
+    assert interop.CONVENTIONS["equinox"].momentum == ("momentum", layer.momentum)
 
 
 def test_a_state_evaluates_the_same_there(seen, convention):
