@@ -15,8 +15,6 @@ from anybn._conventions import CONVENTIONS, Convention
 from anybn._state import BatchNormState
 from anybn.errors import BackendNotInstalled, CheckpointError
 
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-
 
 def load_batch_norms(
     source: str | os.PathLike[str] | Mapping[str, Any], *, convention: str | None = None, **settings: float
@@ -31,9 +29,10 @@ def load_batch_norms(
             - ``.safetensors``: of any framework, or from `BatchNormState.save`; the arrays of other layers stay unread;
             - ``.npz``: likewise, of MLX or Chainer for example; nothing in it is unpickled;
             - ``.pt``, ``.pth``, ``.bin``, ``.ckpt``: through torch, with ``weights_only=True``;
-            - ``.onnx``: through onnx; the only one of these that tells eps and momentum.
+            - ``.onnx``: through onnx; the nodes of the main graph, with their eps and momentum, which no other of
+              these files tells.
         convention: one of `anybn.interop.CONVENTIONS`; by default each layer's is told by its names, which they do, but
-            for ``"mxnet-fix-gamma"``.
+            for ``"mxnet-fix-gamma"``. An ONNX file needs none.
         settings: eps and momentum of all layers by the framework's names and in its meaning, as in
             `anybn.interop.from_state_dict`; the default is the framework's. Look into the model's code: evaluation
             depends on eps.
@@ -54,11 +53,10 @@ def load_batch_norms(
     >>> anybn.load_batch_norms(weights, eps=1e-3)
     {'bn': BatchNormState(4, eps=0.001, momentum=0.1, dtype='float64') on numpy, 0 batches tracked}
     """
-    rows = (
-        [CONVENTIONS[_checks.choice("convention", convention, tuple(CONVENTIONS))]]
-        if convention
-        else [*CONVENTIONS.values()]
-    )
+    names = tuple(CONVENTIONS)
+    rows = [
+        CONVENTIONS[n] for n in (names if convention is None else [_checks.choice("convention", convention, names)])
+    ]
     if isinstance(source, Mapping):
         return _states(dict(interop.flat(source)), rows, settings)
     if not isinstance(source, (str, os.PathLike)):
@@ -75,6 +73,10 @@ def load_batch_norms(
     if read is _onnx_layers:
         return _all_of(_undamaged(path, read, settings))
     if read is _safetensors_arrays and _undamaged(path, _checkpoint.is_own):
+        if settings:
+            raise TypeError(
+                f"{', '.join(settings)} given, but {path} is a file of BatchNormState.save, which tells them"
+            )
         return {"": BatchNormState.load(path)}
     return _states(_undamaged(path, read, lambda keys: _keys_of(_layers(keys, rows))), rows, settings)
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import subprocess
 import sys
 import zipfile
 
@@ -303,6 +304,8 @@ def test_a_file_of_our_own_keeps_its_settings(tmp_path):
     assert list(loaded) == [""]
     assert repr(loaded[""]) == repr(state)
     assert inputs.state_values(loaded[""]) == inputs.state_values(state)
+    with pytest.raises(TypeError, match=r"eps given, but .* is a file of BatchNormState\.save, which tells them"):
+        anybn.load_batch_norms(path, eps=1e-3)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(anybn.CheckpointError):
         anybn.load_batch_norms(path)
@@ -315,6 +318,19 @@ def test_bfloat16(tmp_path):
     states = anybn.load_batch_norms(path)
     assert states["layer1.0.bn1"].dtype == "bfloat16"
     assert np.array_equal(states["layer1.0.bn1"].running_mean, [0.5, 0, -1, 2])
+
+
+def test_no_framework_is_imported(tmp_path):
+    for suffix in (".safetensors", ".npz"):
+        write(tmp_path / f"model{suffix}", weights())
+    code = (
+        "import sys, anybn\n"
+        "for path in sys.argv[1:]: assert len(anybn.load_batch_norms(path)) == 2\n"
+        "print(*{'torch', 'jax', 'flax', 'keras', 'tensorflow', 'onnx', 'mlx'} & sys.modules.keys())"
+    )
+    files = [str(tmp_path / f"model{suffix}") for suffix in (".safetensors", ".npz")]
+    run = subprocess.run([sys.executable, "-c", code, *files], check=True, capture_output=True, text=True)
+    assert run.stdout.split() == []
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
