@@ -247,7 +247,7 @@ def _fill(
     problems: list[str],
 ) -> None:
     """Put the arrays of found into state, all of them or none. Raises CheckpointError that lists every problem."""
-    problems = problems + [f"missing key {name!r}" for name in rules.names if name in required - found.keys()]
+    problems = [f"missing key {name!r}" for name in rules.names if name in required - found.keys()] + problems
     read: dict[str, Any] = {}
     for name, value in found.items():
         quantity = rules.names[name]

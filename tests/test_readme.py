@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import anybn
-
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -15,40 +13,34 @@ README = Path(__file__).parent.parent / "README.md"
 OTHERS = ("keras", "flax")
 
 
-def is_of_another(block):
-    return any(re.search(rf"^(import|from) {name}\b", block, re.M) for name in OTHERS)
-
-
-def blocks_of_the_readme():
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-
-
-def run(blocks, scope):
+def run_the_tour(*, others=()):
+    """The tour's blocks and what they define; of those that import one of OTHERS, only these others."""
+    for library in ("torch", "jax", "safetensors", *others):
+        pytest.importorskip(library, reason=f"the tour shows {library}")
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    left_out = "|".join(name for name in OTHERS if name not in others)
+    blocks = [block for block in blocks if not re.search(rf"^(import|from) ({left_out})\b", block, re.M)]
+    scope: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), scope)
+    return blocks, scope
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_it_shows_of(name, monkeypatch):
+def test_the_tour_runs_with(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    pytest.importorskip(name, reason=f"{name}: not installed, pip install {name}")
-    state = anybn.BatchNormState(8, momentum=0.1)
-    anybn.batch_norm(np.random.default_rng(0).normal(size=(9, 8)), state, training=True)
-    scope = {"anybn": anybn, "norms": {"1": state}}
-    run([block for block in blocks_of_the_readme() if re.search(rf"^(import|from) {name}\b", block, re.M)], scope)
-    assert np.allclose(scope["back"].running_var, state.running_var, rtol=1e-6)
-    assert (scope["back"].eps, scope["back"].momentum) == (state.eps, state.momentum)
+    _, scope = run_the_tour(others=[name])
+    state, back = scope["norms"]["1"], scope["back"]
+    assert np.allclose(back.running_var, state.running_var, rtol=1e-6)
+    assert (back.eps, back.momentum, back.ddof) == (state.eps, state.momentum, 0)
 
 
 def test_the_tour_runs(tmp_path, monkeypatch, capsys):
-    for library in ("torch", "jax", "safetensors"):
-        pytest.importorskip(library, reason=f"the tour shows {library}")
     monkeypatch.chdir(tmp_path)
-    blocks = [block for block in blocks_of_the_readme() if not is_of_another(block)]
+    blocks, scope = run_the_tour()
     assert len(blocks) >= 8
-    scope: dict = {}
-    run(blocks, scope)
     promised = re.findall(r"^print\(\w+\)  # (.*)$", "\n".join(blocks), re.M)
     assert len(promised) == 2
     printed = capsys.readouterr().out
