@@ -6,6 +6,7 @@ from anybn._core import Gradients
 from anybn._dispatch import BackendInfo, register_backend, unregister_backend, use_backend
 from anybn._functional import batch_norm, batch_norm_vjp, moments
 from anybn._layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from anybn._models import load_batch_norms
 from anybn._moments import Moments
 from anybn._state import BatchNormState
 from anybn._threads import get_num_threads, set_num_threads
@@ -37,6 +38,7 @@ __all__ = [
     "batch_norm_vjp",
     "fold",
     "get_num_threads",
+    "load_batch_norms",
     "moments",
     "register_backend",
     "set_num_threads",

@@ -21,7 +21,8 @@ _VERSION = 1
 _SETTINGS = ("num_features", "eps", "momentum", "affine", "track_running_stats", "ddof", "dtype")
 
 
-def _safetensors() -> Any:
+def safetensors() -> Any:
+    """The library. Raises BackendNotInstalled."""
     try:
         import safetensors.numpy
     except ImportError as error:
@@ -40,7 +41,7 @@ def _checksum(tensors: dict[str, np.ndarray], settings: str) -> str:
 
 def save(state: BatchNormState, path: str | os.PathLike[str]) -> None:
     """See `BatchNormState.save`."""
-    safetensors = _safetensors()
+    library = safetensors()
     arrays = state._arrays
     tensors = {name: backend_for(a).to_numpy(a) for name, a in arrays.held().items()}
     for name in ("running_mean", "running_var"):
@@ -59,7 +60,7 @@ def save(state: BatchNormState, path: str | os.PathLike[str]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with temporary.open("xb") as file:
-            file.write(safetensors.numpy.save(tensors, metadata))
+            file.write(library.numpy.save(tensors, metadata))
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
@@ -70,14 +71,21 @@ def save(state: BatchNormState, path: str | os.PathLike[str]) -> None:
         raise
 
 
+def is_own(path: Path) -> bool:
+    """Whether `save` wrote a safetensors file; also if one of its marks is damaged, so that `load` refuses it."""
+    with safetensors().safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+    return metadata.get("format") == _FORMAT or {"settings", "sha256"} <= metadata.keys()
+
+
 def load(path: str | os.PathLike[str]) -> BatchNormState:
     """See `BatchNormState.load`."""
-    safetensors = _safetensors()
+    library = safetensors()
     path = Path(path)
     with path.open("rb") as file:
         start = file.read(4)
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
+        with library.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
     except Exception as error:  # safetensors raises several kinds, depending on which part is damaged

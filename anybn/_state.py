@@ -367,17 +367,23 @@ class BatchNormState:
         return self.copy()
 
     def state_dict(self, convention: str = "torch") -> dict[str, Array]:
-        """Copies of the arrays by the names of a convention, in the state's library.
+        """Copies of the arrays by the names of a framework and in its order, in the state's library.
 
         ``"torch"``: weight, bias, running_mean, running_var, num_batches_tracked (0-d int64); those switched off are
         absent. `load_state_dict` takes it back, and so does ``torch.nn.BatchNorm2d.load_state_dict`` once they are
-        tensors.
+        tensors. The others are ``"keras"``, ``"flax"`` (NNX), ``"flax-linen"``, ``"haiku"``, ``"chainer"``,
+        ``"onnx"``, ``"mlx"``, ``"equinox"``, ``"equinox-ema"``, ``"mxnet"`` and ``"mxnet-fix-gamma"``; `anybn.interop`
+        has the table, what is exact and what was chosen, and the layer's settings.
 
-        Raises ValueError for an unknown convention.
+        Raises ValueError for an unknown convention, and for a state that it cannot express: without running statistics
+        (only torch and MLX), with ``momentum=None`` (Haiku and Equinox need a number to undo their debiasing), with a
+        weight that MXNet would ignore.
 
         >>> import anybn
-        >>> sorted(anybn.BatchNormState(3, affine=False).state_dict())
-        ['num_batches_tracked', 'running_mean', 'running_var']
+        >>> list(anybn.BatchNormState(3, affine=False).state_dict())
+        ['running_mean', 'running_var', 'num_batches_tracked']
+        >>> list(anybn.BatchNormState(3).state_dict("keras"))
+        ['gamma', 'beta', 'moving_mean', 'moving_variance']
         """
         from anybn import interop
 
@@ -386,8 +392,20 @@ class BatchNormState:
     def load_state_dict(self, mapping: Mapping[str, Array], convention: str = "torch") -> None:
         """Take over the arrays of a mapping, from any library; all of them or, on an error, none.
 
+        The settings stay what they are: eps, momentum and ddof differ between frameworks, and
+        `anybn.interop.from_state_dict` makes a state that has them all. A convention without a count of batches sets
+        num_batches_tracked to 0.
+
         Raises CheckpointError that lists every missing and extra key, wrong shape and impossible value; ValueError for
-        an unknown convention.
+        an unknown convention, or one that cannot express this state.
+
+        >>> import numpy as np, anybn
+        >>> state = anybn.BatchNormState(2, eps=1e-3, ddof=0)
+        >>> keras = {"gamma": np.ones(2), "beta": np.zeros(2), "moving_mean": np.ones(2)}
+        >>> state.load_state_dict(keras, "keras")
+        Traceback (most recent call last):
+        anybn.errors.CheckpointError: nothing was loaded: missing key 'moving_variance'
+        >>> state.load_state_dict(keras | {"moving_variance": np.ones(2)}, "keras")
         """
         from anybn import interop
 

@@ -1,5 +1,8 @@
 """fold: the layer with batch norm behind it, and the folded layer, give the same, by torch's own layers."""
 
+import functools
+import os
+
 import numpy as np
 import pytest
 
@@ -47,11 +50,105 @@ def test_folded_layers(name, with_bias, affine):
     assert torch.allclose(layer(x, *folded), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_keras_order_of_axes():
+nn = torch.nn
+MODULES = {
+    "Linear": (lambda **options: nn.Linear(4, 6, **options), nn.BatchNorm1d, (5, 4)),
+    **{
+        f"{cls.__name__}, {groups} groups": (
+            functools.partial(cls, 4, 6 if groups < 4 else 8, 3, stride=2, groups=groups),
+            norm,
+            (3, 4, *(7, 6, 5)[: norm_rank - 2]),
+        )
+        for cls, norm, norm_rank in (
+            (nn.Conv1d, nn.BatchNorm1d, 3),
+            (nn.Conv2d, nn.BatchNorm2d, 4),
+            (nn.Conv3d, nn.BatchNorm3d, 5),
+            (nn.ConvTranspose1d, nn.BatchNorm1d, 3),
+            (nn.ConvTranspose2d, nn.BatchNorm2d, 4),
+            (nn.ConvTranspose3d, nn.BatchNorm3d, 5),
+        )
+        for groups in (1, 2, 4)
+    },
+}
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("name", MODULES)
+def test_torchs_own_modules(name, with_bias, affine):
+    """torch's layer and torch's batch norm behind it, against torch's layer alone with the folded weights."""
+    make, norm_of, x_shape = MODULES[name]
+    layer, folded = make(bias=with_bias).double(), make(bias=True).double()
+    x = torch.from_numpy(inputs.normal(x_shape, 2))
+    norm = norm_of(layer(x).shape[1], affine=affine, eps=1e-3).double()
+    with torch.no_grad():
+        if affine:
+            norm.weight.copy_(torch.from_numpy(inputs.normal(norm.weight.shape, 3)))
+            norm.bias.copy_(torch.from_numpy(inputs.normal(norm.bias.shape, 4)))
+        norm(layer(x))
+        expected = norm.eval()(layer(x))
+        state = anybn.interop.from_state_dict(norm.state_dict(), eps=norm.eps)
+        weight, bias = anybn.fold(
+            state,
+            layer.weight,
+            layer.bias,
+            channel_axis=1 if "Transpose" in name else 0,
+            groups=getattr(layer, "groups", 1),
+        )
+        folded.weight.copy_(weight)
+        folded.bias.copy_(bias)
+        assert torch.allclose(folded(x), expected, rtol=1e-12, atol=1e-12)  # the sums' own roundings
+
+
+@pytest.mark.parametrize(("dtype", "ulps"), [("float16", 0.501), ("float32", 0.500001), ("float64", 3)])
+def test_folded_weights_are_rounded_once(dtype, ulps):
+    """float64 has nothing wider behind it: a square root, a division and two products. float16 goes through float32."""
+    state = state_of(6, True).to("numpy")
+    weight, bias = inputs.normal((6, 400), 2).astype(dtype), inputs.normal((6,), 3).astype(dtype)
+    wide = np.longdouble
+    scale = state.weight.astype(wide) / np.sqrt(state.running_var.astype(wide) + wide(state.eps))
+    exact = (
+        weight.astype(wide) * scale[:, None],
+        (bias.astype(wide) - state.running_mean) * scale + state.bias,
+    )
+    for ours, exactly in zip(anybn.fold(state, weight, bias), exact, strict=True):
+        assert ours.dtype == dtype
+        spacing = np.spacing(np.maximum(np.abs(exactly), np.finfo(dtype).tiny).astype(dtype)).astype(wide)
+        assert np.all(np.abs(ours - exactly) <= ulps * spacing)
+
+
+def test_channels_last_order_of_axes():
     state = state_of(6, True).to("numpy")
     weight, x = inputs.normal((4, 6), 2), inputs.normal((5, 4), 3)
-    folded, bias = anybn.fold(state, weight, channel_axis=-1)
-    assert np.allclose(x @ folded + bias, anybn.batch_norm(x @ weight, state))
+    for groups in (1, 2):  # a convolution of groups has all of its output channels on this axis
+        folded, bias = anybn.fold(state, weight, channel_axis=-1, groups=groups)
+        assert np.allclose(x @ folded + bias, anybn.batch_norm(x @ weight, state), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["Dense", "Conv2D", "grouped Conv2D", "DepthwiseConv2D", "Conv2DTranspose"])
+def test_kerass_own_layers(name):
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras", reason="keras: not installed, pip install keras")
+    layers = keras.layers
+    layer, channel_axis = {
+        "Dense": (layers.Dense(6), -1),
+        "Conv2D": (layers.Conv2D(6, 3), -1),
+        "grouped Conv2D": (layers.Conv2D(6, 3, groups=2), -1),
+        "DepthwiseConv2D": (layers.DepthwiseConv2D(3, depth_multiplier=2), -1),
+        "Conv2DTranspose": (layers.Conv2DTranspose(6, 3), -2),
+    }[name]
+    x = inputs.normal((3, 4) if name == "Dense" else (3, 5, 5, 4), 2).astype(np.float32)
+    channels = layer(x).shape[-1]
+    state = state_of(channels, True).to("numpy")
+    expected = anybn.batch_norm(np.asarray(layer(x)), state, axis=-1)
+    kernel, bias = (np.asarray(w) for w in layer.weights)
+    folded, bias = anybn.fold(
+        state, kernel.reshape(*kernel.shape[:2], -1) if "Depth" in name else kernel, bias, channel_axis=channel_axis
+    )
+    layer.set_weights([folded.reshape(kernel.shape), bias])
+    # float32 sums of up to 36 products in two orders
+    assert np.abs(np.asarray(layer(x)) - expected).max() <= 36 * 2**-24 * np.abs(expected).max()
 
 
 def test_results_keep_weights_dtype():
