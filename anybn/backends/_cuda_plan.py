@@ -14,14 +14,24 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 #: dtype -> (type in batchnorm.cu, bytes of a value, bytes of `Sums`).
-TYPES = {"float16": ("float16", 2, 16), "bfloat16": ("bfloat16", 2, 16), "float32": ("float", 4, 16)}
-TYPES["float64"] = ("double", 8, 32)
+TYPES = {
+    "float16": ("float16", 2, 16),
+    "bfloat16": ("bfloat16", 2, 16),
+    "float32": ("float", 4, 16),
+    "float64": ("double", 8, 32),
+}
 
 #: (dtype, rows) -> values that a thread loads at once, the best first. 16 bytes of a plane; rows have a pair of sums for
 #: every channel of a thread, in registers.
 VECTORS = {
-    **{(dtype, rows): ((4, 1) if rows else (8, 4, 1)) for dtype in ("float16", "bfloat16") for rows in (False, True)},
-    **{("float32", False): (4, 1), ("float32", True): (2, 1), ("float64", False): (2, 1), ("float64", True): (1,)},
+    ("float16", False): (8, 4, 1),
+    ("float16", True): (4, 1),
+    ("bfloat16", False): (8, 4, 1),
+    ("bfloat16", True): (4, 1),
+    ("float32", False): (4, 1),
+    ("float32", True): (2, 1),
+    ("float64", False): (2, 1),
+    ("float64", True): (1,),
 }
 CLUSTERS = (1, 2, 4, 8)
 
@@ -113,9 +123,16 @@ def tiling(shape: tuple[int, int, int], dtype: str, alignment: int) -> Tiling:
     )
 
 
-def fits(shape: tuple[int, int, int], dtype: str) -> bool:
-    """Whether every launch for this shape is within the limits of a grid, whatever the alignment."""
-    return tiling(shape, dtype, 1 if dtype not in TYPES else TYPES[dtype][1]).tiles * CLUSTERS[-1] <= MOST_BLOCKS[0]
+def kernels(dtype: str) -> list[str]:
+    """Every kernel for values of dtype, with its template arguments, and `commit`."""
+    name = TYPES[dtype][0]
+    shapes = [f"{name}, {v}, {str(rows).lower()}" for rows in (False, True) for v in VECTORS[dtype, rows]]
+    return [
+        *(f"{kernel}<{s}, {c}>" for kernel in ("train", "backward") for s in shapes for c in CLUSTERS),
+        *(f"{kernel}<{s}>" for kernel in ("sums", "evaluate", "gradient_sums", "gradients") for s in shapes),
+        *(f"{kernel}<{name}>" for kernel in ("finish_train", "finish_backward")),
+        "commit",
+    ]
 
 
 def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, alignment: int = 16) -> Plan:

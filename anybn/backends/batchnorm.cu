@@ -230,26 +230,45 @@ __device__ inline bool safe(double) { return true; }  // nothing is wider
 __device__ inline bool safe_square(float sum) { return sum < 1e30f && sum > 1e-25f; }
 __device__ inline bool safe_square(double) { return true; }
 
+/// The one in the middle.
+template <class R>
+__device__ inline R median(R a, R b, R c) {
+  const R low = a < b ? a : b, high = a < b ? b : a;
+  return c < low ? low : c < high ? c : high;
+}
+
 /// Adds a tile, values[k * STRIDE] for k < K of which the first `valid` count and the others repeat the first.
 ///
-/// Deviations are taken from the first value of the tile, which keeps the cancellation in their squares below K + 1
-/// whatever the data; the sum of the values is exact. What is sum about the tile's own origin becomes sum about the
-/// channel's in the wide type.
+/// Deviations are taken from one of the values, so that they are exact on exact data and small wherever the mean is. The
+/// sum of the values is exact; sums about the tile's origin become sums about the channel's in the wide type. Where
+/// squares overflow or vanish, or where the tile's origin lies so far out that most of them cancels, the tile is added
+/// value by value in the wide type, which is slow and rare.
 template <int K, int STRIDE, class R, class W>
 __device__ inline void add_tile(Sums<W>& total, const R* values, int valid, R origin) {
-  const R first = values[0];
-  Pair<R> sum = {first, R(0)};
+  // The middle of three, so that one value far out is not taken; the first where there are others that repeat it.
+  const R center = median(values[0], values[K / 2 * STRIDE], values[(K - 1) * STRIDE]);
+  Pair<R> sum = {R(0), R(0)};
   R squares = 0;
 #pragma unroll
-  for (int k = 1; k < K; ++k) {
-    const R v = values[k * STRIDE], d = v - first;
+  for (int k = 0; k < K; ++k) {
+    const R v = values[k * STRIDE], d = v - center;
     add(sum, v);
     squares = fused(d, d, squares);
   }
-  if (safe(sum.hi) && safe_square(squares)) {
-    const W s1 = wide(sum) - wide(first) * R(K), shift = difference(first, origin), there = s1 + shift * double(valid);
+  const R s1_here = (sum.hi - center * R(K)) + sum.lo;
+  if (safe(sum.hi) && safe_square(squares) && s1_here * s1_here <= squares * (R(0.875) * R(valid))) {
+    const W s1 = wide(sum) - wide(center) * R(K), shift = difference(center, origin), there = s1 + shift * double(valid);
     total.s1 = total.s1 + there;
     total.s2 = total.s2 + wide(squares) + shift * (s1 + there);
+    return;
+  }
+  bool constant = true;
+#pragma unroll
+  for (int k = 0; k < K; ++k) constant = constant && values[k * STRIDE] == center;
+  if (constant) {  // no rarity: zeros behind a relu
+    const W shift = difference(center, origin), there = shift * double(valid);
+    total.s1 = total.s1 + there;
+    total.s2 = total.s2 + shift * there;
     return;
   }
 #pragma unroll

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import shutil
@@ -10,11 +11,13 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 from anybn.backends import _cuda
-from anybn.backends._cuda_plan import Launch
+from anybn.backends._cuda_plan import TYPES, Device, Launch, kernels
 
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
 COMPILER = shutil.which("g++")
@@ -81,8 +84,42 @@ def _compiled(source: str) -> Path:
     return library
 
 
+H200 = Device(multiprocessors=132, shared_bytes=227 * 1024, capability=(9, 0))
+CONSUMER = Device(multiprocessors=34, shared_bytes=99 * 1024, capability=(8, 9))
+#: So little shared memory that nothing is kept, which no GPU has: all takes two passes.
+TINY = Device(multiprocessors=4, shared_bytes=1, capability=(8, 0))
+
+
+@functools.cache
+def module(dtype: str) -> Module:
+    """All kernels for a dtype."""
+    return Module(kernels(dtype))
+
+
+def gpu(device: Device = H200, schedule: int = 0, launched: list[Launch] | None = None) -> _cuda.Gpu:
+    """A GPU for `anybn.backends._cuda.call`, with NumPy's memory; what it launches is added to launched."""
+    dtype_of = {name: dtype for dtype, (name, _, _) in TYPES.items()}
+    memories: list[Guarded] = []
+
+    def run(launch: Launch, record: np.ndarray) -> None:
+        assert launch.shared_bytes <= max(device.shared_bytes, 48 * 1024), f"no room for {launch} on {device}"
+        assert launch.cluster in device.clusters
+        _, _, arguments = launch.kernel.partition("<")
+        module(dtype_of.get(arguments.rstrip(">").split(",")[0], "float32")).run(launch, record, schedule)
+        for memory in memories:
+            memory.check()
+        if launched is not None:
+            launched.append(launch)
+
+    def scratch(nbytes: int) -> tuple[int, Any]:
+        memories.append(Guarded(np.full(nbytes, 0xFF, np.uint8)))
+        return memories[-1].pointer, memories[-1]
+
+    return _cuda.Gpu(device, run, scratch)
+
+
 class Guarded:
-    """A NumPy array in the middle of NaN, ``offset`` bytes off an address that 16 divides; `check` that all is whole."""
+    """A copy of an array in the middle of NaN, ``offset`` bytes off an address that 16 divides."""
 
     SPACE = 256
 
@@ -98,4 +135,11 @@ class Guarded:
         return self.array.ctypes.data if self.array.size else 0
 
     def check(self) -> None:
+        """That nothing around the array has changed."""
         assert np.all(self._memory[self._outside] == 0xFF), "a kernel wrote outside of an array"
+
+
+def needs_compiler() -> None:
+    """Skips the tests of a module where there is no g++."""
+    if COMPILER is None:
+        pytest.skip("batchnorm.cu is run by way of g++, which is not installed", allow_module_level=True)
