@@ -7,6 +7,7 @@ CuPy, or NumPy itself where a simulator plays the GPU. `gpu` compiles and launch
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ _POINTERS = (
     *("counter", "partials", "corrections"),
 )
 _INTEGERS = ("n", "channels", "length", "parts", "keep", "ddof")
-_FLAGS = ("weight_type", "running_type", "relu", "propagate", "cumulative", "training")
+_FLAGS = ("weight_type", "running_type", "relu", "propagate", "cumulative", "training", "exact")
 CALL = np.dtype(
     [
         *((name, np.uint64) for name in _POINTERS),
@@ -41,6 +42,9 @@ CALL = np.dtype(
     ],
     align=True,
 )
+#: Up to so many values of x, sums are taken in float64, value by value, even where that is slow: rounding errors do not
+#: average out in few values, and the time is that of the launch.
+FEW = 1 << 15
 #: The enumeration of batchnorm.cu.
 PARAMETER_TYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 
@@ -92,6 +96,7 @@ def call(
     like_x = [fields.get(name, 0) for name in ("x", "residual", "dy", "y", "dresidual")]
     made = plan(op, shape, dtype, gpu.device, alignment_of([*like_x, fields.get("active", 0) * itemsize], itemsize))
     record = np.zeros((), CALL)
+    record["exact"] = math.prod(shape) <= FEW
     for name, value in fields.items():
         record[name] = value
     record["n"], record["channels"], record["length"] = shape

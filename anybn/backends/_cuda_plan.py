@@ -21,8 +21,8 @@ TYPES = {
     "float64": ("double", 8, 32),
 }
 
-#: (dtype, rows) -> values that a thread loads at once, the best first. 16 bytes of a plane; rows have a pair of sums for
-#: every channel of a thread, in registers.
+#: (dtype, rows) -> values that a thread loads at once, the best first. Of a plane, up to 16 bytes; of rows less,
+#: because a thread has a pair of sums for each of its channels.
 VECTORS = {
     ("float16", False): (8, 4, 1),
     ("float16", True): (4, 1),
@@ -117,7 +117,7 @@ def tiling(shape: tuple[int, int, int], dtype: str, alignment: int) -> Tiling:
         width=width,
         columns=columns,
         tiles=-(-channels // columns),
-        positions=n * (length // vector),
+        positions=n if rows else n * (length // vector),
         position_bytes=width * vector * itemsize,
         unroll=2 if vector >= 8 else 4 if vector >= 4 else 8,
     )

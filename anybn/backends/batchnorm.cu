@@ -76,6 +76,7 @@ struct Call {
   int relu, propagate;
   int cumulative;  // commit: momentum is 1 / (batches with this one)
   int training;    // backward: the statistics are x's own
+  int exact;       // sum squares in the wide type, value by value
 };
 
 // -- types -------------------------------------------------------------------------------------------------------------
@@ -242,9 +243,10 @@ __device__ inline R median(R a, R b, R c) {
 /// Deviations are taken from one of the values, so that they are exact on exact data and small wherever the mean is. The
 /// sum of the values is exact; sums about the tile's origin become sums about the channel's in the wide type. Where
 /// squares overflow or vanish, or where the tile's origin lies so far out that most of them cancels, the tile is added
-/// value by value in the wide type, which is slow and rare.
+/// value by value in the wide type, which is slow and rare. So is every tile if it is to be `exact`: else the squares have
+/// float32's rounding errors, some 2^-25 / sqrt(count) of their sum.
 template <int K, int STRIDE, class R, class W>
-__device__ inline void add_tile(Sums<W>& total, const R* values, int valid, R origin) {
+__device__ inline void add_tile(Sums<W>& total, const R* values, int valid, R origin, bool exact) {
   // The middle of three, so that one value far out is not taken; the first where there are others that repeat it.
   const R center = median(values[0], values[K / 2 * STRIDE], values[(K - 1) * STRIDE]);
   Pair<R> sum = {R(0), R(0)};
@@ -255,8 +257,9 @@ __device__ inline void add_tile(Sums<W>& total, const R* values, int valid, R or
     add(sum, v);
     squares = fused(d, d, squares);
   }
-  const R s1_here = (sum.hi - center * R(K)) + sum.lo;
-  if (safe(sum.hi) && safe_square(squares) && s1_here * s1_here <= squares * (R(0.875) * R(valid))) {
+  // s1^2 / (squares * valid) is the part of the squares that cancels.
+  const R s1_here = (sum.hi - center * R(K)) + sum.lo, cancelling = valid < K ? R(0.75) : R(0.875);
+  if (!exact && safe(sum.hi) && safe_square(squares) && s1_here * s1_here <= squares * (cancelling * R(valid))) {
     const W s1 = wide(sum) - wide(center) * R(K), shift = difference(center, origin), there = s1 + shift * double(valid);
     total.s1 = total.s1 + there;
     total.s2 = total.s2 + wide(squares) + shift * (s1 + there);
@@ -594,7 +597,7 @@ __device__ inline void sum_part(const Part<T, V, ROWS>& part, const Kept<T, V>& 
     for (int i = 0; i < P::UNROLL * V; ++i) values[i] = value(loaded[i / V].v[i % V]);
 #pragma unroll
     for (int j = 0; j < P::LANES; ++j) {
-      add_tile<P::K, P::STRIDE>(total[j], values + j, ROWS ? valid : valid * V, origin[j]);
+      add_tile<P::K, P::STRIDE>(total[j], values + j, ROWS ? valid : valid * V, origin[j], part.c.exact);
     }
   }
 }

@@ -86,8 +86,6 @@ def _compiled(source: str) -> Path:
 
 H200 = Device(multiprocessors=132, shared_bytes=227 * 1024, capability=(9, 0))
 CONSUMER = Device(multiprocessors=34, shared_bytes=99 * 1024, capability=(8, 9))
-#: So little shared memory that nothing is kept, which no GPU has: all takes two passes.
-TINY = Device(multiprocessors=4, shared_bytes=1, capability=(8, 0))
 
 
 @functools.cache
