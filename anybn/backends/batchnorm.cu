@@ -473,14 +473,15 @@ __device__ inline Gradient gradient_of(const Call& c, long long channel, Correct
 
 // -- one block ---------------------------------------------------------------------------------------------------------
 
-/// The part of a block's positions: first to last of the vectors of its channels.
-template <class T, int V, bool ROWS>
+/// The part of a block's positions: first to last of the vectors of its channels. Of each, ARRAYS are read: x, and in
+/// backward dy.
+template <class T, int V, bool ROWS, int ARRAYS>
 struct Part {
   using R = typename Real<T>::type;
-  static constexpr int LANES = ROWS ? V : 1;                      // channels of a thread
-  static constexpr int UNROLL = V >= 8 ? 2 : V >= 4 ? 4 : 8;      // vectors of a tile
-  static constexpr int K = ROWS ? UNROLL : UNROLL * V;            // values of a tile per channel
-  static constexpr int STRIDE = ROWS ? V : 1;                     // and the distance between them
+  static constexpr int LANES = ROWS ? V : 1;  // channels of a thread
+  static constexpr int UNROLL = (V >= 8 ? 2 : V >= 4 ? 4 : 8) / ARRAYS;  // vectors of a tile
+  static constexpr int K = ROWS ? UNROLL : UNROLL * V;  // values of a tile per channel
+  static constexpr int STRIDE = ROWS ? V : 1;           // and the distance between them
 
   const Call& c;
   long long per_plane, first, last, first_channel, channel;
@@ -565,8 +566,8 @@ __device__ inline Vector<T, V> load_gradient(const Call& c, long long offset) {
 
 /// Sums of a thread over its positions in a part. What fits is kept.
 template <class T, int V, bool ROWS, class W>
-__device__ inline void sum_part(const Part<T, V, ROWS>& part, const Kept<T, V>& kept, Sums<W>* total) {
-  using P = Part<T, V, ROWS>;
+__device__ inline void sum_part(const Part<T, V, ROWS, 1>& part, const Kept<T, V>& kept, Sums<W>* total) {
+  using P = Part<T, V, ROWS, 1>;
   using R = typename P::R;
   R origin[P::LANES];
 #pragma unroll
@@ -605,8 +606,8 @@ __device__ inline void sum_part(const Part<T, V, ROWS>& part, const Kept<T, V>& 
 /// The same of the sums of backward.
 template <class T, int V, bool ROWS, class W>
 __device__ inline void sum_gradient_part(
-    const Part<T, V, ROWS>& part, const Kept<T, V>& kept_x, const Kept<T, V>& kept_dy, Sums<W>* total) {
-  using P = Part<T, V, ROWS>;
+    const Part<T, V, ROWS, 2>& part, const Kept<T, V>& kept_x, const Kept<T, V>& kept_dy, Sums<W>* total) {
+  using P = Part<T, V, ROWS, 2>;
   using R = typename P::R;
   R mean[P::LANES];
 #pragma unroll
@@ -695,8 +696,8 @@ struct Shared {
 
 /// y of a part, from what is kept of x and, beyond that, from x itself.
 template <class T, int V, bool ROWS>
-__device__ inline void normalize_part(const Part<T, V, ROWS>& part, const Kept<T, V>& kept, const Affine* channels) {
-  using P = Part<T, V, ROWS>;
+__device__ inline void normalize_part(const Part<T, V, ROWS, 1>& part, const Kept<T, V>& kept, const Affine* channels) {
+  using P = Part<T, V, ROWS, 1>;
   const Call& c = part.c;
   Normalizer<T> normalize[P::LANES];
 #pragma unroll
@@ -734,8 +735,8 @@ __device__ inline void normalize_part(const Part<T, V, ROWS>& part, const Kept<T
 /// dx of a part, and the gradient of the residual.
 template <class T, int V, bool ROWS>
 __device__ inline void differentiate_part(
-    const Part<T, V, ROWS>& part, const Kept<T, V>& kept_x, const Kept<T, V>& kept_dy, const Gradient* channels) {
-  using P = Part<T, V, ROWS>;
+    const Part<T, V, ROWS, 2>& part, const Kept<T, V>& kept_x, const Kept<T, V>& kept_dy, const Gradient* channels) {
+  using P = Part<T, V, ROWS, 2>;
   const Call& c = part.c;
   Differentiator<T> differentiate[P::LANES];
 #pragma unroll
@@ -775,12 +776,13 @@ __device__ inline void differentiate_part(
 
 // -- kernels -----------------------------------------------------------------------------------------------------------
 
-constexpr int MOST_THREADS = 512;
+constexpr int MOST_THREADS = 512;       // of a block that keeps something
+constexpr int STREAMING_THREADS = 256;  // of one that does not: as in _cuda_plan.py
 
 /// One launch from x to y: a cluster of blocks, one after the other in the grid, for each tile of channels.
 template <class T, int V, bool ROWS>
 __device__ void train_cluster(const Call& c, int cluster) {
-  using P = Part<T, V, ROWS>;
+  using P = Part<T, V, ROWS, 1>;
   using W = typename Wide<typename P::R>::type;
   const long long tile = blockIdx.x / cluster;
   const int rank = blockIdx.x % cluster, threads = blockDim.x * blockDim.y;
@@ -810,7 +812,7 @@ __global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(MOST_THREADS) train(const 
 /// One launch from dy and x to dx, in the same way.
 template <class T, int V, bool ROWS>
 __device__ void backward_cluster(const Call& c, int cluster) {
-  using P = Part<T, V, ROWS>;
+  using P = Part<T, V, ROWS, 2>;
   using W = typename Wide<typename P::R>::type;
   const long long tile = blockIdx.x / cluster;
   const int rank = blockIdx.x % cluster, threads = blockDim.x * blockDim.y;
@@ -853,8 +855,8 @@ __device__ inline void write_partials(const P& part, Sums<W>* mine) {
 }
 
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(MOST_THREADS) sums(const Call c) {
-  using P = Part<T, V, ROWS>;
+__global__ void __launch_bounds__(STREAMING_THREADS) sums(const Call c) {
+  using P = Part<T, V, ROWS, 1>;
   const P part(c, blockIdx.x, blockIdx.y, gridDim.y);
   Sums<typename Wide<typename P::R>::type> mine[P::LANES];
   sum_part(part, Kept<T, V>{}, mine);
@@ -862,8 +864,8 @@ __global__ void __launch_bounds__(MOST_THREADS) sums(const Call c) {
 }
 
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(MOST_THREADS) gradient_sums(const Call c) {
-  using P = Part<T, V, ROWS>;
+__global__ void __launch_bounds__(STREAMING_THREADS) gradient_sums(const Call c) {
+  using P = Part<T, V, ROWS, 2>;
   const P part(c, blockIdx.x, blockIdx.y, gridDim.y);
   Sums<typename Wide<typename P::R>::type> mine[P::LANES];
   sum_gradient_part(part, Kept<T, V>{}, Kept<T, V>{}, mine);
@@ -882,7 +884,7 @@ __device__ inline Sums<W> sum_partials(const Call& c, long long channel) {
 
 /// A warp per channel: blocks of (32, warps).
 template <class T>
-__global__ void __launch_bounds__(MOST_THREADS) finish_train(const Call c) {
+__global__ void __launch_bounds__(STREAMING_THREADS) finish_train(const Call c) {
   using W = typename Wide<typename Real<T>::type>::type;
   const long long channel = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (channel >= c.channels) return;
@@ -891,7 +893,7 @@ __global__ void __launch_bounds__(MOST_THREADS) finish_train(const Call c) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(MOST_THREADS) finish_backward(const Call c) {
+__global__ void __launch_bounds__(STREAMING_THREADS) finish_backward(const Call c) {
   using W = typename Wide<typename Real<T>::type>::type;
   const long long channel = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (channel >= c.channels) return;
@@ -904,8 +906,8 @@ __global__ void __launch_bounds__(MOST_THREADS) finish_backward(const Call c) {
 
 /// y from statistics that are known.
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(MOST_THREADS) evaluate(const Call c) {
-  using P = Part<T, V, ROWS>;
+__global__ void __launch_bounds__(STREAMING_THREADS) evaluate(const Call c) {
+  using P = Part<T, V, ROWS, 1>;
   const P part(c, blockIdx.x, blockIdx.y, gridDim.y);
   Affine* const channels = reinterpret_cast<Affine*>(shared_memory());
   const int threads = blockDim.x * blockDim.y;
@@ -918,8 +920,8 @@ __global__ void __launch_bounds__(MOST_THREADS) evaluate(const Call c) {
 
 /// dx from corrections that are known.
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(MOST_THREADS) gradients(const Call c) {
-  using P = Part<T, V, ROWS>;
+__global__ void __launch_bounds__(STREAMING_THREADS) gradients(const Call c) {
+  using P = Part<T, V, ROWS, 2>;
   const P part(c, blockIdx.x, blockIdx.y, gridDim.y);
   Gradient* const channels = reinterpret_cast<Gradient*>(shared_memory());
   const int threads = blockDim.x * blockDim.y;
