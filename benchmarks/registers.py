@@ -94,7 +94,7 @@ def _nvrtc(names: Sequence[str], architecture: str) -> tuple[dict[str, str], str
 
 
 def _nvcc(names: Sequence[str], architecture: str) -> tuple[dict[str, str], str]:
-    """The kernels are instantiated in a table of pointers, in the order of which nvcc names nothing: so by demangling."""
+    """By explicit instantiation, and told apart by demangling."""
     table = "\n".join(f"template __global__ void {name}(const Call);" for name in names if "<" in name)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernels.cu"
@@ -106,7 +106,6 @@ def _nvcc(names: Sequence[str], architecture: str) -> tuple[dict[str, str], str]
     functions = [function for function, *_ in _read(done.stderr)]
     plain = subprocess.run(["c++filt", *functions], capture_output=True, text=True, check=True).stdout.splitlines()
     readable = (re.sub(r"^void |\(Call\)$|\(bool\)|\(int\)", "", name) for name in plain)
-    readable = (name.replace("1, 1", "1, 1") for name in readable)
     return dict(zip(readable, functions, strict=True)), done.stderr
 
 

@@ -776,6 +776,7 @@ __device__ inline void differentiate_part(
 
 // -- kernels -----------------------------------------------------------------------------------------------------------
 
+// With the number of blocks per multiprocessor, without which the compiler spills in order to have more of them.
 constexpr int MOST_THREADS = 512;       // of a block that keeps something
 constexpr int STREAMING_THREADS = 256;  // of one that does not: as in _cuda_plan.py
 
@@ -805,7 +806,7 @@ __device__ void train_cluster(const Call& c, int cluster) {
   if (cluster > 1) cluster_sync();  // the others may still be reading this block's sums
 }
 template <class T, int V, bool ROWS, int CLUSTER>
-__global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(MOST_THREADS) train(const Call c) {
+__global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(MOST_THREADS, 1) train(const Call c) {
   train_cluster<T, V, ROWS>(c, CLUSTER);
 }
 
@@ -836,7 +837,7 @@ __device__ void backward_cluster(const Call& c, int cluster) {
   if (cluster > 1) cluster_sync();
 }
 template <class T, int V, bool ROWS, int CLUSTER>
-__global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(MOST_THREADS) backward(const Call c) {
+__global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(MOST_THREADS, 1) backward(const Call c) {
   backward_cluster<T, V, ROWS>(c, CLUSTER);
 }
 
@@ -855,7 +856,7 @@ __device__ inline void write_partials(const P& part, Sums<W>* mine) {
 }
 
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(STREAMING_THREADS) sums(const Call c) {
+__global__ void __launch_bounds__(STREAMING_THREADS, 2) sums(const Call c) {
   using P = Part<T, V, ROWS, 1>;
   const P part(c, blockIdx.x, blockIdx.y, gridDim.y);
   Sums<typename Wide<typename P::R>::type> mine[P::LANES];
@@ -864,7 +865,7 @@ __global__ void __launch_bounds__(STREAMING_THREADS) sums(const Call c) {
 }
 
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(STREAMING_THREADS) gradient_sums(const Call c) {
+__global__ void __launch_bounds__(STREAMING_THREADS, 2) gradient_sums(const Call c) {
   using P = Part<T, V, ROWS, 2>;
   const P part(c, blockIdx.x, blockIdx.y, gridDim.y);
   Sums<typename Wide<typename P::R>::type> mine[P::LANES];
@@ -884,7 +885,7 @@ __device__ inline Sums<W> sum_partials(const Call& c, long long channel) {
 
 /// A warp per channel: blocks of (32, warps).
 template <class T>
-__global__ void __launch_bounds__(STREAMING_THREADS) finish_train(const Call c) {
+__global__ void __launch_bounds__(STREAMING_THREADS, 2) finish_train(const Call c) {
   using W = typename Wide<typename Real<T>::type>::type;
   const long long channel = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (channel >= c.channels) return;
@@ -893,7 +894,7 @@ __global__ void __launch_bounds__(STREAMING_THREADS) finish_train(const Call c) 
 }
 
 template <class T>
-__global__ void __launch_bounds__(STREAMING_THREADS) finish_backward(const Call c) {
+__global__ void __launch_bounds__(STREAMING_THREADS, 2) finish_backward(const Call c) {
   using W = typename Wide<typename Real<T>::type>::type;
   const long long channel = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (channel >= c.channels) return;
@@ -906,7 +907,7 @@ __global__ void __launch_bounds__(STREAMING_THREADS) finish_backward(const Call 
 
 /// y from statistics that are known.
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(STREAMING_THREADS) evaluate(const Call c) {
+__global__ void __launch_bounds__(STREAMING_THREADS, 2) evaluate(const Call c) {
   using P = Part<T, V, ROWS, 1>;
   const P part(c, blockIdx.x, blockIdx.y, gridDim.y);
   Affine* const channels = reinterpret_cast<Affine*>(shared_memory());
@@ -920,7 +921,7 @@ __global__ void __launch_bounds__(STREAMING_THREADS) evaluate(const Call c) {
 
 /// dx from corrections that are known.
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(STREAMING_THREADS) gradients(const Call c) {
+__global__ void __launch_bounds__(STREAMING_THREADS, 2) gradients(const Call c) {
   using P = Part<T, V, ROWS, 2>;
   const P part(c, blockIdx.x, blockIdx.y, gridDim.y);
   Gradient* const channels = reinterpret_cast<Gradient*>(shared_memory());
@@ -937,7 +938,7 @@ __global__ void __launch_bounds__(STREAMING_THREADS) gradients(const Call c) {
 }
 
 /// The running statistics and the counter alone. One block, since every channel may need the counter as it was.
-__global__ void __launch_bounds__(MOST_THREADS) commit(const Call c) {
+__global__ void __launch_bounds__(MOST_THREADS, 1) commit(const Call c) {
   const double momentum = c.cumulative ? 1.0 / static_cast<double>(*c.counter + 1) : c.momentum;
   for (long long channel = threadIdx.x; channel < c.channels; channel += blockDim.x) {
     const double mean = c.mean[channel] + (c.shift ? c.shift[channel] : 0.0);

@@ -32,7 +32,7 @@
 #define CUDA_ON_CPU
 #define __device__
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
 #define CLUSTER_OF(size)
 
 using std::min;
