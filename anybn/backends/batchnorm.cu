@@ -319,10 +319,12 @@ struct Gradient {
   double mean, shift, scale, slope, offset;
 };
 
-/// A factor as two floats; NaN where floats cannot hold it, so that the value is computed in float64 instead.
+/// A factor of values of T as two floats; NaN where floats cannot hold it, so that values are computed in float64 instead.
+/// Of small factors, the rounding error of the first float would be subnormal, which is to say 0.
+template <class T>
 __device__ inline Pair<float> factor(double v) {
-  const double size = fabs(v);
-  if (v == 0 || (size > 1e-30 && size < 1e30)) return split(v);
+  const double size = fabs(v), least = sizeof(T) == 4 ? 1e-24 : 1e-35;
+  if (v == 0 || (size > least && size < 1 / least)) return split(v);
   return {__int_as_float(0x7FFFFFFF), 0.0f};
 }
 
@@ -337,7 +339,7 @@ struct Normalizer {
 
   Normalizer() = default;
   __device__ explicit Normalizer(const Affine& a)
-      : mean(split(a.mean)), scale(factor(a.scale)), bias(split(a.bias)), exact(&a) {}
+      : mean(split(a.mean)), scale(factor<T>(a.scale)), bias(split(a.bias)), exact(&a) {}
 
   __device__ float operator()(float x, float residual) const {
     float y;
@@ -371,7 +373,7 @@ struct Differentiator {
 
   Differentiator() = default;
   __device__ explicit Differentiator(const Gradient& a)
-      : mean(split(a.mean)), scale(factor(a.scale)), slope(factor(a.slope)), offset(split(a.offset)), exact(&a) {}
+      : mean(split(a.mean)), scale(factor<T>(a.scale)), slope(factor<T>(a.slope)), offset(split(a.offset)), exact(&a) {}
 
   __device__ float operator()(float dy, float x) const {
     float dx;

@@ -17,6 +17,9 @@
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -186,9 +189,19 @@ inline void prepare_cluster(unsigned first, unsigned size, size_t shared_bytes) 
   }
 }
 
+/// Subnormal float32 numbers are 0, as CuPy has the compiler make them; float64 ones too, which are not met here.
+struct FlushToZero {
+#if defined(__SSE2__)
+  const unsigned before = _mm_getcsr();
+  FlushToZero() { _mm_setcsr(before | 0x8040); }
+  ~FlushToZero() { _mm_setcsr(before); }
+#endif
+};
+
 /// Runs a kernel; returns 0, or 1 with what went wrong.
 inline int launch(void (*function)(const void*), const unsigned* grid, const unsigned* block, unsigned cluster_size,
                   size_t shared_bytes, unsigned schedule, const void* args, char* error, size_t error_size) {
+  const FlushToZero flush;
   kernel = function;
   arguments = args;
   failure.clear();
