@@ -87,7 +87,8 @@ def test_launches_that_no_gpu_takes(block: int, shared_bytes: int) -> None:
 FAULTS = {
     "__syncthreads();\n  for (int t = thread; t < columns; t += threads) {\n    for (int w": "a barrier after the sums",
     "__syncthreads();\n  if (part.has_channel()) normalize_part(part, kept": "a barrier after the coefficients",
-    "if (cluster > 1) cluster_sync();\n  for": "a barrier of the cluster",
+    "if (cluster > 1) cluster_sync();\n  for": "the barrier of the cluster before its sums are read",
+    "if (cluster > 1) cluster_sync();  // the others": "the barrier of the cluster before a block ends",
 }
 
 
@@ -95,7 +96,7 @@ FAULTS = {
 def test_barriers_of_the_kernels_are_needed(fault: str) -> None:
     source = _cuda.SOURCE.read_text()
     assert fault in source
-    broken = Module(["train<float, 1, false, 2>"], source.replace(fault, fault[fault.index("\n") :]))
+    broken = Module(["train<float, 1, false, 2>"], source.replace(fault, fault.partition(";")[2]))
     x = np.random.default_rng(0).standard_normal((33, 4, 49)).astype(np.float32)
     results = []
     for schedule in SCHEDULES:

@@ -7,6 +7,7 @@ CuPy, or NumPy itself where a simulator plays the GPU. `gpu` compiles and launch
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,16 @@ def call(
 
 
 # -- a GPU, through CuPy -----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def available() -> bool:
+    """Whether CuPy is here to compile and launch with. Imports it if it is installed."""
+    if importlib.util.find_spec("cupy") is None:
+        return False
+    import cupy
+
+    return bool(cupy.cuda.is_available()) and not cupy.cuda.runtime.is_hip
 
 
 @functools.cache

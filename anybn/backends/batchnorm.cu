@@ -1,23 +1,24 @@
 // Batch norm for CUDA arrays: training, evaluation and backward.
 //
-// x lies in memory as (n, channels, length). Channels-first arrays are *planes*, with length values of a channel side by
-// side; channels-last and (N, C) arrays are *rows*, with length 1 and neighbouring channels side by side. A block works on
-// one channel of planes, or on a few neighbouring channels of rows, and on one *part* of their positions. A position is
-// a vector of V values: of one channel in planes, of V channels in rows.
+// x lies in memory as (n, channels, length). Channels-first arrays are *planes*, with length values of a channel side
+// by side; channels-last and (N, C) arrays are *rows*, with length 1 and neighbouring channels side by side. A block
+// works on one channel of planes, or on a few neighbouring channels of rows, and on one *part* of their positions. A
+// position is a vector of V values: of one channel in planes, of V channels in rows.
 //
-//   train, backward                    one launch: a cluster of blocks per channel keeps what it has read in shared memory
-//   sums, finish_train, evaluate       training in two passes over x, for channels that want more blocks than a cluster
-//   gradient_sums, finish_backward, gradients       backward, likewise
-//   evaluate                           evaluation
-//   commit                             the running statistics alone
+//   train, backward                            one launch: a cluster of blocks per channel reads x into shared memory
+//   sums, finish_train, evaluate               training in two passes over x, for channels too large for that
+//   gradient_sums, finish_backward, gradients  backward, likewise
+//   evaluate                                   evaluation
+//   commit                                     the running statistics alone
 //
 // Every order of summation is fixed by the launch: the results are the same bits from run to run.
 //
-// Arithmetic. float64 is slow on many GPUs, so it is used per tile (the K values that a thread holds) and per channel,
-// and per value only where float32 overflows or x is float64. What float32 would lose is carried along as its rounding
-// error: `two_sum` (Knuth 1969) and `two_prod` (Dekker 1971, with fma) are exact. So y and dx of float32 data are, but for
-// about one value in a million, what float64 arithmetic gives, rounded once. 16-bit data is computed in float32, its sums
-// as above. It must be compiled with --fmad=false: a contracted two_sum is not exact.
+// Arithmetic. float64 is slow on many GPUs, so it is used per tile (the K values that a thread holds) and per channel;
+// per value only where x is float64, where float32 overflows, and in arrays so small that it takes no time (`exact`).
+// What float32 would lose is carried along as its rounding error: `two_sum` (Knuth 1969) and `two_prod` (Dekker 1971,
+// with fma) are exact. So y and dx of float32 data are what float64 arithmetic gives from the same statistics, rounded
+// once, but for about one value in a million. 16-bit data is normalized in plain float32. This must be compiled with
+// --fmad=false: a contracted two_sum is not exact.
 
 #ifndef CUDA_ON_CPU  // tests/cuda_cpu has its own of these
 __device__ inline unsigned char* shared_memory() {
@@ -79,7 +80,7 @@ struct Call {
   int exact;       // sum squares in the wide type, value by value
 };
 
-// -- types -------------------------------------------------------------------------------------------------------------
+// -- types ------------------------------------------------------------------------------------------------------------
 
 struct float16 {
   unsigned short bits;
@@ -140,7 +141,7 @@ __device__ inline void set_parameter(void* p, int type, long long i, double v) {
   if (type == FLOAT64) static_cast<double*>(p)[i] = v;
 }
 
-// -- arithmetic with its rounding errors -------------------------------------------------------------------------------
+// -- arithmetic with its rounding errors ------------------------------------------------------------------------------
 
 /// The unevaluated sum hi + lo.
 template <class R>
@@ -240,11 +241,11 @@ __device__ inline R median(R a, R b, R c) {
 
 /// Adds a tile, values[k * STRIDE] for k < K of which the first `valid` count and the others repeat the first.
 ///
-/// Deviations are taken from one of the values, so that they are exact on exact data and small wherever the mean is. The
-/// sum of the values is exact; sums about the tile's origin become sums about the channel's in the wide type. Where
+/// Deviations are taken from one of the values, so that they are exact on exact data and small wherever the mean is.
+/// The sum of the values is exact; sums about the tile's origin become sums about the channel's in the wide type. Where
 /// squares overflow or vanish, or where the tile's origin lies so far out that most of them cancels, the tile is added
-/// value by value in the wide type, which is slow and rare. So is every tile if it is to be `exact`: else the squares have
-/// float32's rounding errors, some 2^-25 / sqrt(count) of their sum.
+/// value by value in the wide type, which is slow and rare. So is every tile if it is to be `exact`: else the squares
+/// have float32's rounding errors, some 2^-25 / sqrt(count) of their sum.
 template <int K, int STRIDE, class R, class W>
 __device__ inline void add_tile(Sums<W>& total, const R* values, int valid, R origin, bool exact) {
   // The middle of three, so that one value far out is not taken; the first where there are others that repeat it.
@@ -260,7 +261,8 @@ __device__ inline void add_tile(Sums<W>& total, const R* values, int valid, R or
   // s1^2 / (squares * valid) is the part of the squares that cancels.
   const R s1_here = (sum.hi - center * R(K)) + sum.lo, cancelling = valid < K ? R(0.75) : R(0.875);
   if (!exact && safe(sum.hi) && safe_square(squares) && s1_here * s1_here <= squares * (cancelling * R(valid))) {
-    const W s1 = wide(sum) - wide(center) * R(K), shift = difference(center, origin), there = s1 + shift * double(valid);
+    const W s1 = wide(sum) - wide(center) * R(K), shift = difference(center, origin);
+    const W there = s1 + shift * double(valid);
     total.s1 = total.s1 + there;
     total.s2 = total.s2 + wide(squares) + shift * (s1 + there);
     return;
@@ -308,7 +310,7 @@ __device__ inline void add_gradient_tile(Sums<W>& total, const R* dy, const R* x
   }
 }
 
-// -- one value ---------------------------------------------------------------------------------------------------------
+// -- one value --------------------------------------------------------------------------------------------------------
 
 /// Of a channel, in forward: ((x - mean) - shift) * scale + bias.
 struct Affine {
@@ -319,8 +321,8 @@ struct Gradient {
   double mean, shift, scale, slope, offset;
 };
 
-/// A factor of values of T as two floats; NaN where floats cannot hold it, so that values are computed in float64 instead.
-/// Of small factors, the rounding error of the first float would be subnormal, which is to say 0.
+/// A factor of values of T as two floats; NaN where floats cannot hold it, so that values are computed in float64
+/// instead. Of small factors, the rounding error of the first float would be subnormal, which is to say 0.
 template <class T>
 __device__ inline Pair<float> factor(double v) {
   const double size = fabs(v), least = sizeof(T) == 4 ? 1e-24 : 1e-35;
@@ -399,7 +401,7 @@ struct Differentiator<double> {
   }
 };
 
-// -- one channel -------------------------------------------------------------------------------------------------------
+// -- one channel ------------------------------------------------------------------------------------------------------
 
 __device__ inline double rstd_of(const Call& c, double var) { return 1.0 / sqrt(var + c.eps); }
 
@@ -473,7 +475,7 @@ __device__ inline Gradient gradient_of(const Call& c, long long channel, Correct
   return {a.mean, a.shift, a.scale, -rstd_of(c, c.var[channel]) * k.k2, -k.k1};
 }
 
-// -- one block ---------------------------------------------------------------------------------------------------------
+// -- one block --------------------------------------------------------------------------------------------------------
 
 /// The part of a block's positions: first to last of the vectors of its channels. Of each, ARRAYS are read: x, and in
 /// backward dy.
@@ -776,7 +778,7 @@ __device__ inline void differentiate_part(
   }
 }
 
-// -- kernels -----------------------------------------------------------------------------------------------------------
+// -- kernels ----------------------------------------------------------------------------------------------------------
 
 // With the number of blocks per multiprocessor, without which the compiler spills in order to have more of them.
 constexpr int MOST_THREADS = 512;       // of a block that keeps something

@@ -1,12 +1,12 @@
 // CUDA on the CPU, as much of it as batchnorm.cu uses: so that g++ compiles that file as it is, and tests run it.
 //
-// Every CUDA thread is a fiber, a stack of its own that runs until it waits at a barrier. The fibers of the blocks that
-// are on a GPU at the same time (a cluster) take turns in one loop; the order of turns is the *schedule*: forward,
-// backward, or shuffled by a seed. A kernel that is right gives the same bits under each. What this finds:
+// Every CUDA thread is a fiber, a stack of its own that runs until it waits at a barrier. A block runs as far as it can
+// before another one of its cluster does. The order of threads and of blocks is the *schedule*: forward, backward, or
+// shuffled by a seed. A kernel that is right gives the same bits under each. What this finds:
 //
 //   - a missing barrier: under some schedule a thread reads what is not there yet,
 //   - a barrier that not all threads reach: nobody can go on,
-//   - shared memory that nobody wrote: it is full of NaN before a block starts,
+//   - shared memory that nobody wrote, or whose block is gone: it is NaN before a block starts and after it ends,
 //   - writes beyond the shared memory of a block: what lies behind it has changed,
 //   - vectors loaded or stored where they are not aligned: -fsanitize=alignment calls the handler below.
 //
@@ -138,28 +138,58 @@ inline std::string who_waits() {
   return names;
 }
 
-/// All blocks of one cluster, from start to end.
-inline void run_cluster(unsigned schedule, std::mt19937& random) {
-  std::vector<unsigned> order(fibers.size());
+template <class Order>
+void arrange(Order& order, unsigned schedule, std::mt19937& random) {
   std::iota(order.begin(), order.end(), 0u);
   if (schedule == 1) std::reverse(order.begin(), order.end());
-  size_t done = 0;
-  while (done < fibers.size() && failure.empty()) {
-    if (schedule > 1) std::shuffle(order.begin(), order.end(), random);
-    bool moved = false;
-    for (unsigned i : order) {
-      if (!can_run(fibers[i])) continue;
-      run(fibers[i], stacks[i]);
-      done += fibers[i].done;
-      moved = true;
+  if (schedule > 1) std::shuffle(order.begin(), order.end(), random);
+}
+
+/// Runs the threads of a block until all of them wait for another block, or are done. Returns whether any has run.
+inline bool run_block(unsigned rank, unsigned schedule, std::mt19937& random) {
+  const size_t threads = fibers.size() / cluster.size(), first = rank * threads;
+  std::vector<unsigned> order(threads);
+  bool any = false;
+  for (bool moved = true; moved && failure.empty();) {
+    moved = false;
+    arrange(order, schedule, random);
+    for (unsigned thread : order) {
+      if (!can_run(fibers[first + thread])) continue;
+      run(fibers[first + thread], stacks[first + thread]);
+      moved = any = true;
     }
-    if (!moved) fail("divergent barrier: threads wait at " + who_waits());
   }
-  for (const Block& block : cluster) {
-    const auto end = block.shared.end();
-    if (std::any_of(end - GUARD, end, [](unsigned char c) { return c != POISON; })) {
-      fail("a block wrote beyond its shared memory");
+  return any;
+}
+
+/// The shared memory of a block that is done, which nobody may read any more.
+inline void end_block(Block& block) {
+  const auto end = block.shared.end();
+  if (std::any_of(end - GUARD, end, [](unsigned char c) { return c != POISON; })) {
+    fail("a block wrote beyond its shared memory");
+  }
+  std::fill(block.shared.begin(), end, POISON);
+}
+
+/// All blocks of one cluster, from start to end: one of them after the other as far as it goes.
+inline void run_cluster(unsigned schedule, std::mt19937& random) {
+  const size_t threads = fibers.size() / cluster.size();
+  std::vector<unsigned> order(cluster.size());
+  std::vector<bool> done(cluster.size());
+  for (size_t left = cluster.size(); left && failure.empty();) {
+    bool moved = false;
+    arrange(order, schedule, random);
+    for (unsigned rank : order) {
+      if (done[rank] || !run_block(rank, schedule, random)) continue;
+      moved = true;
+      const auto first = fibers.begin() + rank * threads;
+      if (std::all_of(first, first + threads, [](const Fiber& fiber) { return fiber.done; })) {
+        done[rank] = true;
+        --left;
+        end_block(cluster[rank]);
+      }
     }
+    if (!moved && failure.empty()) fail("divergent barrier: threads wait at " + who_waits());
   }
 }
 
@@ -240,7 +270,7 @@ T shuffle(T value, unsigned source) {
 
 }  // namespace simulator
 
-// -- what a kernel sees ------------------------------------------------------------------------------------------------
+// -- what a kernel sees -----------------------------------------------------------------------------------------------
 
 #define threadIdx (simulator::current->block->positions[simulator::current->thread])
 #define blockIdx (simulator::current->block->index)
