@@ -144,7 +144,8 @@ def main() -> None:
     if (by := compiler()) is None:
         sys.exit("no compiler: pip install cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-runtime, or put nvcc on the PATH")
     result = {"compiler": by, "options": [*OPTIONS, *CUPY_OPTIONS], "usage": table(options.architectures)}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(result, indent=1))  # a kernel, a line
+    RESULT.write_text(text + "\n")
     print(readable(result))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
+import mmap
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
-from cuda_cpu.simulator import CONSUMER, H200, SCHEDULES, Guarded, Module, gpu, needs_compiler
+from cuda_cpu.simulator import CONSUMER, H200, SCHEDULES, Guarded, Module, gpu, module, needs_compiler
 
 from anybn.backends import _cuda
 from anybn.backends._cuda_plan import CLUSTERS, TYPES, Device, Launch, kernels, plan
@@ -405,6 +408,38 @@ def test_in_place(dtype: str, device: str) -> None:
         pointers = {name: a.pointer for name, a in (inside | per_channel).items()}
         _cuda.call("train", gpu(DEVICES[device]), shape, dtype, **pointers, y=pointers[target], eps=1e-5, exact=0)
         assert inside[target].array.tobytes() == expected["y"].tobytes()
+
+
+def sparse(count: int, dtype: np.dtype) -> np.ndarray:
+    """So many zeros, which take memory only where they are written to."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return np.frombuffer(mmap.mmap(-1, count * dtype.itemsize, flags=flags), dtype)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 1, 2**30), (1, 3, 2**30), (50_000_001, 64, 1), (2, 2**31 - 1, 1), (2**31 + 1, 1, 1), (2, 2**30 + 1, 2)],
+    ids=str,
+)
+def test_beyond_2_to_31_values(shape: Shape) -> None:
+    """The last block of an evaluation, at the far end of more values than 32 bits count."""
+    if sys.platform != "linux":
+        pytest.skip("this asks Linux for memory that need not be there")
+    _, channels, length = shape
+    dtype = np.dtype(np.float16)
+    x, y = (sparse(math.prod(shape), dtype) for _ in range(2))
+    mean, var = (sparse(channels, np.dtype(np.float64)) for _ in range(2))
+    some = min(1000, math.prod(shape[1:]))
+    x[-some:] = np.arange(some)
+    mean[-1], var[-1] = 1, 3
+
+    def run(launch: Launch, record: np.ndarray) -> None:
+        module("float16").run(launch, record, last=1)
+
+    pointers = {name: a.ctypes.data for name, a in (("x", x), ("y", y), ("mean", mean), ("var", var))}
+    _cuda.call("evaluate", gpu()._replace(launch=run), shape, "float16", **pointers, eps=1.0)
+    last_channel = slice(-some, None) if channels == 1 or length >= some else slice(-length, None)
+    assert np.array_equal(y[last_channel], (x[last_channel] - 1) / 2)
 
 
 def test_nan_is_shown_and_stays_in_its_channel() -> None:

@@ -9,6 +9,7 @@ two passes over x, which any number of blocks can share.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -135,6 +136,7 @@ def kernels(dtype: str) -> list[str]:
     ]
 
 
+@functools.lru_cache(maxsize=4096)
 def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, alignment: int = 16) -> Plan:
     """The launches of "train", "evaluate", "backward", "statistics" (of training alone), "gradients" (dx alone, with
     constant statistics) or "commit" on an array of this shape, not empty, whose pointers are multiples of alignment.

@@ -245,7 +245,8 @@ __device__ inline R median(R a, R b, R c) {
 /// The sum of the values is exact; sums about the tile's origin become sums about the channel's in the wide type. Where
 /// squares overflow or vanish, or where the tile's origin lies so far out that most of them cancels, the tile is added
 /// value by value in the wide type, which is slow and rare. So is every tile if it is to be `exact`: else the squares
-/// have float32's rounding errors, some 2^-25 / sqrt(count) of their sum.
+/// have float32's rounding errors. They average out in many values, except where all are multiples of one power of two,
+/// whose squares round up more often than down: 2^-25 of the sum has been seen.
 template <int K, int STRIDE, class R, class W>
 __device__ inline void add_tile(Sums<W>& total, const R* values, int valid, R origin, bool exact) {
   // The middle of three, so that one value far out is not taken; the first where there are others that repeat it.

@@ -193,7 +193,7 @@ inline void run_cluster(unsigned schedule, std::mt19937& random) {
   }
 }
 
-inline void prepare_cluster(unsigned first, unsigned size, size_t shared_bytes) {
+inline void prepare_cluster(uint64_t first, unsigned size, size_t shared_bytes) {
   const unsigned threads = block_dim.x * block_dim.y * block_dim.z;
   cluster_barrier = {"the barrier of the cluster", size * threads, 0, 0};
   cluster.assign(size, {});
@@ -203,9 +203,9 @@ inline void prepare_cluster(unsigned first, unsigned size, size_t shared_bytes) 
   }
   for (unsigned rank = 0; rank < size; ++rank) {
     Block& block = cluster[rank];
-    const unsigned i = first + rank;
+    const uint64_t i = first + rank, plane = i / grid_dim.x;
     block.rank = rank;
-    block.index = {i % grid_dim.x, i / grid_dim.x % grid_dim.y, i / grid_dim.x / grid_dim.y};
+    block.index = {unsigned(i % grid_dim.x), unsigned(plane % grid_dim.y), unsigned(plane / grid_dim.y)};
     block.shared.assign(shared_bytes + GUARD, POISON);
     block.threads = {"__syncthreads", threads, 0, 0};
     for (unsigned t = 0; t < threads; t += 32) block.warps.push_back({"a shuffle", min(32u, threads - t), 0, 0});
@@ -228,23 +228,24 @@ struct FlushToZero {
 #endif
 };
 
-/// Runs a kernel; returns 0, or 1 with what went wrong.
+/// Runs a kernel, or of its blocks the last ones alone; returns 0, or 1 with what went wrong.
 inline int launch(void (*function)(const void*), const unsigned* grid, const unsigned* block, unsigned cluster_size,
-                  size_t shared_bytes, unsigned schedule, const void* args, char* error, size_t error_size) {
+                  size_t shared_bytes, unsigned schedule, uint64_t last, const void* args, char* error,
+                  size_t error_size) {
   const FlushToZero flush;
   kernel = function;
   arguments = args;
   failure.clear();
   grid_dim = {grid[0], grid[1], grid[2]};
   block_dim = {block[0], block[1], block[2]};
-  const unsigned blocks = grid[0] * grid[1] * grid[2], threads = block[0] * block[1] * block[2];
+  const uint64_t blocks = uint64_t(grid[0]) * grid[1] * grid[2], threads = block[0] * block[1] * block[2];
   if (!blocks || !threads || threads > 1024 || threads % 32 || shared_bytes > 227 * 1024) {
     fail("no GPU takes this launch");
   } else if (grid[0] % cluster_size) {
     fail("the grid is not made of whole clusters");
   }
   std::mt19937 random(schedule);
-  for (unsigned first = 0; first < blocks && failure.empty(); first += cluster_size) {
+  for (uint64_t first = blocks - min(last, blocks); first < blocks && failure.empty(); first += cluster_size) {
     prepare_cluster(first, cluster_size, shared_bytes);
     run_cluster(schedule, random);
     if (!failure.empty()) {

@@ -41,14 +41,15 @@ class Module:
         )
         launch = """
             extern "C" int launch(void (*f)(const void*), const unsigned* grid, const unsigned* block, unsigned cluster,
-                                  size_t shared, unsigned schedule, const void* args, char* error, size_t size) {
-              return simulator::launch(f, grid, block, cluster, shared, schedule, args, error, size);
+                                  size_t shared, unsigned schedule, uint64_t last, const void* args, char* error,
+                                  size_t size) {
+              return simulator::launch(f, grid, block, cluster, shared, schedule, last, args, error, size);
             }"""
         self._library = ctypes.CDLL(str(_compiled(f'#include "{HEADER}"\n{source}\n{entries}\n{launch}')))
         self._entries = {name: getattr(self._library, f"entry{i}") for i, name in enumerate(names)}
 
-    def run(self, launch: Launch, arguments: np.ndarray, schedule: int = 0) -> None:
-        """Raises SimulatorError."""
+    def run(self, launch: Launch, arguments: np.ndarray, schedule: int = 0, last: int = 2**63) -> None:
+        """All blocks, or only so many last ones. Raises SimulatorError."""
         error = ctypes.create_string_buffer(500)
         grid, block = ((ctypes.c_uint * 3)(*size, 1) for size in (launch.grid, launch.block))
         failed = self._library.launch(
@@ -58,6 +59,7 @@ class Module:
             launch.cluster,
             ctypes.c_size_t(launch.shared_bytes),
             schedule,
+            ctypes.c_uint64(last),
             ctypes.c_void_p(arguments.ctypes.data),
             error,
             ctypes.c_size_t(len(error)),
