@@ -173,6 +173,11 @@ def test_every_kernel_has_run(dtype: str) -> None:
     assert set(planned) == set(kernels(dtype))
 
 
+@pytest.mark.parametrize("shape", [(1_000_000, 1, 1), (1, 1, 999_983)], ids=str)
+def test_a_million_values_in_one_channel(shape: Shape) -> None:
+    check_train(Run(), shape, "float32", "mean 1e3, std 1", affine=False, residual=False, relu=False)
+
+
 @pytest.mark.parametrize("offset", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned_pointers(dtype: str, offset: int) -> None:

@@ -398,7 +398,8 @@ struct Differentiator<double> {
   Differentiator() = default;
   __device__ explicit Differentiator(const Gradient& a) : a(a) {}
   __device__ double operator()(double dy, double x) const {
-    return (dy + a.offset + ((x - a.mean) - a.shift) * a.slope) * a.scale;
+    const Pair64 p = two_prod((x - a.mean) - a.shift, a.slope), s = two_sum(dy, a.offset), t = two_sum(s.hi, p.hi);
+    return (t.hi + (t.lo + (s.lo + p.lo))) * a.scale;
   }
 };
 
