@@ -51,7 +51,7 @@ def unavailable() -> str:
         import cupy
         import torch
     except ImportError as error:
-        return f"{error.name} is not installed: this needs cupy and torch for CUDA"
+        return f"{error.name} is not installed: this needs a GPU, cupy, and torch for CUDA"
     if not cupy.cuda.is_available():
         return "CuPy finds no CUDA GPU"
     if not torch.cuda.is_available():

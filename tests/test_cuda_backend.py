@@ -13,6 +13,7 @@ import pytest
 from cuda_cpu import simulator
 
 import anybn
+from anybn.backends import _cuda
 from anybn.backends._cuda import CudaBackend, Gpu
 from anybn.backends._cuda_plan import Launch
 from anybn.backends.numpy import NumPyBackend
@@ -68,3 +69,35 @@ def test_kernels_do_the_work(target: Target, relu: bool) -> None:
     anybn.moments(x[:, :, 0, 0])
     names = [launch.kernel.partition("<")[0] for launch in target.backend.launched]
     assert names == ["train", "commit", "backward", "evaluate", "sums", "finish_train"]
+
+
+def test_torch_tensors_by_their_pointers() -> None:
+    """What torch's backend does with CUDA tensors: pointers and torch's own memory; here the tensors lie on the CPU."""
+    torch = pytest.importorskip("torch")
+
+    def scratch(nbytes: int) -> tuple[int, Any]:
+        memory = torch.empty(nbytes, dtype=torch.uint8)
+        return memory.data_ptr(), memory
+
+    x = torch.randn((6, 3, 10, 10), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for last, device in ((False, simulator.H200), (True, simulator.H200._replace(shared_bytes=1))):
+        x_in = x.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+        y, weight, bias = torch.empty_like(x_in), torch.full((3,), 2.0), torch.arange(3.0)
+        mean, var, m2 = torch.empty((3, 3), dtype=torch.float64)
+        running_mean, running_var = torch.zeros(3), torch.ones(3)
+        running = {"running_mean": running_mean, "running_var": running_var}
+        running |= {f"new_{name}": tensor for name, tensor in running.items()}
+        tensors = {"x": x_in, "y": y, "weight": weight, "bias": bias, "mean": mean, "var": var, "m2": m2, **running}
+        shape = (600, 3, 1) if last else (6, 3, 100)
+        gpu = simulator.gpu(device)._replace(scratch=scratch)
+        pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        _cuda.call("train", gpu, shape, "bfloat16", running_dtype="float32", **pointers, eps=1e-5, momentum=0.1, ddof=1)
+
+        module = torch.nn.BatchNorm2d(3)
+        with torch.no_grad():
+            module.weight.fill_(2)
+            module.bias.copy_(bias)
+            expected = module(x.float())
+        assert (y.float() - expected).abs().max() <= 0.51 * 2**-7 * expected.abs().max()
+        assert torch.allclose(running_mean, module.running_mean, atol=1e-6)
+        assert torch.allclose(running_var, module.running_var, atol=1e-6)

@@ -39,6 +39,7 @@ CLUSTERS = (1, 2, 4, 8)
 WARP = 32
 MOST_THREADS = 512  # of a block, as batchnorm.cu is compiled
 STREAMING_THREADS = 256  # of a block that keeps nothing: more blocks are resident, and fewer wait at a barrier
+RESERVED = 1024  # bytes of shared memory that every block costs beside its own
 PER_CHANNEL = 40  # bytes of `Gradient`, the larger of what a block keeps per channel
 MOST_BLOCKS = 2**31 - 1, 65535  # of a grid, in x and y
 
@@ -183,28 +184,30 @@ def _parts(tiles: Tiling, block: tuple[int, int], blocks: int) -> int:
 def _one_launch(op: str, tiles: Tiling, dtype: str, device: Device) -> Launch | None:
     """`train` or `backward`, if that is the better way."""
     arrays = 1 if op == "train" else 2
-    block = tiles.block(MOST_THREADS)
-    scratch = tiles.scratch(block, TYPES[dtype][2])
-    room = (device.shared_bytes - scratch) // (arrays * tiles.position_bytes)
+    bytes_kept = arrays * tiles.position_bytes
 
-    def launch(cluster: int) -> Launch:
+    def launch(cluster: int, blocks: int) -> Launch | None:
+        """Of so many blocks to a multiprocessor, each of which keeps at least half of its share; None if it cannot."""
+        block = tiles.block(MOST_THREADS // blocks)  # so that the registers suffice as well
+        scratch = tiles.scratch(block, TYPES[dtype][2])
         share = -(-tiles.positions // cluster)
-        keep = min(share, room)
-        shared = scratch + keep * arrays * tiles.position_bytes
-        return Launch(f"{op}<{tiles.arguments}, {cluster}>", (tiles.tiles * cluster, 1), block, shared, cluster, keep)
+        room = (device.shared_bytes + RESERVED) // blocks - RESERVED
+        keep = min(share, (room - scratch) // bytes_kept)
+        if 2 * keep < share or (cluster > 1 and share < block[1] * tiles.unroll):  # or there are threads without work
+            return None
+        grid, shared = (tiles.tiles * cluster, 1), scratch + keep * bytes_kept
+        return Launch(f"{op}<{tiles.arguments}, {cluster}>", grid, block, shared, cluster, keep)
 
-    # Enough blocks for the device, two to a multiprocessor, so that one reads while the other writes; but none without
-    # work for its threads.
-    clusters = [c for c in device.clusters if c == 1 or tiles.positions >= c * block[1] * tiles.unroll]
-    for cluster in clusters:
-        half_of_it = -(-tiles.positions // cluster) <= room // 2
-        if half_of_it and tiles.tiles * cluster >= device.multiprocessors:
-            return launch(cluster)
-    for cluster in reversed(clusters):
-        if -(-tiles.positions // cluster) <= room:
-            return launch(cluster)
-        if -(-tiles.positions // cluster) <= 2 * room and tiles.tiles * cluster >= 2 * device.multiprocessors:
-            return launch(cluster)
+    # Best: all is kept by two blocks to a multiprocessor, so that one reads while the other writes, and all are busy.
+    for cluster in device.clusters:
+        made = launch(cluster, 2)
+        if made is not None and made.keep * cluster >= tiles.positions and made.grid[0] >= device.multiprocessors:
+            return made
+    # Else all of it, or at least half where that leaves nobody idle: the more blocks the better.
+    for cluster in reversed(device.clusters):
+        made = launch(cluster, 1)
+        if made is not None and (made.keep * cluster >= tiles.positions or made.grid[0] >= 2 * device.multiprocessors):
+            return made
     return None
 
 
