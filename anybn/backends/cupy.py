@@ -16,13 +16,17 @@ from anybn.backends import _cuda
 class CuPyBackend(_cuda.CudaBackend):
     """What is queued for an array runs on the stream that is current on the array's device, and nothing waits for it.
 
-    So a state is ordered like any array: who uses it on two streams orders these. Only `to_numpy` waits, for the
-    current stream, which is how a state moves between libraries.
+    On two streams of CuPy, a state is ordered like any array, by who uses it there. A state that leaves CuPy does so
+    through `to_numpy`, which waits for the streams on which running statistics were last updated, and for no other.
     """
 
     name = "cupy"
     libraries = ("cupy",)
     how = "CUDA kernels, compiled for the GPU at first use; masks take the Array API core"
+
+    def __init__(self) -> None:
+        #: (device, stream) -> the end of its last update of running statistics.
+        self._updates: dict[tuple[int, int], Any] = {}
 
     def module(self) -> ModuleType:
         return array_api_compat.cupy
@@ -53,6 +57,10 @@ class CuPyBackend(_cuda.CudaBackend):
 
     def to_numpy(self, x: Array) -> np.ndarray:
         with x.device:
+            stream = cupy.cuda.get_current_stream()
+            for (device, other), update in tuple(self._updates.items()):
+                if device == x.device.id and other != stream.ptr:
+                    stream.wait_event(update)
             return np.asarray(cupy.asnumpy(x))
 
     def overlaps(self, a: Array, b: Array) -> bool:
@@ -91,7 +99,12 @@ class CuPyBackend(_cuda.CudaBackend):
 
     def updated_running_statistics(self, running_mean: Array, *arguments: Any, **options: Any) -> tuple[Array, Array]:
         with running_mean.device:
-            return super().updated_running_statistics(running_mean, *arguments, **options)
+            new = super().updated_running_statistics(running_mean, *arguments, **options)
+            stream = cupy.cuda.get_current_stream()
+            if not stream.is_capturing():  # an event of a captured graph is none outside of it
+                update = self._updates[running_mean.device.id, stream.ptr] = cupy.cuda.Event(disable_timing=True)
+                update.record(stream)
+            return new
 
     def gradients(
         self,
