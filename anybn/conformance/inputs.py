@@ -28,6 +28,15 @@ OVERFLOWING = "1e30 * N(0, 1)"
 #: One channel of ten million values, in rows and in a plane, mean 100.
 HUGE_SHAPES = ((10_000_000, 1, 1, 1), (1, 1, 3163, 3163))
 
+#: The batch norms of ResNet-50 (He et al. 2015) on 224x224 images: (channels, height and width), in order.
+RESNET50: tuple[tuple[int, int], ...] = (
+    (64, 112),
+    *((64, 56), (64, 56), (256, 56), (256, 56), *((64, 56), (64, 56), (256, 56)) * 2),
+    *((128, 56), (128, 28), (512, 28), (512, 28), *((128, 28), (128, 28), (512, 28)) * 3),
+    *((256, 28), (256, 14), (1024, 14), (1024, 14), *((256, 14), (256, 14), (1024, 14)) * 5),
+    *((512, 14), (512, 7), (2048, 7), (2048, 7), *((512, 7), (512, 7), (2048, 7)) * 2),
+)
+
 
 def cast(values: np.ndarray, dtype: str) -> np.ndarray:
     """values rounded to dtype, in NumPy. Raises ImportError for bfloat16 without ml_dtypes."""

@@ -1,0 +1,321 @@
+// CUDA on the CPU, as much of it as batchnorm.cu uses: so that g++ compiles that file as it is, and tests run it.
+//
+// Every CUDA thread is a fiber, a stack of its own that runs until it waits at a barrier. A block runs as far as it can
+// before another one of its cluster does. The order of threads and of blocks is the *schedule*: forward, backward, or
+// shuffled by a seed. A kernel that is right gives the same bits under each. What this finds:
+//
+//   - a missing barrier: under some schedule a thread reads what is not there yet,
+//   - a barrier that not all threads reach: nobody can go on,
+//   - shared memory that nobody wrote, or whose block is gone: it is NaN before a block starts and after it ends,
+//   - writes beyond the shared memory of a block: what lies behind it has changed,
+//   - vectors loaded or stored where they are not aligned: -fsanitize=alignment calls the handler below.
+//
+// Not covered: what hides behind CUDA_ON_CPU in the .cu (inline PTX, of which the twins are here), the memory model of
+// a GPU, and its speed.
+#pragma once
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#define CUDA_ON_CPU
+#define __device__
+#define __global__
+#define __launch_bounds__(threads, blocks)
+#define CLUSTER_OF(size)
+
+using std::min;
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+namespace simulator {
+
+/// Fibers that wait for one another. The last one to arrive lets all of them go on.
+struct Barrier {
+  const char* name = "";
+  unsigned expected = 0, arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct Block {
+  dim3 index;
+  unsigned rank = 0;  // in its cluster
+  std::vector<unsigned char> shared;
+  Barrier threads;
+  std::vector<Barrier> warps;
+  std::vector<double> lanes;  // what the threads show one another in a shuffle
+  std::vector<dim3> positions;
+};
+
+struct Fiber {
+  Block* block = nullptr;
+  unsigned thread = 0;  // in its block
+  bool started = false, done = false;
+  Barrier* waits_at = nullptr;
+  uint64_t generation = 0;
+  ucontext_t start;
+  jmp_buf resume;
+};
+
+constexpr size_t STACK = 64 << 10, GUARD = 256;
+constexpr unsigned char POISON = 0xFF;  // a NaN in every floating-point type
+
+inline dim3 grid_dim, block_dim;
+inline std::vector<Block> cluster;
+inline std::vector<Fiber> fibers;
+inline std::vector<void*> stacks;
+inline Fiber* current = nullptr;
+inline jmp_buf scheduler;
+inline Barrier cluster_barrier;
+inline std::string failure;
+inline void (*kernel)(const void*) = nullptr;
+inline const void* arguments = nullptr;
+
+inline void fail(const std::string& what) {
+  if (failure.empty()) failure = what;
+}
+
+inline void switch_to_scheduler() {
+  if (!_setjmp(current->resume)) _longjmp(scheduler, 1);
+}
+
+inline void wait(Barrier& barrier) {
+  const uint64_t generation = barrier.generation;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+  // Even the last one to arrive makes room, so that what comes after a barrier starts in the order of the schedule.
+  current->waits_at = &barrier;
+  current->generation = generation;
+  switch_to_scheduler();
+}
+
+inline void run_fiber() {
+  kernel(arguments);
+  current->done = true;
+  switch_to_scheduler();
+}
+
+inline bool can_run(const Fiber& fiber) {
+  return !fiber.done && (!fiber.waits_at || fiber.waits_at->generation != fiber.generation);
+}
+
+inline void run(Fiber& fiber, void* stack) {
+  current = &fiber;
+  if (_setjmp(scheduler)) return;  // the fiber waits or is done
+  if (fiber.started) _longjmp(fiber.resume, 1);
+  fiber.started = true;
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = stack;
+  fiber.start.uc_stack.ss_size = STACK;
+  makecontext(&fiber.start, run_fiber, 0);
+  setcontext(&fiber.start);
+}
+
+inline std::string who_waits() {
+  std::string names;
+  for (const Fiber& fiber : fibers) {
+    const std::string name = fiber.done ? "the end" : fiber.waits_at->name;
+    if (names.find(name) == std::string::npos) names += (names.empty() ? "" : " and ") + name;
+  }
+  return names;
+}
+
+template <class Order>
+void arrange(Order& order, unsigned schedule, std::mt19937& random) {
+  std::iota(order.begin(), order.end(), 0u);
+  if (schedule == 1) std::reverse(order.begin(), order.end());
+  if (schedule > 1) std::shuffle(order.begin(), order.end(), random);
+}
+
+/// Runs the threads of a block until all of them wait for another block, or are done. Returns whether any has run.
+inline bool run_block(unsigned rank, unsigned schedule, std::mt19937& random) {
+  const size_t threads = fibers.size() / cluster.size(), first = rank * threads;
+  std::vector<unsigned> order(threads);
+  bool any = false;
+  for (bool moved = true; moved && failure.empty();) {
+    moved = false;
+    arrange(order, schedule, random);
+    for (unsigned thread : order) {
+      if (!can_run(fibers[first + thread])) continue;
+      run(fibers[first + thread], stacks[first + thread]);
+      moved = any = true;
+    }
+  }
+  return any;
+}
+
+/// The shared memory of a block that is done, which nobody may read any more.
+inline void end_block(Block& block) {
+  const auto end = block.shared.end();
+  if (std::any_of(end - GUARD, end, [](unsigned char c) { return c != POISON; })) {
+    fail("a block wrote beyond its shared memory");
+  }
+  std::fill(block.shared.begin(), end, POISON);
+}
+
+/// All blocks of one cluster, from start to end: one of them after the other as far as it goes.
+inline void run_cluster(unsigned schedule, std::mt19937& random) {
+  const size_t threads = fibers.size() / cluster.size();
+  std::vector<unsigned> order(cluster.size());
+  std::vector<bool> done(cluster.size());
+  for (size_t left = cluster.size(); left && failure.empty();) {
+    bool moved = false;
+    arrange(order, schedule, random);
+    for (unsigned rank : order) {
+      if (done[rank] || !run_block(rank, schedule, random)) continue;
+      moved = true;
+      const auto first = fibers.begin() + rank * threads;
+      if (std::all_of(first, first + threads, [](const Fiber& fiber) { return fiber.done; })) {
+        done[rank] = true;
+        --left;
+        end_block(cluster[rank]);
+      }
+    }
+    if (!moved && failure.empty()) fail("divergent barrier: threads wait at " + who_waits());
+  }
+}
+
+inline void prepare_cluster(uint64_t first, unsigned size, size_t shared_bytes) {
+  const unsigned threads = block_dim.x * block_dim.y * block_dim.z;
+  cluster_barrier = {"the barrier of the cluster", size * threads, 0, 0};
+  cluster.assign(size, {});
+  fibers.assign(size * threads, {});
+  while (stacks.size() < fibers.size()) {
+    stacks.push_back(mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  }
+  for (unsigned rank = 0; rank < size; ++rank) {
+    Block& block = cluster[rank];
+    const uint64_t i = first + rank, plane = i / grid_dim.x;
+    block.rank = rank;
+    block.index = {unsigned(i % grid_dim.x), unsigned(plane % grid_dim.y), unsigned(plane / grid_dim.y)};
+    block.shared.assign(shared_bytes + GUARD, POISON);
+    block.threads = {"__syncthreads", threads, 0, 0};
+    for (unsigned t = 0; t < threads; t += 32) block.warps.push_back({"a shuffle", min(32u, threads - t), 0, 0});
+    block.lanes.resize(threads);
+    for (unsigned t = 0; t < threads; ++t) {
+      Fiber& fiber = fibers[rank * threads + t];
+      fiber.block = &block;
+      fiber.thread = t;
+      block.positions.push_back({t % block_dim.x, t / block_dim.x % block_dim.y, t / block_dim.x / block_dim.y});
+    }
+  }
+}
+
+/// Subnormal float32 numbers are 0, as CuPy has the compiler make them; float64 ones too, which are not met here.
+struct FlushToZero {
+#if defined(__SSE2__)
+  const unsigned before = _mm_getcsr();
+  FlushToZero() { _mm_setcsr(before | 0x8040); }
+  ~FlushToZero() { _mm_setcsr(before); }
+#endif
+};
+
+/// Runs a kernel, or of its blocks the last ones alone; returns 0, or 1 with what went wrong.
+inline int launch(void (*function)(const void*), const unsigned* grid, const unsigned* block, unsigned cluster_size,
+                  size_t shared_bytes, unsigned schedule, uint64_t last, const void* args, char* error,
+                  size_t error_size) {
+  const FlushToZero flush;
+  kernel = function;
+  arguments = args;
+  failure.clear();
+  grid_dim = {grid[0], grid[1], grid[2]};
+  block_dim = {block[0], block[1], block[2]};
+  const uint64_t blocks = uint64_t(grid[0]) * grid[1] * grid[2], threads = block[0] * block[1] * block[2];
+  if (!blocks || !threads || threads > 1024 || threads % 32 || shared_bytes > 227 * 1024) {
+    fail("no GPU takes this launch");
+  } else if (grid[0] % cluster_size) {
+    fail("the grid is not made of whole clusters");
+  }
+  std::mt19937 random(schedule);
+  for (uint64_t first = blocks - min(last, blocks); first < blocks && failure.empty(); first += cluster_size) {
+    prepare_cluster(first, cluster_size, shared_bytes);
+    run_cluster(schedule, random);
+    if (!failure.empty()) {
+      const dim3 at = cluster[0].index;
+      failure += " (block " + std::to_string(at.x) + ", " + std::to_string(at.y) + ")";
+    }
+  }
+  snprintf(error, error_size, "%s", failure.c_str());
+  return failure.empty() ? 0 : 1;
+}
+
+template <class T>
+T shuffle(T value, unsigned source) {
+  static_assert(sizeof(T) == sizeof(double), "shuffles of 8 bytes");
+  Block& block = *current->block;
+  const unsigned warp = current->thread / 32;
+  memcpy(&block.lanes[current->thread], &value, sizeof value);
+  wait(block.warps[warp]);
+  memcpy(&value, &block.lanes[warp * 32 + source], sizeof value);
+  wait(block.warps[warp]);
+  return value;
+}
+
+}  // namespace simulator
+
+// -- what a kernel sees -----------------------------------------------------------------------------------------------
+
+#define threadIdx (simulator::current->block->positions[simulator::current->thread])
+#define blockIdx (simulator::current->block->index)
+#define blockDim (simulator::block_dim)
+#define gridDim (simulator::grid_dim)
+
+inline void __syncthreads() { simulator::wait(simulator::current->block->threads); }
+inline double __shfl_xor_sync(unsigned mask, double value, int offset) {
+  if (mask != ~0u) simulator::fail("a shuffle of half a warp, which the simulator does not know");
+  return simulator::shuffle(value, (simulator::current->thread % 32) ^ offset);
+}
+inline float __int_as_float(int bits) {
+  float v;
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+inline int __float_as_int(float v) {
+  int bits;
+  memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
+// Twins of what the .cu says in PTX.
+inline unsigned char* shared_memory() { return simulator::current->block->shared.data(); }
+inline void cluster_sync() { simulator::wait(simulator::cluster_barrier); }
+inline double of_rank(const double* p, int rank) {
+  const auto offset = reinterpret_cast<const unsigned char*>(p) - shared_memory();
+  double v;
+  memcpy(&v, simulator::cluster[rank].shared.data() + offset, sizeof v);
+  return v;
+}
+inline float half_to_float(unsigned short bits) {
+  _Float16 v;
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+inline unsigned short float_to_half(float value) {
+  const _Float16 v = static_cast<_Float16>(value);
+  unsigned short bits;
+  memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
+// What -fsanitize=alignment calls; linked without its library, so that a test sees an error and not an end.
+extern "C" inline __attribute__((used)) void __ubsan_handle_type_mismatch_v1(void*, void*) {
+  simulator::fail("misaligned access");
+}

@@ -1,0 +1,103 @@
+"""The backend over batchnorm.cu: the conformance suite on NumPy arrays, with the simulator for a GPU.
+
+So the host side runs as it does for CuPy. What is left to a GPU is CuPy itself: pointers, streams, launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_cpu import simulator
+
+import anybn
+from anybn.backends import _cuda
+from anybn.backends._cuda import CudaBackend, Gpu
+from anybn.backends._cuda_plan import Launch
+from anybn.backends.numpy import NumPyBackend
+from anybn.conformance import test_accuracy, test_errors, test_gradients, test_state
+from anybn.conformance.targets import Target
+
+simulator.needs_compiler()
+
+
+class Simulated(CudaBackend, NumPyBackend):
+    """NumPy's arrays, as CuPy's would be treated."""
+
+    name = "simulated"
+    launched: list[Launch]
+
+    def library(self) -> Any:
+        return np
+
+    def pointer(self, a: np.ndarray) -> int:
+        return a.__array_interface__["data"][0]
+
+    def gpu(self, x: np.ndarray) -> Gpu:
+        return simulator.gpu(simulator.H200, schedule=2, launched=self.launched)
+
+
+@pytest.fixture
+def target() -> Iterator[Target]:
+    backend = Simulated()
+    backend.launched = []
+    anybn.register_backend(backend)
+    try:
+        with anybn.use_backend("simulated"):
+            yield Target("simulated", backend, backend.device(""))
+    finally:
+        anybn.unregister_backend("simulated")
+
+
+for module in (test_accuracy, test_errors, test_gradients, test_state):
+    prefix = module.__name__.rpartition(".")[2]
+    tests = {name: test for name, test in vars(module).items() if name.startswith("test_")}
+    tests.pop("test_ten_million_values_in_one_channel", None)  # test_cuda_kernels.py has one million, in less time
+    globals().update({f"{prefix}_{name.removeprefix('test_')}": test for name, test in tests.items()})
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_kernels_do_the_work(target: Target, relu: bool) -> None:
+    """And not the core, which would be right as well."""
+    x = np.random.default_rng(0).standard_normal((8, 3, 14, 14)).astype(np.float32)
+    state = anybn.BatchNormState(3)
+    y, pullback = anybn.batch_norm_vjp(x, state, training=True, residual=x, activation="relu" if relu else None)
+    pullback(y)
+    anybn.batch_norm(x.transpose(0, 2, 3, 1), state, axis=-1)
+    anybn.moments(x[:, :, 0, 0])
+    names = [launch.kernel.partition("<")[0] for launch in target.backend.launched]
+    assert names == ["train", "commit", "backward", "evaluate", "sums", "finish_train"]
+
+
+def test_torch_tensors_by_their_pointers() -> None:
+    """What torch's backend does with CUDA tensors: pointers and torch's own memory; here the tensors lie on the CPU."""
+    torch = pytest.importorskip("torch")
+
+    def scratch(nbytes: int) -> tuple[int, Any]:
+        memory = torch.empty(nbytes, dtype=torch.uint8)
+        return memory.data_ptr(), memory
+
+    x = torch.randn((6, 3, 10, 10), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for last, device in ((False, simulator.H200), (True, simulator.H200._replace(shared_bytes=1))):
+        x_in = x.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+        y, weight, bias = torch.empty_like(x_in), torch.full((3,), 2.0), torch.arange(3.0)
+        mean, var, m2 = torch.empty((3, 3), dtype=torch.float64)
+        running_mean, running_var = torch.zeros(3), torch.ones(3)
+        running = {"running_mean": running_mean, "running_var": running_var}
+        running |= {f"new_{name}": tensor for name, tensor in running.items()}
+        tensors = {"x": x_in, "y": y, "weight": weight, "bias": bias, "mean": mean, "var": var, "m2": m2, **running}
+        shape = (600, 3, 1) if last else (6, 3, 100)
+        gpu = simulator.gpu(device)._replace(scratch=scratch)
+        pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        _cuda.call("train", gpu, shape, "bfloat16", running_dtype="float32", **pointers, eps=1e-5, momentum=0.1, ddof=1)
+
+        module = torch.nn.BatchNorm2d(3)
+        with torch.no_grad():
+            module.weight.fill_(2)
+            module.bias.copy_(bias)
+            expected = module(x.float())
+        assert (y.float() - expected).abs().max() <= 0.51 * 2**-7 * expected.abs().max()
+        assert torch.allclose(running_mean, module.running_mean, atol=1e-6)
+        assert torch.allclose(running_var, module.running_var, atol=1e-6)

@@ -1,0 +1,62 @@
+"""A quick part of benchmarks/registers.py: the kernels compile for every kind of GPU, and do not spill."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from anybn.backends._cuda_plan import TYPES, kernels
+
+ROOT = Path(__file__).parent.parent
+#: Enough of a program to meet every line of the source.
+QUICK = (
+    "train<bfloat16, 8, false, 1>",
+    "backward<float16, 4, true, 1>",
+    "sums<double, 1, true>",
+    "evaluate<float, 4, false>",
+    "gradients<float, 1, false>",
+    "finish_train<float>",
+    "finish_backward<double>",
+    "commit",
+)
+CLUSTERED = ("train<float, 4, false, 8>", "backward<bfloat16, 8, false, 2>")
+
+
+@pytest.fixture(scope="module")
+def registers() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("registers", ROOT / "benchmarks" / "registers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("architecture", ["75", "80", "90", "100", "120"])
+def test_compiles_without_spills(registers: ModuleType, architecture: str) -> None:
+    by = registers.compiler()
+    if by is None:
+        pytest.skip("there is neither nvcc nor NVRTC (pip install cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-runtime)")
+    names = [*QUICK, *(CLUSTERED if int(architecture) >= 90 else ())]
+    usage = registers.compiled(names, architecture)
+    assert set(usage) == set(names)
+    committed = json.loads(registers.RESULT.read_text())
+    for name, (count, spilled) in usage.items():
+        assert spilled == 0, f"{name} spills {spilled} bytes"
+        if by == committed["compiler"]:
+            assert [count, spilled] == committed["usage"][architecture][name], "run benchmarks/registers.py again"
+
+
+def test_the_committed_table_has_every_kernel_and_no_spills(registers: ModuleType) -> None:
+    committed = json.loads(registers.RESULT.read_text())
+    everything = {name for dtype in TYPES for name in kernels(dtype)}
+    assert tuple(committed["usage"]) == registers.ARCHITECTURES
+    for architecture, usage in committed["usage"].items():
+        clusters = int(architecture) >= 90
+        assert set(usage) == {name for name in everything if clusters or not name.endswith((", 2>", ", 4>", ", 8>"))}
+        for name, (_, spilled) in usage.items():
+            assert spilled == 0 or "double" in name, f"{name} spills {spilled} bytes on sm_{architecture}"
