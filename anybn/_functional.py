@@ -218,7 +218,7 @@ def _check(
 
     empty = 0 in x.shape
     uses_batch = (training or not state.track_running_stats) and not empty
-    commits = training and state.track_running_stats and not empty
+    commits = training and state.track_running_stats and not empty and not backend.recomputes()
     if uses_batch:
         if mask is None or not backend.is_traced(mask):
             count = int(_core.value_count(backend.namespace(x), x, index, mask, backend.working_dtype(x)))

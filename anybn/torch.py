@@ -1,0 +1,257 @@
+"""For users of torch: batch norm as ``nn.Module``s with torch's names, and whole models converted to them.
+
+>>> import torch, anybn.torch
+>>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+>>> anybn.torch.convert(model)[1]
+BatchNorm1d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch.autograd.graph import increment_version
+
+from anybn import _checks, _functional, _state, _torch_ops
+from anybn._core import Spec, Statistics
+from anybn._dispatch import backend_for
+from anybn._module_state import ModuleState
+
+from anybn.backends.numpy import kernels
+from anybn.backends.torch import TorchBackend, differentiated, op_by_op
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+
+class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """What the three have in common; a subclass of torch's class, so that what looks for batch norms finds these."""
+
+    _ranks: ClassVar[tuple[int, ...]]
+    _shapes: ClassVar[str]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str | None = None,
+        **options: bool,
+    ):
+        _checks.num_features(num_features)
+        _checks.eps(eps)
+        _checks.momentum(momentum)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        self.activation = _checks.choice("activation", activation, (None, "relu"))
+        for name in ("running_mean", "running_var"):
+            if (buffer := getattr(self, name)) is not None:
+                setattr(self, name, buffer.to(_running_dtype(buffer.device)))
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """``relu(bn(input) + residual)`` in input's dtype and memory format; relu with ``activation="relu"`` only."""
+        if torch.compiler.is_compiling():
+            return _torch_ops.forward(self, input, residual)
+        y = _at_once(self, input, residual)
+        if y is None:
+            self._check_input_dim(input)
+            y = _functional.batch_norm(
+                input, ModuleState(self), training=self.training, residual=residual, activation=self.activation
+            )
+        return y
+
+    def _check_input_dim(self, input: Any) -> None:
+        if not isinstance(input, torch.Tensor):
+            backend_for(input)
+        if input.ndim not in self._ranks:
+            advice = ": for one sample use x[None]" if input.ndim == self._ranks[0] - 1 else ""
+            raise ValueError(f"x has shape {tuple(input.shape)}; {type(self).__name__} needs {self._shapes}{advice}")
+
+    @property
+    def state(self) -> ModuleState:
+        """The live `BatchNormState` of this module's own tensors: what either side writes, the other reads."""
+        return ModuleState(self)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """The running statistics go where fn leads, but keep their precision: ``half()`` would make them useless."""
+        running = {name: self._buffers.pop(name) for name in ("running_mean", "running_var") if name in self._buffers}
+        try:
+            super()._apply(fn, recurse)
+            running = {name: None if buffer is None else _moved(buffer, fn) for name, buffer in running.items()}
+        finally:
+            self._buffers = running | self._buffers
+        return self
+
+
+_TORCH = TorchBackend()
+_FLOAT32, _FLOAT64 = torch.float32, torch.float64
+
+#: Bytes of x up to which a call is made in one piece: more are worth a second thread.
+_SMALL = 1 << 18
+
+#: Stand for the dtypes that the compiled steps know.
+_LIKE = {
+    torch.float32: np.empty(0, np.float32),
+    torch.float64: np.empty(0, np.float64),
+    torch.bfloat16: np.empty(0, np.uint16),
+}
+
+
+@functools.cache
+def _steps() -> Any:
+    """`anybn.backends._step`, or None without Numba; imported with the first small tensor."""
+    return importlib.import_module("anybn.backends._step") if kernels().__name__.endswith("_fused") else None
+
+
+def _dense(a: Any) -> bool:
+    return type(a) is torch.Tensor and a.layout is torch.strided and not a.is_nested
+
+
+def _plain(a: torch.Tensor | None, dtype: torch.dtype, count: int) -> bool:
+    """Whether a is nothing, or lies in the CPU's memory as so many values of dtype without gaps."""
+    return a is None or (a.is_cpu and a.dtype is dtype and a.numel() == count and a.is_contiguous())
+
+
+def _at_once(module: _BatchNorm, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor | None:
+    """A module's forward pass of a small tensor in one compiled call; None for what is large, special or wrong.
+
+    All of it is Python's time, 8 us on (8, 16): the kernel takes 0.5.
+    """
+    if not _dense(x) or type(backend_for(x)) is not TorchBackend or op_by_op():
+        return None
+    steps, parameters, buffers = _steps(), module._parameters, module._buffers
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    except KeyError:  # parametrized, or a replica of DataParallel
+        return None
+    shape, dtype, channels, eps = x.shape, x.dtype, module.num_features, module.eps
+    if len(shape) not in module._ranks or shape[1] != channels or channels < 2:  # one channel can be a negated view
+        return None
+    of_batch, size, kept = module.training or mean is None, x.numel(), _FLOAT32 if weight is None else weight.dtype
+    like, like_weight = _LIKE.get(dtype), _LIKE.get(kept)
+    if not (
+        like is not None
+        and like_weight is not None
+        and 0 < size * like.itemsize <= _SMALL
+        and steps is not None
+        and eps > 0
+        and _plain(x, dtype, size)
+        and _plain(weight, kept, channels)
+        and _plain(bias, kept, channels)
+        and _plain(mean, _FLOAT64, channels)
+        and _plain(var, _FLOAT64, channels)
+        and (residual is None or (_dense(residual) and residual.shape == shape and _plain(residual, dtype, size)))
+    ):
+        return None
+    y = torch.empty_like(x)
+    arrays = (
+        like,
+        like_weight,
+        x.data_ptr(),
+        y.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+    )
+    n, relu = shape[0], module.activation is not None
+    if of_batch:
+        count, momentum, rows = size // channels, module.momentum, np.empty((4, channels))
+        if count < 2 or not (momentum is None or 0 <= momentum <= 1):
+            return None
+        running = 0, 0, 0
+        commits = mean is not None and module.track_running_stats and not _TORCH.recomputes()
+        if commits:
+            if not (type(batches) is torch.Tensor and _plain(batches, torch.int64, 1)):
+                return None
+            running = mean.data_ptr(), var.data_ptr(), batches.data_ptr()
+        new = -1.0 if momentum is None else momentum
+        with _state._lock:
+            done = steps.train(*arrays, *running, n, channels, count // n, relu, eps, new, rows)
+        if commits:
+            increment_version((mean, var, batches))
+    else:
+        count, rows = None, np.empty((2, channels))
+        running = mean.data_ptr(), var.data_ptr()
+        done = steps.evaluate(*arrays, *running, n, channels, size // (n * channels), relu, eps, rows)
+    if not done:
+        return None
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return _Recorded.apply(x, weight, bias, residual, (y, rows, count, eps, relu))
+    return y
+
+
+class _Recorded(torch.autograd.function._SingleLevelFunction):  # Function minus the checks for torch.func, 1.4 us
+    """y, computed already, as one node of the graph. The statistics are this call's own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        call: tuple[torch.Tensor, np.ndarray, int | None, float, bool],
+    ) -> torch.Tensor:
+        y, *ctx.call = call
+        ctx.save_for_backward(x, weight, y if call[4] else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, y = ctx.saved_tensors
+        rows, count, eps, relu = ctx.call
+        rows = torch.from_numpy(rows)
+        if count is None:
+            statistics = Statistics(None, rows[0], None, rows[1])
+        else:
+            shift = rows[1] if x.dtype is torch.float64 else None
+            statistics = Statistics(count, rows[0], shift, rows[2] / count, rows[2])
+        active = None if y is None else y > 0
+        grads = differentiated(_TORCH, dy, x, weight, None, active, statistics, Spec(1, eps, relu))
+        _, _, wants_bias, wants_residual, _ = ctx.needs_input_grad
+        bias, residual = grads.bias if wants_bias else None, grads.residual if wants_residual else None
+        return grads.x, grads.weight, bias, residual, None
+
+
+def _running_dtype(device: torch.device) -> torch.dtype:
+    return torch.float64 if TorchBackend().has_float64(device) else torch.float32
+
+
+def _moved(buffer: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    device = fn(torch.empty(0, device=buffer.device)).device
+    dtype = _running_dtype(device)
+    if buffer.is_meta:
+        return torch.empty_like(buffer, device=device, dtype=dtype)
+    if device != buffer.device:
+        return buffer.to(device, dtype)
+    new = fn(buffer)  # share_memory() and its like
+    return new if new.dtype == buffer.dtype else buffer
+
+
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+    _ranks, _shapes = (2, 3), "(N, C) or (N, C, L)"
+
+
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+    _ranks, _shapes = (4,), "(N, C, H, W)"
+
+
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    _ranks, _shapes = (5,), "(N, C, D, H, W)"
