@@ -36,7 +36,6 @@ class ModuleState(BatchNormState):
     # -- settings and arrays, which `BatchNormState` keeps in slots --------------------------------------------
 
     _num_features = property(lambda self: self._module.num_features)  # type: ignore[assignment]
-    _ddof = property(lambda self: 1)  # type: ignore[assignment]
 
     @property
     def _eps(self) -> float:  # type: ignore[override]
@@ -55,9 +54,11 @@ class ModuleState(BatchNormState):
         self._module.momentum = value
 
     @property
-    def ddof(self) -> int:
+    def ddof(self) -> int:  # type: ignore[override]
         """1, torch's convention; it cannot be set."""
         return 1
+
+    _ddof = ddof  # type: ignore[assignment]
 
     @property
     def _dtype(self) -> str:  # type: ignore[override]
@@ -114,9 +115,8 @@ class ModuleState(BatchNormState):
         if isinstance(backend, TorchBackend):
             statistics = Statistics(*(_TORCH.detached(s) for s in statistics))
         else:
-            count = statistics.count
-            statistics = Statistics(*(None if s is None or isinstance(s, int) else _on_cpu(backend, s) for s in statistics))
-            statistics = statistics._replace(count=count if isinstance(count, int) else statistics.count)
+            kept = (s if s is None or isinstance(s, int) else _on_cpu(backend, s) for s in statistics)
+            statistics = Statistics(*kept)
         module = self._module
         running = module.running_mean, module.running_var, module.num_batches_tracked
         update_running(*running, statistics, self.momentum, propagate=nonfinite == "propagate")
@@ -129,7 +129,7 @@ class ModuleState(BatchNormState):
         device = backend.device_of(x)
         if not all(backend.holds(a, device) for a in arrays.held().values()):
             return arrays, self._placed(arrays, backend, device)
-        if arrays.running_mean is None or not isinstance(backend, TorchBackend):
+        if arrays.running_mean is None or arrays.running_var is None or not isinstance(backend, TorchBackend):
             return arrays, arrays
         working = backend.working_dtype(x)  # a checkpoint may have brought float32 with it
         running = arrays.running_mean.to(working), arrays.running_var.to(working)

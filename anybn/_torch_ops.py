@@ -1,7 +1,7 @@
 """Batch norm as operations that torch.compile keeps whole: what it cannot look into runs as it does without it.
 
 Pure functions of tensors, with a derivative; the one that updates running statistics in place has none. Under
-torch.export the module is taken apart into torch's own operations instead, so that what was exported runs without anybn.
+torch.export, a module is taken apart into torch's own operations instead, and what was exported runs without anybn.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from anybn import _checks, _core
 from anybn._core import Spec, Statistics
@@ -16,7 +17,6 @@ from anybn._module_state import update_running
 from anybn.backends.torch import TorchBackend
 
 _TORCH = TorchBackend()
-Tensor = torch.Tensor
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7
 
 
@@ -132,7 +132,7 @@ train.register_autograd(_backward_of_train, setup_context=_setup_train)
 evaluate.register_autograd(_backward_of_evaluate, setup_context=_setup_evaluate)
 
 
-def forward(module: Any, x: Tensor, residual: Tensor | None) -> Tensor:
+def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     """A module's forward pass where torch records it, for torch.compile or torch.export."""
     module._check_input_dim(x)
     if x.shape[1] != module.num_features or not x.dtype.is_floating_point:
@@ -142,7 +142,8 @@ def forward(module: Any, x: Tensor, residual: Tensor | None) -> Tensor:
     eps, momentum = module.eps, module.momentum
     if not eps > 0 or not (momentum is None or 0 <= momentum <= 1):
         _checks.eps(eps), _checks.momentum(momentum)
-    relu, mean, var = module.activation == "relu", module.running_mean, module.running_var
+    _checks.choice("activation", activation, (None, "relu"))
+    relu, mean, var = activation == "relu", module.running_mean, module.running_var
     parameters = module.weight, module.bias, residual
     if x.numel() and (module.training or mean is None):
         count = x.numel() // x.shape[1]

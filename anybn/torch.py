@@ -16,16 +16,16 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
-from anybn import _checks, _functional, _state, _torch_ops
+from anybn import _checks, _functional, _fuse, _state, _torch_ops
 from anybn._core import Spec, Statistics
 from anybn._dispatch import backend_for
 from anybn._module_state import ModuleState
-
 from anybn.backends.numpy import kernels
 from anybn.backends.torch import TorchBackend, differentiated, op_by_op
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "revert"]
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -33,6 +33,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     _ranks: ClassVar[tuple[int, ...]]
     _shapes: ClassVar[str]
+    activation: str | None = None
+    _buffers: dict[str, Any]
 
     def __init__(
         self,
@@ -52,19 +54,29 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         _checks.momentum(momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.activation = _checks.choice("activation", activation, (None, "relu"))
-        for name in ("running_mean", "running_var"):
-            if (buffer := getattr(self, name)) is not None:
-                setattr(self, name, buffer.to(_running_dtype(buffer.device)))
+        _set_running_dtype(self, lambda buffer: _running_dtype(buffer.device))
 
-    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """``relu(bn(input) + residual)`` in input's dtype and memory format; relu with ``activation="relu"`` only."""
-        if torch.compiler.is_compiling():
-            return _torch_ops.forward(self, input, residual)
-        y = _at_once(self, input, residual)
+    def forward(
+        self, input: torch.Tensor, residual: torch.Tensor | None = None, activation: str | None = None
+    ) -> torch.Tensor:
+        """y, as `anybn.batch_norm` gives it.
+
+        Args:
+            input: of the shape this class is for, float16, bfloat16, float32 or float64, on the module's device.
+            residual: input's shape and dtype, added before the activation.
+            activation: None, which leaves it to the module's, or "relu".
+
+        Returns y in input's dtype and memory format. Raises TypeError or ValueError for anything else, with the buffers
+        as they were; StateError in torch.func.vmap if the buffers would have to become batched and are not.
+        """
+        activation = activation or self.activation
+        if is_compiling():
+            return _torch_ops.forward(self, input, residual, activation)
+        y = _at_once(self, input, residual, activation)
         if y is None:
             self._check_input_dim(input)
             y = _functional.batch_norm(
-                input, ModuleState(self), training=self.training, residual=residual, activation=self.activation
+                input, ModuleState(self), training=self.training, residual=residual, activation=activation
             )
         return y
 
@@ -101,7 +113,7 @@ _FLOAT32, _FLOAT64 = torch.float32, torch.float64
 _SMALL = 1 << 18
 
 #: Stand for the dtypes that the compiled steps know.
-_LIKE = {
+_LIKE: dict[torch.dtype, np.ndarray] = {
     torch.float32: np.empty(0, np.float32),
     torch.float64: np.empty(0, np.float64),
     torch.bfloat16: np.empty(0, np.uint16),
@@ -123,7 +135,9 @@ def _plain(a: torch.Tensor | None, dtype: torch.dtype, count: int) -> bool:
     return a is None or (a.is_cpu and a.dtype is dtype and a.numel() == count and a.is_contiguous())
 
 
-def _at_once(module: _BatchNorm, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor | None:
+def _at_once(
+    module: _BatchNorm, x: torch.Tensor, residual: torch.Tensor | None, activation: str | None
+) -> torch.Tensor | None:
     """A module's forward pass of a small tensor in one compiled call; None for what is large, special or wrong.
 
     All of it is Python's time, 8 us on (8, 16): the kernel takes 0.5.
@@ -147,6 +161,7 @@ def _at_once(module: _BatchNorm, x: torch.Tensor, residual: torch.Tensor | None)
         and 0 < size * like.itemsize <= _SMALL
         and steps is not None
         and eps > 0
+        and (activation is None or activation == "relu")
         and _plain(x, dtype, size)
         and _plain(weight, kept, channels)
         and _plain(bias, kept, channels)
@@ -165,12 +180,12 @@ def _at_once(module: _BatchNorm, x: torch.Tensor, residual: torch.Tensor | None)
         0 if weight is None else weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
     )
-    n, relu = shape[0], module.activation is not None
+    n, relu = shape[0], activation is not None
     if of_batch:
         count, momentum, rows = size // channels, module.momentum, np.empty((4, channels))
         if count < 2 or not (momentum is None or 0 <= momentum <= 1):
             return None
-        running = 0, 0, 0
+        running: tuple[int, ...] = 0, 0, 0
         commits = mean is not None and module.track_running_stats and not _TORCH.recomputes()
         if commits:
             if not (type(batches) is torch.Tensor and _plain(batches, torch.int64, 1)):
@@ -224,7 +239,7 @@ class _Recorded(torch.autograd.function._SingleLevelFunction):  # Function minus
             shift = rows[1] if x.dtype is torch.float64 else None
             statistics = Statistics(count, rows[0], shift, rows[2] / count, rows[2])
         active = None if y is None else y > 0
-        grads = differentiated(_TORCH, dy, x, weight, None, active, statistics, Spec(1, eps, relu))
+        grads = differentiated(_TORCH, dy, (x, weight, None, active), statistics, Spec(1, eps, relu))
         _, _, wants_bias, wants_residual, _ = ctx.needs_input_grad
         bias, residual = grads.bias if wants_bias else None, grads.residual if wants_residual else None
         return grads.x, grads.weight, bias, residual, None
@@ -255,3 +270,120 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     _ranks, _shapes = (5,), "(N, C, D, H, W)"
+
+
+_OURS = {torch.nn.BatchNorm1d: BatchNorm1d, torch.nn.BatchNorm2d: BatchNorm2d, torch.nn.BatchNorm3d: BatchNorm3d}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+def convert(
+    model: torch.nn.Module, *, fuse: tuple[Any, ...] | None = None, keep: tuple[type, ...] = ()
+) -> torch.nn.Module:
+    """Make every torch batch norm of a model one of anybn's: BatchNorm1d, BatchNorm2d and BatchNorm3d.
+
+    Each module becomes of the other class where it is. It stays the same object with the same Parameters, hooks, mode
+    and names, in all places that share it, so optimizers and checkpoints go on; only its running statistics become
+    float64. Convert before DistributedDataParallel wraps the model, which holds on to buffers.
+
+    Args:
+        model: any module, a batch norm itself included; anybn's own are left alone.
+        fuse: example inputs, a tuple of the arguments of ``model(...)``. BN -> ReLU and BN -> add -> ReLU then become
+            one call each, wherever torch.fx, which traces the model in both modes, shows that nothing else reads what
+            lies between, and that what is added has bn's shape and dtype for inputs like these.
+        keep: classes of batch norms to leave as they are.
+
+    Returns:
+        model; with ``fuse`` a ``torch.fx.GraphModule`` in its place, on the same submodules and with the same
+        ``state_dict``.
+
+    Raises, before anything has changed:
+        TypeError: for batch norms that cannot be converted, all named: SyncBatchNorm, other subclasses of torch's, lazy
+            ones that have not seen a batch, and scripted models.
+        ValueError: for settings that anybn refuses, such as eps=0, and for models that torch.fx cannot trace or that
+            compute something else in training than in evaluation, with ``fuse``.
+
+    >>> import torch, anybn.torch
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, bias=False), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    >>> model = anybn.torch.convert(model)  # and the optimizer goes on
+    >>> type(anybn.torch.convert(model, fuse=(torch.zeros(2, 1, 8, 8),))).__name__
+    'GraphModule'
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    found, problems = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            problems.append(f"{name or 'model'} is scripted, and its code is fixed: convert before scripting")
+        elif type(module) in _OURS and type(module) not in keep:
+            found.append((name, module))
+        elif isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not isinstance(module, (_BatchNorm, *keep)):
+            problems.append(f"{name or 'model'} is a {type(module).__name__}: {_why_not(module)}")
+    if problems:
+        raise TypeError(f"nothing was converted: {'; '.join(problems)}")
+    for name, module in found:
+        try:
+            _checks.eps(module.eps), _checks.momentum(module.momentum)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"nothing was converted, since {name or 'model'} has settings of its own: {error}"
+            ) from error
+    for _, module in found:
+        module.__class__ = _OURS[type(module)]
+        _set_running_dtype(module, lambda buffer: _running_dtype(buffer.device))
+    if fuse is None:
+        return model
+    try:
+        return _fuse.fused(model, tuple(fuse), _BatchNorm)
+    except BaseException:
+        for _, module in found:
+            _revert(module)
+        raise
+
+
+def revert(model: torch.nn.Module) -> torch.nn.Module:
+    """Undo `convert`: every anybn batch norm of a model becomes torch's, where it is; returns model.
+
+    Running statistics become of weight's dtype, float32 without one. A model that `convert` has fused stays a
+    GraphModule, in which addition and relu are operations of their own again.
+
+    Raises TypeError, with nothing changed, if a module has an activation: torch's cannot; name and way out are in it.
+
+    >>> import torch, anybn.torch
+    >>> type(anybn.torch.revert(anybn.torch.convert(torch.nn.BatchNorm1d(3))))
+    <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    ours = [(name, module) for name, module in model.named_modules() if type(module) in _THEIRS]
+    for name, module in ours:
+        if module.activation is not None:
+            raise TypeError(
+                f"nothing was reverted: {name or 'model'} has activation={module.activation!r}, which torch's has not: "
+                "put a torch.nn.ReLU after it and set its activation to None"
+            )
+    for module in list(model.modules()):
+        if isinstance(module, torch.fx.GraphModule):
+            _fuse.unfused(module, _BatchNorm)
+    for _, module in ours:
+        _revert(module)
+    return model
+
+
+def _revert(module: torch.nn.Module) -> None:
+    module.__class__ = _THEIRS[type(module)]
+    _set_running_dtype(module, lambda _: torch.float32 if module.weight is None else module.weight.dtype)
+
+
+def _set_running_dtype(module: Any, dtype: Callable[[torch.Tensor], torch.dtype]) -> None:
+    for name in ("running_mean", "running_var"):
+        if (buffer := getattr(module, name)) is not None:
+            setattr(module, name, buffer.to(dtype(buffer)))
+
+
+def _why_not(module: torch.nn.Module) -> str:
+    if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
+        return "run a batch through the model first, which tells it its channels"
+    if isinstance(module, torch.nn.SyncBatchNorm):
+        return "groups of processes are not available yet; keep it with keep=(torch.nn.SyncBatchNorm,)"
+    return f"a subclass may do anything in its forward; keep it with keep=({type(module).__name__},)"

@@ -91,7 +91,8 @@ def train(
 ):
     """Fill y, the rows mean, shift, m2 and scale of statistics, and update what of the state has an address.
 
-    momentum below 0 is the cumulative average, and running_var unbiased, as torch has it. False, and nothing done, if x lies on the state.
+    momentum below 0 is the cumulative average, and running_var unbiased, as torch has it. False, and nothing done, if x
+    lies on the state.
     """
     size = n * channels * length
     if shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):

@@ -338,7 +338,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = differentiated(ctx.backend, dy, *ctx.saved_tensors, ctx.statistics, ctx.spec)
+        grads = differentiated(ctx.backend, dy, ctx.saved_tensors, ctx.statistics, ctx.spec)
         has_bias, has_residual = ctx.given
         bias, residual = grads.bias if has_bias else None, grads.residual if has_residual else None
         return grads.x, grads.weight, bias, residual, None, None, None, None, None
@@ -347,14 +347,12 @@ class _Recorded(torch.autograd.Function):
 def differentiated(
     backend: TorchBackend,
     dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    active: torch.Tensor | None,
+    saved: tuple[Any, ...],
     statistics: Statistics,
     spec: Spec,
 ) -> Gradients:
     """The gradients in a backward pass, differentiable themselves where it is recorded."""
+    x, weight, mask, active = saved
     if torch.is_grad_enabled() and statistics.count is not None and x.numel():
         statistics = backend.batch_statistics(x, spec.axis, mask)
     return backend.gradients(dy, x, statistics, weight, active, mask, spec)
