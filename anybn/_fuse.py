@@ -16,17 +16,17 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class _Tracer(torch.fx.Tracer):
-    def __init__(self, leaf: type):
-        super().__init__()
-        self.leaf = leaf
+    """Pickled GraphModules make one without arguments."""
 
     def is_leaf_module(self, module: torch.nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, self.leaf) or super().is_leaf_module(module, qualified_name)
+        return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
+            module, qualified_name
+        )
 
 
 def fused(model: torch.nn.Module, example_inputs: tuple[Any, ...], batch_norm: type) -> torch.fx.GraphModule:
     """model as a GraphModule over the same submodules, with what can be fused passed to its batch norms' calls."""
-    graph = _traced(model, batch_norm)
+    graph = _traced(model)
     module = torch.fx.GraphModule(model, graph, type(model).__name__)
     module.train(model.training)
     _propagate(module, example_inputs)
@@ -40,14 +40,14 @@ def fused(model: torch.nn.Module, example_inputs: tuple[Any, ...], batch_norm: t
     return module
 
 
-def _traced(model: torch.nn.Module, batch_norm: type) -> torch.fx.Graph:
+def _traced(model: torch.nn.Module) -> torch.fx.Graph:
     """The graph of model, which must be the same in both modes and hide no hooks."""
     training = {module: module.training for module in model.modules()}
     graphs = []
     try:
         for mode in (False, True):
             model.train(mode)
-            graphs.append(_Tracer(batch_norm).trace(model))
+            graphs.append(_Tracer().trace(model))
     except Exception as error:
         raise ValueError(
             f"model cannot be fused, because torch.fx cannot trace it ({error}): convert without fuse"
@@ -119,8 +119,9 @@ def _fuse_into(relu: torch.fx.Node, module: torch.fx.GraphModule, batch_norm: ty
         if not (isinstance(node, torch.fx.Node) and node.op == "call_module" and len(node.args) == 1):
             return False
         target: Any = module.get_submodule(node.target)
-        alone = isinstance(target, batch_norm) and target.activation is None and not _has_hooks(target)
-        return alone and len(node.users) == 1 and not node.kwargs
+        alone = isinstance(target, batch_norm) and not _has_hooks(target)
+        unfused = getattr(target, "activation", None) is None and not node.kwargs
+        return alone and unfused and len(node.users) == 1
 
     last: Any = relu.args[0] if relu.args else None
     if is_batch_norm(last):

@@ -53,8 +53,8 @@ class ModuleState(BatchNormState):
     def _momentum(self, value: float | None) -> None:
         self._module.momentum = value
 
-    @property
-    def ddof(self) -> int:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def ddof(self) -> int:
         """1, torch's convention; it cannot be set."""
         return 1
 
@@ -189,6 +189,7 @@ def update_running(
     batches: torch.Tensor | None,
     statistics: Statistics,
     momentum: float | None,
+    ddof: int = 1,
     propagate: bool = False,
 ) -> None:
     """Fold the statistics of a batch, torch tensors, into these, in place, without waiting for a device."""
@@ -200,7 +201,7 @@ def update_running(
             factor = 0.0 if batches is None else 1.0 / (batches + 1).to(running_mean.dtype)
             if device.type == "cpu" and not op_by_op():
                 factor = float(factor)
-        mean, var = _TORCH.updated_running_statistics(running_mean, running_var, statistics, factor, 1, propagate)
+        mean, var = _TORCH.updated_running_statistics(running_mean, running_var, statistics, factor, ddof, propagate)
         write(running_mean, mean)
         write(running_var, var)
         if batches is not None:

@@ -191,7 +191,7 @@ class TorchBackend(Backend):
         if self.records(x, weight, bias, residual) and not op_by_op():
             with torch.no_grad():
                 y, statistics = self.train(x, weight, bias, residual, mask, spec)
-            return _Recorded.apply(x, weight, bias, residual, self, y, statistics, mask, spec), statistics
+            return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec), statistics
         if chosen := self._kernels_for(x, mask):
             y, statistics = chosen.train(_view(x), _view(weight), _view(bias), _view(residual), spec, _view(out))
             return _tensor(y, x.dtype) if out is None else out, _from_views(statistics)
@@ -211,7 +211,7 @@ class TorchBackend(Backend):
         if self.records(x, weight, bias, residual) and not op_by_op():
             with torch.no_grad():
                 y = self.evaluate(x, statistics, weight, bias, residual, mask, spec)
-            return _Recorded.apply(x, weight, bias, residual, self, y, statistics, mask, spec)
+            return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec)
         if chosen := self._kernels_for(x, mask):
             views = _views(statistics), _view(weight), _view(bias), _view(residual)
             y = chosen.evaluate(_view(x), *views, spec, _view(out))
@@ -325,23 +325,25 @@ class _Recorded(torch.autograd.Function):
         bias: torch.Tensor | None,
         residual: torch.Tensor | None,
         backend: TorchBackend,
-        y: torch.Tensor,
-        statistics: Statistics,
+        computed: tuple[torch.Tensor, Statistics],
         mask: torch.Tensor | None,
         spec: Spec,
     ) -> torch.Tensor:
+        y, statistics = (
+            computed  # in a tuple, autograd takes y for this function's own, which may be written to in place
+        )
         active = y > 0 if spec.relu else None
         ctx.save_for_backward(x, weight, mask, active)
         ctx.backend, ctx.statistics, ctx.spec = backend, statistics, spec
         ctx.given = bias is not None, residual is not None
-        return y.view_as(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads = differentiated(ctx.backend, dy, ctx.saved_tensors, ctx.statistics, ctx.spec)
         has_bias, has_residual = ctx.given
         bias, residual = grads.bias if has_bias else None, grads.residual if has_residual else None
-        return grads.x, grads.weight, bias, residual, None, None, None, None, None
+        return grads.x, grads.weight, bias, residual, None, None, None, None
 
 
 def differentiated(
@@ -365,3 +367,6 @@ def _extent(a: torch.Tensor) -> tuple[int, int]:
         return start, start + a.nbytes
     span = sum((size - 1) * stride for size, stride in zip(a.shape, a.stride(), strict=True))
     return start, start + (span + 1) * a.element_size()
+
+
+from anybn import _torch_ops  # noqa: E402, F401 tells batch_norm what to be inside torch.compile
