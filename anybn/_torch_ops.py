@@ -161,8 +161,8 @@ def _check(x: Tensor, residual: Tensor | None, axis: int, channels: int) -> None
 def _evaluated(x: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
     if not is_exporting():
         return evaluate(x, mean, var, *rest)
-    *parameters, axis, eps, relu = rest
-    return _TORCH.evaluate(x, Statistics(None, mean, None, var), *parameters, None, Spec(axis, eps, relu))
+    weight, bias, residual, *spec = rest
+    return _TORCH.evaluate(x, Statistics(None, mean, None, var), weight, bias, residual, None, Spec(*spec))
 
 
 def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
