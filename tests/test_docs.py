@@ -16,10 +16,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "jax.md"
 def run(capsys, library=None):
     """The variables of the page's blocks, with those about one more library."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    blocks = [
-        blocks[0],
-        *(block for block in blocks if library and f"import {library}" in block.replace("from flax", "import flax")),
-    ]
+    blocks = [blocks[0], *(block for block in blocks[1:] if library and library in block)]
     assert len(blocks) == (2 if library else 1)
     scope: dict = {}
     for block in blocks:
