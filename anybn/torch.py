@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from torch import empty_like, is_grad_enabled
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
@@ -140,7 +141,7 @@ def _at_once(
 ) -> torch.Tensor | None:
     """A module's forward pass of a small tensor in one compiled call; None for what is large, special or wrong.
 
-    All of it is Python's time, 8 us on (8, 16): the kernel takes 0.5.
+    On (8, 16) it is Python that takes the time, 5 us, and autograd 3 more: what is not needed here is left out.
     """
     if not _dense(x) or type(backend_for(x)) is not TorchBackend or op_by_op():
         return None
@@ -160,6 +161,7 @@ def _at_once(
         and like_weight is not None
         and 0 < size * like.itemsize <= _SMALL
         and steps is not None
+        and (mean is None) is (var is None)
         and eps > 0
         and (activation is None or activation == "relu")
         and _plain(x, dtype, size)
@@ -170,7 +172,7 @@ def _at_once(
         and (residual is None or (_dense(residual) and residual.shape == shape and _plain(residual, dtype, size)))
     ):
         return None
-    y = torch.empty_like(x)
+    y = empty_like(x)
     arrays = (
         like,
         like_weight,
@@ -202,7 +204,7 @@ def _at_once(
         done = steps.evaluate(*arrays, *running, n, channels, size // (n * channels), relu, eps, rows)
     if not done:
         return None
-    if torch.is_grad_enabled() and (
+    if is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)

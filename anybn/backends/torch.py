@@ -11,8 +11,14 @@ from typing import Any
 import array_api_compat.torch
 import numpy as np
 import torch
-from torch._C import _functorch as functorch  # torch.func has no public way to ask
+from torch._C import (  # there is no public way to ask
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from anybn._core import Array, Gradients, Spec, Statistics
 from anybn.backends._base import Backend
@@ -290,16 +296,16 @@ def op_by_op() -> bool:
     """True where torch has to see each operation: forward-mode differentiation, torch.func, tracing and exporting, and
     modes that take operations one at a time, fake tensors among them. The core serves them all."""
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or forward_ad._current_level >= 0
-        or in_torch_func()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack() > 0
+        or _get_tracing_state() is not None
     )
 
 
 def in_torch_func() -> bool:
-    return torch._C._are_functorch_transforms_active()
+    return _are_functorch_transforms_active()
 
 
 def _unwrapped(x: torch.Tensor) -> torch.Tensor:
