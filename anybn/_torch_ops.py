@@ -210,6 +210,8 @@ def batch_norm(
         raise NotImplementedError("torch.compile cannot take mask, group, out and nonfinite into its graph: leave them")
     if not isinstance(x, Tensor):
         raise NotImplementedError("torch.compile takes batch norm of torch tensors into its graph, and no other arrays")
+    if type(state) is not BatchNormState:
+        raise NotImplementedError("torch.compile cannot take a module's state into its graph: call the module itself")
     arrays = state._arrays
     for array in arrays[:4]:
         if array is not None and not isinstance(array, Tensor):

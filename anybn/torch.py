@@ -1,5 +1,18 @@
 """For users of torch: batch norm as ``nn.Module``s with torch's names, and whole models converted to them.
 
+What works with torch's modules works with these: autocast, DataParallel, ``torch.func``, forward-mode and double
+backward, ``torch.compile(fullgraph=True)``, ``torch.export``, ``torch.jit.trace``, fake tensors. Where they differ:
+
+- Running statistics are float64 where the device has it, and ``half()`` leaves them so.
+- A channel whose batch has a NaN or an infinity keeps its running statistics.
+- A forward pass inside a backward pass is taken for recomputation (activation checkpointing): it counts no batch.
+- They are ``anybn.batch_norm``: correctly rounded, with its checks and its words for what is wrong.
+
+What does not work, and is an error: ``torch.jit.script`` and ``torch.export(strict=True)``, which cannot read this code;
+a second derivative through what ``torch.compile`` has compiled, which torch refuses for everything; ``torch.func.vmap``
+in training over buffers that are not batched. CUDA graphs need a step that does not wait for the device: it is written
+so, and has not run on one.
+
 >>> import torch, anybn.torch
 >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
 >>> anybn.torch.convert(model)[1]
@@ -263,14 +276,49 @@ def _moved(buffer: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> 
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+    """Batch normalization of ``(N, C)`` or ``(N, C, L)`` tensors (Ioffe & Szegedy 2015), as `anybn.batch_norm` has it.
+
+    ``y = (x - mean) / sqrt(var + eps) * weight + bias`` per channel, with the biased variance; in training those of the
+    batch, which go into the buffers as ``running = (1 - momentum) * running + momentum * batch``, unbiased.
+
+    Args:
+        num_features: C.
+        eps, momentum, affine, track_running_stats, device, dtype: as in ``torch.nn.BatchNorm1d``; dtype is weight's and
+            bias's.
+        activation: None or "relu", after the residual that ``forward`` takes.
+        options: what else torch's module takes: ``bias=False`` from torch 2.13 on.
+
+    Attributes:
+        weight, bias: Parameters ``(C,)``, or None.
+        running_mean, running_var: buffers ``(C,)``, float64 where the device has it, or None.
+        num_batches_tracked: a buffer, int64, or None.
+        state: all of these as a live `anybn.BatchNormState`, which NumPy code can train and evaluate.
+
+    Raises TypeError or ValueError for arguments outside of the above.
+
+    >>> import numpy as np, torch, anybn, anybn.torch
+    >>> bn = anybn.torch.BatchNorm1d(2, activation="relu")
+    >>> x = torch.tensor([[1.0, 5.0], [3.0, 9.0]])
+    >>> bn(x, residual=x).detach().round(decimals=4)
+    tensor([[ 0.,  4.],
+            [ 4., 10.]])
+    >>> _ = anybn.batch_norm(x.numpy(), bn.state, training=True)
+    >>> bn.running_mean, int(bn.num_batches_tracked)
+    (tensor([0.3800, 1.3300], dtype=torch.float64), 2)
+    """
+
     _ranks, _shapes = (2, 3), "(N, C) or (N, C, L)"
 
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+    """`BatchNorm1d` for ``(N, C, H, W)`` tensors, in any memory format."""
+
     _ranks, _shapes = (4,), "(N, C, H, W)"
 
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    """`BatchNorm1d` for ``(N, C, D, H, W)`` tensors, in any memory format."""
+
     _ranks, _shapes = (5,), "(N, C, D, H, W)"
 
 
