@@ -8,8 +8,8 @@ backward, ``torch.compile(fullgraph=True)``, ``torch.export``, ``torch.jit.trace
 - A forward pass inside a backward pass is taken for recomputation (activation checkpointing): it counts no batch.
 - They are ``anybn.batch_norm``: correctly rounded, with its checks and its words for what is wrong.
 
-What does not work, and is an error: ``torch.jit.script`` and ``torch.export(strict=True)``, which cannot read this code;
-a second derivative through what ``torch.compile`` has compiled, which torch refuses for everything; ``torch.func.vmap``
+What does not work is an error: ``torch.jit.script`` and ``torch.export(strict=True)``, which cannot read this code; a
+second derivative through what ``torch.compile`` has compiled, which torch refuses for everything; ``torch.func.vmap``
 in training over buffers that are not batched. CUDA graphs need a step that does not wait for the device: it is written
 so, and has not run on one.
 
