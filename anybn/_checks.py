@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def positive(name: str, value: Any) -> int:
 
 
 def flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+    if type(value) is not bool and type(value).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be True or False")
     return bool(value)
 
@@ -101,9 +102,10 @@ def state_dtype(dtype: Any) -> str:
 
 
 def choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
-    return value
+    for choice in choices:
+        if value is choice or (isinstance(value, str) and value == choice):
+            return value
+    raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
 
 
 # -- arrays ----------------------------------------------------------------------------------------------------
@@ -198,7 +200,17 @@ def mask(value: Array, x: Array, axis: int, backend: Backend) -> Array:
     return xp.expand_dims(value, axis=axis)
 
 
-def out(value: Array, x: Array, residual: Array | None, state_arrays: list[Array], backend: Backend) -> Array:
+def overlaps_any(x: Array, others: Iterable[Array | None], backend: Backend) -> bool:
+    """Whether x shares memory with one of the others that are of its library."""
+    for a in others:
+        if a is not None and (type(a) is type(x) or backend.owns(type(a))) and backend.overlaps(x, a):
+            return True
+    return False
+
+
+def out(
+    value: Array, x: Array, residual: Array | None, state_arrays: Iterable[Array | None], backend: Backend
+) -> Array:
     if not backend.writable:
         raise TypeError(f"out was given but {backend.name} arrays cannot be written to: use the returned array")
     like_x("out", value, x, backend)
@@ -207,7 +219,7 @@ def out(value: Array, x: Array, residual: Array | None, state_arrays: list[Array
     for name, array in (("x", x), ("residual", residual)):
         if array is not None and backend.overlaps(value, array) and not backend.same_memory(value, array):
             raise ValueError(f"out shares part of {name}'s memory: pass {name} itself, or an array of its own")
-    if any(backend.owns(type(a)) and backend.overlaps(value, a) for a in state_arrays):
+    if overlaps_any(value, state_arrays, backend):
         raise ValueError("out shares memory with the state: pass an array of its own")
     return value
 
@@ -236,10 +248,10 @@ def impossible_statistics(name: str, values: Any) -> str:
     return f"{name} is {values[c]} in channel {c}; it must be {wanted}"
 
 
-def enough_values(count: int, shape: tuple[int, ...], masked: bool) -> None:
+def enough_values(count: int, x: Array, masked: bool) -> None:
     if count < 2:
         unmasked = f" with {count} unmasked" if masked else ""
         raise ValueError(
-            f"training needs more than 1 value per channel, got shape {shape}{unmasked}: "
+            f"training needs more than 1 value per channel, got shape {shape_of(x)}{unmasked}: "
             "use a larger batch, eval mode, or a layer or group norm"
         )

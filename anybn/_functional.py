@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -215,10 +216,10 @@ def _check(
     if residual is not None:
         _checks.like_x("residual", residual, x, backend)
     before, arrays = state._beside(backend, x)
-    if any(backend.owns(type(a)) and backend.overlaps(x, a) for a in before.held().values()):
+    if _checks.overlaps_any(x, before[:4], backend):
         raise ValueError("x shares memory with the state: give one of them a copy")
     if out is not None:
-        _checks.out(out, x, residual, list(before.held().values()), backend)
+        _checks.out(out, x, residual, before[:4], backend)
         if recorded and backend.records(x, arrays.weight, arrays.bias, residual):
             raise ValueError("out was given but autograd is to record this call: drop out, or use torch.no_grad()")
 
@@ -227,14 +228,19 @@ def _check(
     commits = training and state.track_running_stats and not empty and not backend.recomputes()
     if uses_batch:
         if mask is None or not backend.is_traced(mask):
-            count = int(_core.value_count(backend.namespace(x), x, index, mask, backend.working_dtype(x)))
-            _checks.enough_values(count, _checks.shape_of(x), mask is not None)
+            _checks.enough_values(_count(backend, x, index, mask), x, mask is not None)
         if nonfinite == "raise" and backend.is_traced(x):
             raise ValueError(
                 'nonfinite is "raise" but x has no values yet (it is traced or lazy): use "skip", or look at y'
             )
     spec = Spec(index, state.eps, activation == "relu")
     return _Call(backend, x, state, before, arrays, spec, mask, residual, out, nonfinite, uses_batch, commits)
+
+
+def _count(backend: Backend, x: Array, axis: int, mask: Array | None) -> int:
+    if mask is None:
+        return math.prod(x.shape) // x.shape[axis]
+    return int(_core.value_count(backend.namespace(x), x, axis, mask, backend.working_dtype(x)))
 
 
 def _forward(call: _Call) -> tuple[Array, Statistics]:
@@ -256,7 +262,7 @@ def _finish(call: _Call, statistics: Statistics) -> None:
     if call.uses_batch and call.nonfinite == "raise":
         _require_finite(backend, statistics)
     if call.commits:
-        call.state._commit(backend, call.x, statistics, call.nonfinite)
+        call.state._commit(backend, call.x, statistics, call.nonfinite, call.before, call.arrays)
     else:
         call.state._settle(backend, call.before, call.arrays)
 

@@ -324,11 +324,16 @@ class BatchNormState:
 
         self._update(change)
 
-    def _commit(self, backend: Backend, x: Array, statistics: Statistics, nonfinite: str) -> None:
-        """Count the batch and fold its statistics into the running ones: one swap, after everything has succeeded."""
+    def _commit(
+        self, backend: Backend, x: Array, statistics: Statistics, nonfinite: str, before: Arrays, beside: Arrays
+    ) -> None:
+        """Count the batch and fold its statistics into the running ones: one swap, after everything has succeeded.
 
-        def change(before: Arrays) -> Arrays:
-            arrays = self._placed(before, backend, backend.device_of(x))
+        ``before`` and ``beside`` are what `_beside` gave, perhaps overtaken by another thread since.
+        """
+
+        def change(old: Arrays) -> Arrays:
+            arrays = beside if old is before else self._placed(old, backend, backend.device_of(x))
             batches = arrays.num_batches_tracked + 1
             running = backend.updated_running_statistics(
                 arrays.running_mean,
@@ -340,7 +345,7 @@ class BatchNormState:
             )
             running_mean, running_var = map(backend.frozen, running)
             arrays = Arrays(arrays.weight, arrays.bias, running_mean, running_var, batches)
-            _require_storable(backend, arrays, before)
+            _require_storable(backend, arrays, old)
             return arrays
 
         self._update(change)
@@ -426,8 +431,10 @@ class BatchNormState:
 
 def _storable(backend: Backend, new: Arrays, old: Arrays) -> bool:
     """Whether a state that holds old may hold new, once the call is over; see `Backend.may_store`."""
-    pairs = zip(new[:4], old, strict=False)
-    return all(a is b or b is None or backend.may_store(a, b) for a, b in pairs)
+    for a, b in zip(new[:4], old, strict=False):
+        if a is not b and b is not None and not backend.may_store(a, b):
+            return False
+    return True
 
 
 def _require_storable(backend: Backend, new: Arrays, old: Arrays) -> None:

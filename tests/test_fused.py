@@ -77,7 +77,7 @@ def test_the_number_of_threads_changes_no_bit(case, dtype, kernels, monkeypatch)
 
 
 @pytest.mark.parametrize("kernels", [fused, _blocked], ids=["fused", "blocked"])
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_against_the_core(case, dtype, kernels, monkeypatch):
     """On exact data bit for bit; on other data as far as two ways to add may differ."""
@@ -100,7 +100,7 @@ def test_kernels_against_the_core(case, dtype, kernels, monkeypatch):
                     assert np.array_equal(a, b), name
                 unit = a.dtype.name if name not in ("mean", "var") else dtype
                 size = np.maximum(1, np.abs(b.astype(np.float64)).max())
-                assert oracle.error(a, b.astype(np.float64), unit, size) <= (1 if unit == "bfloat16" else 8), name
+                assert oracle.error(a, b.astype(np.float64), unit, size) <= (8 if unit in ("float32", "float64") else 1), name
 
 
 def test_lying():

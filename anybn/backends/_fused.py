@@ -1,98 +1,102 @@
-"""Batch norm on NumPy arrays by compiled kernels: how an array lies in memory, its split into tasks, their merging.
+"""Batch norm on NumPy arrays by compiled kernels: how an array lies in memory, its parts, their merging.
 
 Sums are taken over parts that depend on the shape alone, and merged in a fixed order, so the results do not depend on
 the number of threads. A channel that fits the cache is read from memory once: its statistics and its normalization are
-one task. Larger channels, and rows of channels, are read twice.
+one task. Larger channels are read twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from anybn import _core, _threads
 from anybn._core import Gradients, Spec, Statistics
-from anybn.backends import _kernels
-from anybn.backends._layout import alike, as_float64, delivered, destination, parameter
+from anybn.backends import _columns, _kernels, _runs
+from anybn.backends._layout import Lying, alike, as_float64, delivered, destination, parameter
+from anybn.backends._sharing import share
 
-CACHE = 1 << 20  # bytes of a channel that a core's own cache is trusted with
-TASK = 1 << 18  # bytes that are worth another thread
-STRIPE = 1 << 16  # values of rows that are added up at a time
-WIDE_ROW = 256  # rows of fewer values are joined, so that there is something to vectorize over
+CACHE = 1 << 20  # bytes that a core's own cache is trusted with
+GRAIN = 1 << 16  # bytes that are worth a claim
+CLAIMS = 32  # of a call, about: enough for threads of different speed to end together
+SEGMENT = 1 << 16  # values whose sums are merged with those of others
+RUN = 256  # values of a channel side by side; fewer are columns
+WIDTH = 1024  # columns whose parameters fit the innermost cache
+NARROW = 128  # columns that are still worth going through the rows for
 
 
 def supports(dtype: np.dtype) -> bool:
-    """float32, float64, and bfloat16 as its bits; Numba has no float16 on the CPU."""
-    return dtype in (np.float32, np.float64, np.uint16)
+    """float32, float64, and 16-bit numbers as their bits; float16 where the processor converts it."""
+    return dtype in (np.float32, np.float64, np.uint16) or (dtype == np.int16 and _kernels.converts_half())
 
 
-# -- splitting -------------------------------------------------------------------------------------------------
+class Plan(NamedTuple):
+    """How the kernels go through an array of some shape, as a whole and in parts.
 
-
-def _split(kernel: Callable[..., Any], arguments: tuple[Any, ...], count: int, nbytes: int) -> None:
-    """``kernel(*arguments, i0, i1)`` for ranges that make up ``range(count)``, whose results must not depend on them.
-
-    Two ranges for each thread: one that is held up can be helped, and every call waits for the interpreter's lock.
+    A *task* takes some channels from statistics to y; a *part* of an array is summed or normalized on its own.
     """
-    threads = _threads.get_num_threads()
-    ranges = max(1, min(count, 2 * threads if threads > 1 else 1, nbytes // TASK))
-    step = -(-count // ranges)
-    _threads.run(lambda i: kernel(*arguments, i * step, min((i + 1) * step, count)), -(-count // step))
+
+    kernels: ModuleType
+    """`_runs` or `_columns`, whose functions have the same names."""
+    first: slice
+    """one value of each channel in flat memory"""
+    fits: bool
+    """whether what a task reads stays in the cache"""
+    tasks: tuple[int, int]
+    """how many, and how many go with one claim"""
+    of_task: tuple[int, ...]
+    """the kernels' last arguments"""
+    parts: tuple[int, int]
+    of_part: tuple[int, ...]
+    partial: tuple[int, ...]
+    """shape of the parts' sums"""
 
 
-def _segments(x: np.ndarray) -> int:
-    """Into how many segments each plane of ``(N, C, L)`` is cut: one, unless it is large."""
-    return -(-x.shape[2] * x.itemsize // TASK)
+@functools.lru_cache(maxsize=1024)
+def plan_of(how: Lying, itemsize: int, arrays: int) -> Plan:
+    """The plan for arrays that lie like this, so many of which are read."""
+    outer, channels, inner = how.outer, how.channels, how.inner
+    values, whole = outer * channels * inner, channels * inner
 
+    def claims(count: int) -> tuple[int, int]:
+        return count, -(-count // max(1, min(CLAIMS, values * itemsize * arrays // GRAIN)))
 
-def _sums_of_planes(
-    kernel: Callable[..., None], arrays: tuple[Any, ...], origin: np.ndarray, x: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """What a kernel sums per segment, added up per channel in the order of memory."""
-    n, channels, _ = x.shape
-    segments = _segments(x)
-    partial = np.empty((2, n * channels * segments))
-    _split(kernel, (*arrays, origin, segments, *partial), partial.shape[1], x.nbytes)
-    by_channel = np.moveaxis(partial.reshape(2, n, channels, segments), 2, 1).reshape(2, channels, -1)
-    s1, s2 = _core.blocked_sum(np, by_channel, (2,))
-    return s1, s2
+    if inner >= RUN:
+        segments = -(-inner // SEGMENT)
+        return Plan(
+            _runs,
+            first=slice(0, whole, inner),
+            fits=outer * inner * itemsize * arrays <= CACHE,
+            tasks=claims(channels),
+            of_task=(inner,),
+            parts=claims(outer * channels * segments),
+            of_part=(inner, segments),
+            partial=(2, outer, channels, segments),
+        )
+    joined = max(1, min(WIDTH // whole, outer))
+    width, rows = joined * whole, -(-outer // joined)
+    unit = width if joined > 1 else inner  # columns that hold channels whole
 
+    def panel(columns: int) -> int:
+        return min(width, max(1, columns // unit) * unit)
 
-class _Rows:
-    """Rows ``(R, C)``, with short ones joined to ``(R // k, k C)``; the R % k left over stay as they are."""
-
-    def __init__(self, x: np.ndarray):
-        rows, self.channels = x.shape
-        self.joined = max(1, min(WIDE_ROW // self.channels, rows))
-        self.main = rows - rows % self.joined
-
-    def parts(self, *arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
-        """The joined rows of each array, then, if there are any, those left over."""
-        width = self.joined * self.channels
-        parts = [tuple(a[: self.main].reshape(-1, width) for a in arrays)]
-        if self.main < len(arrays[0]):
-            parts.append(tuple(a[self.main :] for a in arrays))
-        return parts
-
-    def spread(self, *values: np.ndarray) -> list[tuple[np.ndarray, ...]]:
-        """Per-channel values for either part."""
-        return [tuple(np.tile(v, self.joined) for v in values) if self.joined > 1 else values, values]
-
-    def sums(
-        self, kernel: Callable[..., None], arrays: tuple[np.ndarray, ...], flags: tuple[bool, ...], origin: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """What a kernel sums per stripe of rows, added up per channel in the order of memory."""
-        total: Any = 0.0
-        for part, origins in zip(self.parts(*arrays), self.spread(origin), strict=False):
-            rows, width = part[0].shape
-            step = max(1, STRIPE // width)
-            partial = np.empty((2, -(-rows // step), width))
-            _split(kernel, (*part, *flags, *origins, step, *partial), partial.shape[1], part[0].nbytes)
-            total = total + _core.blocked_sum(np, partial.reshape(2, -1, self.channels), (1,))
-        s1, s2 = total
-        return s1, s2
+    broad = panel(WIDTH)
+    narrow = panel(min(WIDTH, max(NARROW, CACHE // 4 // (rows * itemsize * arrays))))
+    stripe = max(1, SEGMENT // broad)
+    stripes = -(-rows // stripe)
+    return Plan(
+        _columns,
+        first=slice(0, whole, inner),
+        fits=rows * narrow * itemsize * arrays <= CACHE,
+        tasks=claims(-(-width // narrow)),
+        of_task=(width, inner, narrow),
+        parts=claims(stripes * -(-width // broad)),
+        of_part=(width, inner, broad, stripe),
+        partial=(2, stripes, channels),
+    )
 
 
 # -- the operations --------------------------------------------------------------------------------------------
@@ -108,38 +112,30 @@ def train(
 ) -> tuple[np.ndarray, Statistics]:
     """y and the statistics of x."""
     how, contiguous, (rest,) = alike(x, spec.axis, residual)
-    wide, channels, count = x.dtype != np.float64, how.channels, how.outer * how.inner
-    fits = x.nbytes <= CACHE * channels if how.inner > 1 else x.nbytes <= CACHE
-    if not fits:
+    plan = plan_of(how, x.itemsize, 1)
+    if not plan.fits:
         statistics = batch_statistics(contiguous, spec.axis)
         return evaluate(contiguous, statistics, weight, bias, rest, spec, out), statistics
     y = destination(contiguous, out)
-    x_in, y_in = how.of(contiguous), how.of(y)
-    mean, shift, m2, scale = np.empty((4, channels))
-    options = (x_in if rest is None else how.of(rest), rest is not None, spec.relu, wide, spec.eps)
-    parameters = (parameter(weight, channels, 1.0), parameter(bias, channels, 0.0))
-    arguments = (x_in, y_in, *options, *parameters, mean, shift, m2, scale)
-    if how.inner > 1:
-        _split(_kernels.train_planes, arguments, channels, x.nbytes)
-    else:
-        _kernels.train_rows(*arguments)
-    return delivered(y, out), Statistics(count, mean, None if wide else shift, m2 / count, m2)
+    numbers, wide = np.empty((5, how.channels)), x.dtype != np.float64
+    arrays = (how.flat(contiguous), how.flat(y), None if rest is None else how.flat(rest))
+    parameters = (parameter(weight, how.channels, 1.0), parameter(bias, how.channels, 0.0))
+    options = (_floor(spec), spec.eps)
+    share(plan.kernels.train, *plan.tasks, *arrays, *options, *parameters, numbers, *plan.of_task)
+    return delivered(y, out), Statistics(how.outer * how.inner, numbers[0], None if wide else numbers[1], *numbers[2:4])
 
 
 def batch_statistics(x: np.ndarray, axis: int) -> Statistics:
     """Mean and variance of every channel."""
     how, x, _ = alike(x, axis)
-    x = how.of(x)
-    count = how.outer * how.inner
+    plan = plan_of(how, x.itemsize, 1)
+    x, count, shift = how.flat(x), how.outer * how.inner, None
 
-    def sums(origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if how.inner > 1:
-            return _sums_of_planes(_kernels.sum_segments, (x,), origin, x)
-        return _Rows(x).sums(_kernels.sum_stripes, (x,), (), origin)
+    def sums(origin: np.ndarray) -> np.ndarray:
+        return _summed(plan, plan.kernels.sum_parts, x, origin)
 
-    shift = None
     with np.errstate(all="ignore"):
-        origin = as_float64(x[0, :, 0] if how.inner > 1 else x[0])
+        origin = as_float64(x[plan.first])
         s1, s2 = sums(origin)
         mean = origin + s1 / count
         if x.dtype == np.float64:
@@ -147,6 +143,14 @@ def batch_statistics(x: np.ndarray, axis: int) -> Statistics:
             shift = s1 / count
         m2 = s2 - s1 * (s1 / count)
         return Statistics(count, mean, shift, m2 / count, m2)
+
+
+def _summed(plan: Plan, kernel: Any, *arguments: Any) -> np.ndarray:
+    """What a kernel sums over parts, per channel."""
+    partial, sums = np.empty(plan.partial), np.empty((2, plan.partial[2]))
+    share(kernel, *plan.parts, *arguments, partial, *plan.of_part)
+    plan.kernels.merge_parts(partial, sums)
+    return sums
 
 
 def evaluate(
@@ -160,22 +164,22 @@ def evaluate(
 ) -> np.ndarray:
     """y with given statistics."""
     how, contiguous, (rest,) = alike(x, spec.axis, residual)
+    plan = plan_of(how, x.itemsize, 1)
     y = destination(contiguous, out)
-    mean = np.array(statistics.mean)  # the state's are read-only, which Numba would compile another version for
-    shift = np.zeros_like(mean) if statistics.shift is None else statistics.shift
-    scale = _core.scale_of(np, statistics, weight, spec.eps)
-    parameters = (mean, shift, scale, parameter(bias, how.channels, 0.0))
-    arrays = (how.of(contiguous), how.of(y), how.of(contiguous if rest is None else rest))
-    options = (rest is not None, spec.relu, statistics.shift is None)
-    if how.inner > 1:
-        segments = _segments(arrays[0])
-        arguments = (*arrays, *options, *parameters, segments)
-        _split(_kernels.normalize_segments, arguments, how.outer * how.channels * segments, x.nbytes)
-    else:
-        rows = _Rows(arrays[0])
-        for part, spread in zip(rows.parts(*arrays), rows.spread(*parameters), strict=False):
-            _split(_kernels.normalize_rows, (*part, *options, *spread), len(part[0]), part[0].nbytes)
+    arrays = (how.flat(contiguous), how.flat(y), None if rest is None else how.flat(rest), _floor(spec))
+    parameters = (spec.eps, parameter(weight, how.channels, 1.0), parameter(bias, how.channels, 0.0))
+    share(plan.kernels.normalize_parts, *plan.parts, *arrays, *parameters, *_writable(statistics), *plan.of_part)
     return delivered(y, out)
+
+
+def _floor(spec: Spec) -> float:
+    """What y is at least."""
+    return 0.0 if spec.relu else -math.inf
+
+
+def _writable(statistics: Statistics) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Mean, shift and variance; a state's are read-only, for which Numba would compile another version."""
+    return np.array(statistics.mean), statistics.shift, np.array(statistics.var)
 
 
 def gradients(
@@ -188,38 +192,19 @@ def gradients(
 ) -> Gradients:
     """See `anybn._core.gradients`; weight's and bias's in float64, the residual's left out."""
     how, contiguous, (dy_like, active_like) = alike(x, spec.axis, dy, active)
-    assert dy_like is not None
-    dx = np.empty_like(contiguous)
-    mean = np.array(statistics.mean)
-    shift = np.zeros_like(mean) if statistics.shift is None else statistics.shift
-    rstd, scale = _core.reciprocal_std(np, statistics, spec.eps), _core.scale_of(np, statistics, weight, spec.eps)
+    plan = plan_of(how, x.itemsize, 2)
+    dx, numbers = np.empty_like(contiguous), np.empty((5, how.channels))
+    inputs = (how.flat(dy_like), how.flat(contiguous), None if active_like is None else how.flat(active_like))
     count = 0 if statistics.count is None else how.outer * how.inner
-    masked = active_like is not None
-    flags = (masked, statistics.shift is None)
-    arrays = (how.of(dy_like), how.of(contiguous), how.of(dy_like if active_like is None else active_like))
-    dx_in = how.of(dx)
-    if how.inner > 1 and x.nbytes <= CACHE * how.channels:
-        dweight, dbias, k1, k2 = np.empty((4, how.channels))
-        values = (mean, shift, rstd, scale, dweight, dbias, k1, k2)
-        _split(_kernels.backward_planes, (*arrays, *flags, dx_in, count, *values), how.channels, x.nbytes)
-        return Gradients(dx, dweight, dbias, None)
-
-    rows = None if how.inner > 1 else _Rows(arrays[1])
-    if rows is None:
-        s1, s2 = _sums_of_planes(_kernels.gradient_sum_segments, (*arrays, masked), mean, arrays[1])
+    weight, (mean, shift, var) = parameter(weight, how.channels, 1.0), _writable(statistics)
+    if plan.fits:
+        values = (count, spec.eps, weight, mean, shift, var, numbers)
+        share(plan.kernels.backward, *plan.tasks, *inputs, how.flat(dx), *values, *plan.of_task)
     else:
-        s1, s2 = rows.sums(_kernels.gradient_sum_stripes, arrays, (masked,), mean)
-    dbias, dweight = s1, (s2 - shift * s1) * rstd
-    k1, k2 = (dbias / count, dweight / count) if count else np.zeros((2, how.channels))
-    parameters = (mean, shift, rstd, k1, k2, scale)
-    if rows is None:
-        segments = _segments(arrays[1])
-        everything = (*arrays, *flags, dx_in, *parameters, segments)
-        _split(_kernels.gradient_segments, everything, how.outer * how.channels * segments, x.nbytes)
-    else:
-        for (*part, out), spread in zip(rows.parts(*arrays, dx_in), rows.spread(*parameters), strict=False):
-            _split(_kernels.gradient_rows, (*part, *flags, out, *spread), len(out), out.nbytes)
-    return Gradients(dx, dweight, dbias, None)
+        sums = _summed(plan, plan.kernels.gradient_sum_parts, *inputs, mean)
+        _kernels.settle_all_gradients(count, sums, spec.eps, weight, shift, var, numbers)
+        share(plan.kernels.gradient_parts, *plan.parts, *inputs, how.flat(dx), mean, shift, numbers, *plan.of_part)
+    return Gradients(dx, numbers[0], numbers[1], None)
 
 
 def updated_running_statistics(
@@ -232,9 +217,6 @@ def updated_running_statistics(
 ) -> tuple[np.ndarray, np.ndarray]:
     """See `anybn._core.updated_running_statistics`; the count is an int."""
     running_mean, running_var = np.array(running_mean), np.array(running_var)
-    mean, shift = statistics.mean, statistics.shift
-    shifts = (mean, False) if shift is None else (shift, True)
-    _kernels.update_running(
-        mean, *shifts, statistics.m2, statistics.count, ddof, momentum, propagate, running_mean, running_var
-    )
+    batch = (statistics.mean, statistics.shift, statistics.m2, statistics.count)
+    _kernels.update_running(*batch, ddof, momentum, propagate, running_mean, running_var)
     return running_mean, running_var

@@ -80,6 +80,8 @@ class NumPyBackend(Backend):
         return x
 
     def overlaps(self, a: Array, b: Array) -> bool:
+        if a.base is None and b.base is None:  # each owns its memory
+            return a is b
         return np.may_share_memory(a, b)
 
     def same_memory(self, a: Array, b: Array) -> bool:
@@ -175,5 +177,9 @@ def kernels() -> ModuleType:
 
 
 def _bits(a: Any) -> Any:
-    """bfloat16 as uint16, which Numba and torch know as well; all else as it is."""
-    return a.view(np.uint16) if a is not None and a.dtype.kind == "V" and a.dtype.name == "bfloat16" else a
+    """16-bit numbers as kernels take them: bfloat16 as uint16, float16 as int16; all else as it is."""
+    if a is None or a.dtype.itemsize != 2:
+        return a
+    if a.dtype == np.float16:
+        return a.view(np.int16)
+    return a.view(np.uint16) if a.dtype.name == "bfloat16" else a
