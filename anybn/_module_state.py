@@ -109,7 +109,9 @@ class ModuleState(BatchNormState):
         numpy = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
         self._fill(values | {name: _TORCH.from_numpy(value, torch.device("cpu")) for name, value in numpy.items()})
 
-    def _commit(self, backend: Backend, x: Array, statistics: Statistics, nonfinite: str) -> None:
+    def _commit(
+        self, backend: Backend, x: Array, statistics: Statistics, nonfinite: str, before: Arrays, beside: Arrays
+    ) -> None:
         if not self._module.track_running_stats:  # switched off after the module was made
             return
         if isinstance(backend, TorchBackend):

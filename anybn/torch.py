@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -185,6 +186,9 @@ def _at_once(
         and (residual is None or (_dense(residual) and residual.shape == shape and _plain(residual, dtype, size)))
     ):
         return None
+    plans = steps.plans(shape, like.itemsize)
+    if plans is None:
+        return None
     y = empty_like(x)
     arrays = (
         like,
@@ -195,9 +199,10 @@ def _at_once(
         0 if weight is None else weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
     )
-    n, relu = shape[0], activation is not None
+    relu = activation is not None
+    floor = 0.0 if relu else -math.inf
     if of_batch:
-        count, momentum, rows = size // channels, module.momentum, np.empty((4, channels))
+        count, momentum, rows = size // channels, module.momentum, np.empty((5, channels))
         if count < 2 or not (momentum is None or 0 <= momentum <= 1):
             return None
         running: tuple[int, ...] = 0, 0, 0
@@ -208,13 +213,13 @@ def _at_once(
             running = mean.data_ptr(), var.data_ptr(), batches.data_ptr()
         new = -1.0 if momentum is None else momentum
         with _state._lock:
-            done = steps.train(*arrays, *running, n, channels, count // n, relu, eps, new, rows)
+            done = steps.train(*arrays, *running, size, channels, floor, eps, new, rows, *plans[0])
         if commits:
             increment_version((mean, var, batches))
     else:
         count, rows = None, np.empty((2, channels))
         running = mean.data_ptr(), var.data_ptr()
-        done = steps.evaluate(*arrays, *running, n, channels, size // (n * channels), relu, eps, rows)
+        done = steps.evaluate(*arrays, *running, size, channels, floor, eps, rows, *plans[1])
     if not done:
         return None
     if is_grad_enabled() and (
@@ -252,7 +257,7 @@ class _Recorded(torch.autograd.function._SingleLevelFunction):  # Function minus
             statistics = Statistics(None, rows[0], None, rows[1])
         else:
             shift = rows[1] if x.dtype is torch.float64 else None
-            statistics = Statistics(count, rows[0], shift, rows[2] / count, rows[2])
+            statistics = Statistics(count, rows[0], shift, rows[2], rows[3])
         active = None if y is None else y > 0
         grads = differentiated(_TORCH, dy, (x, weight, None, active), statistics, Spec(1, eps, relu))
         _, _, wants_bias, wants_residual, _ = ctx.needs_input_grad

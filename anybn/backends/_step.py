@@ -10,12 +10,17 @@ are those of `_fused` on one thread, bit for bit. Untyped, as `_kernels` is.
 
 from __future__ import annotations
 
+import functools
+import math
+
 import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from anybn.backends import _kernels
-from anybn.backends._kernels import load
+from anybn.backends import _columns, _fused
+from anybn.backends._kernels import load, shift_in, update_running
+from anybn.backends._layout import Lying
+from anybn.backends._sharing import CALLER, COUNT, STEP
 
 _COMPILED = {"nogil": True, "cache": True, "error_model": "numpy"}
 
@@ -70,6 +75,14 @@ def parameter(like, address, count, default):
 
 
 @njit(**_COMPILED)
+def one_claim(count):
+    """Tickets of a call that is one thread's."""
+    tickets = np.zeros(4, np.int64)
+    tickets[STEP] = tickets[COUNT] = count
+    return tickets
+
+
+@njit(**_COMPILED)
 def train(
     like_x,
     like_weight,
@@ -81,73 +94,89 @@ def train(
     running_mean,
     running_var,
     batches,
-    n,
+    size,
     channels,
-    length,
-    relu,
+    floor,
     eps,
     momentum,
-    statistics,
+    numbers,
+    tasks,
+    width,
+    inner,
+    panel,
 ):
-    """Fill y, the rows mean, shift, m2 and scale of statistics, and update what of the state has an address.
+    """Fill y and numbers, as `_columns.train` does, and update what of the state has an address.
 
     momentum below 0 is the cumulative average, and running_var unbiased, as torch has it. False, and nothing done, if x
     lies on the state.
     """
-    size = n * channels * length
     if shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
         return False
-    mean, shift, m2, scale = statistics[0], statistics[1], statistics[2], statistics[3]
-    added, wide = residual != 0, like_x.itemsize < 8
     w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
-    rest = residual if added else x
-    if length == 1:
-        rows = (n, channels)
-        x_in, y_in = carray(pointer(like_x, x), rows), carray(pointer(like_x, y), rows)
-        rest_in = carray(pointer(like_x, rest), rows)
-        _kernels.train_rows(x_in, y_in, rest_in, added, relu, wide, eps, w, b, mean, shift, m2, scale)
+    x_in, y_in = carray(pointer(like_x, x), (size,)), carray(pointer(like_x, y), (size,))
+    tickets, offers = one_claim(tasks), np.zeros(1, np.int64)
+    if residual == 0:
+        _columns.train(tickets, offers, CALLER, x_in, y_in, None, floor, eps, w, b, numbers, width, inner, panel)
     else:
-        planes = (n, channels, length)
-        x_in, y_in = carray(pointer(like_x, x), planes), carray(pointer(like_x, y), planes)
-        rest_in = carray(pointer(like_x, rest), planes)
-        _kernels.train_planes(x_in, y_in, rest_in, added, relu, wide, eps, w, b, mean, shift, m2, scale, 0, channels)
+        rest = carray(pointer(like_x, residual), (size,))
+        _columns.train(tickets, offers, CALLER, x_in, y_in, rest, floor, eps, w, b, numbers, width, inner, panel)
     if running_mean != 0:
         tracked = carray(integers(batches), (1,))
         tracked[0] += 1
         new = momentum if momentum >= 0.0 else 1.0 / tracked[0]
-        running_mean_in = carray(pointer(statistics, running_mean), (channels,))
-        running_var_in = carray(pointer(statistics, running_var), (channels,))
-        count = n * length
-        _kernels.update_running(mean, shift, not wide, m2, count, 1, new, False, running_mean_in, running_var_in)
+        mean = carray(pointer(numbers, running_mean), (channels,))
+        var = carray(pointer(numbers, running_var), (channels,))
+        shift = shift_in(numbers, x_in)
+        update_running(numbers[0], shift, numbers[3], size // channels, 1, new, False, mean, var)
     return True
 
 
 @njit(**_COMPILED)
 def evaluate(
-    like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var, n, channels, length, relu, eps, copies
+    like_x,
+    like_weight,
+    x,
+    y,
+    residual,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    size,
+    channels,
+    floor,
+    eps,
+    copies,
+    parts,
+    width,
+    inner,
+    panel,
+    stripe,
 ):
     """Fill y, and copies with the running mean and variance. False, and nothing done, if x lies on the state."""
-    size = n * channels * length
     if shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
         return False
-    copies[0] = carray(pointer(copies, running_mean), (channels,))
-    copies[1] = carray(pointer(copies, running_var), (channels,))
-    added = residual != 0
-    mean, shift = copies[0], np.empty(0)
-    w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
+    mean, var = carray(pointer(copies, running_mean), (channels,)), carray(pointer(copies, running_var), (channels,))
     for c in range(channels):
-        w[c] = 1.0 / np.sqrt(copies[1, c] + eps) * w[c]
-    rest = residual if added else x
-    if length == 1:
-        rows = (n, channels)
-        x_in, y_in = carray(pointer(like_x, x), rows), carray(pointer(like_x, y), rows)
-        rest_in = carray(pointer(like_x, rest), rows)
-        _kernels.normalize_rows(x_in, y_in, rest_in, added, relu, True, mean, shift, w, b, 0, n)
+        copies[0, c], copies[1, c] = mean[c], var[c]
+    w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
+    x_in, y_in = carray(pointer(like_x, x), (size,)), carray(pointer(like_x, y), (size,))
+    tickets, offers, split = one_claim(parts), np.zeros(1, np.int64), (width, inner, panel, stripe)
+    given = (floor, eps, w, b, copies[0], None, copies[1])
+    if residual == 0:
+        _columns.normalize_parts(tickets, offers, CALLER, x_in, y_in, None, *given, *split)
     else:
-        planes = (n, channels, length)
-        x_in, y_in = carray(pointer(like_x, x), planes), carray(pointer(like_x, y), planes)
-        rest_in = carray(pointer(like_x, rest), planes)
-        _kernels.normalize_planes(
-            x_in, y_in, rest_in, added, relu, True, mean, mean, w, b, 0, n, 0, channels, 0, length
-        )
+        rest = carray(pointer(like_x, residual), (size,))
+        _columns.normalize_parts(tickets, offers, CALLER, x_in, y_in, rest, *given, *split)
     return True
+
+
+@functools.lru_cache(maxsize=1024)
+def plans(shape, itemsize):
+    """The last arguments of `train` and of `evaluate` for a contiguous array with its channels on axis 1; None for one
+    of long planes, or too large for one thread's cache."""
+    outer, channels, inner = shape[0], shape[1], math.prod(shape[2:])
+    plan = _fused.plan_of(Lying(tuple(range(len(shape))), outer, channels, inner), itemsize, 1)
+    if plan.kernels is not _columns or not plan.fits:
+        return None
+    return (plan.tasks[0], *plan.of_task), (plan.parts[0], *plan.of_part)
