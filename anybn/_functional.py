@@ -16,6 +16,9 @@ from anybn._state import Arrays, BatchNormState
 from anybn.backends._base import Backend, root_module
 from anybn.errors import NonFiniteError
 
+#: (whether torch.compile records this, what it records in place of `batch_norm`), once there has been a torch tensor.
+compiled: tuple[Callable[[], bool], Callable[..., Array]] | None = None
+
 
 class _Call(NamedTuple):
     """A call whose arguments have been checked."""
@@ -87,6 +90,9 @@ def batch_norm(
     array([[-0.999995  , -0.99999875],
            [ 0.999995  ,  0.99999875]], dtype=float32)
     """
+    if compiled is not None and compiled[0]():
+        options = {"mask": mask, "residual": residual, "nonfinite": nonfinite, "group": group, "out": out}
+        return compiled[1](x, state, training=training, axis=axis, activation=activation, **options)
     call = _check(x, state, training, axis, mask, residual, activation, nonfinite, group, out)
     y, statistics = _forward(call)
     _finish(call, statistics)
@@ -219,7 +225,7 @@ def _check(
 
     empty = 0 in x.shape
     uses_batch = (training or not state.track_running_stats) and not empty
-    commits = training and state.track_running_stats and not empty
+    commits = training and state.track_running_stats and not empty and not backend.recomputes()
     if uses_batch:
         if mask is None or not backend.is_traced(mask):
             _checks.enough_values(_count(backend, x, index, mask), x, mask is not None)

@@ -90,7 +90,8 @@ class BatchNorm:
 
     def _settings(self, x: Array) -> dict[str, Any]:
         if self._ranks:
-            backend_for(x)
+            if not hasattr(x, "shape"):
+                backend_for(x)  # raises
             if len(x.shape) not in self._ranks:
                 advice = ": for one sample use x[None]" if len(x.shape) == self._ranks[0] - 1 else ""
                 shape = _checks.shape_of(x)

@@ -235,3 +235,61 @@ def test_a_lazy_mask_that_leaves_one_value_is_not_committed():
 def test_unknown_devices():
     with pytest.raises(ValueError, match="jax has no device 'nonsense:9'; it has "):
         anybn.BatchNormState(3).to("jax:nonsense:9")
+
+
+def test_vmap_over_states_trains_an_ensemble():
+    states = [anybn.BatchNormState(3, like="jax") for _ in range(4)]
+    ensemble = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *states)
+    xs = jnp.stack([jnp.asarray(VALUES * (k + 1) + k) for k in range(4)])
+    for _ in range(2):
+        y, ensemble = jax.vmap(lambda x, s: (anybn.batch_norm(x, s, training=True), s))(xs, ensemble)
+    assert np.array_equal(ensemble.num_batches_tracked, [2, 2, 2, 2])
+    for k in range(4):
+        expected = anybn.BatchNormState(3)
+        for _ in range(2):
+            y_expected = anybn.batch_norm(np.asarray(xs[k]), expected, training=True)
+        assert oracle.error(np.asarray(y[k]), y_expected, "float32") <= 4
+        assert oracle.error(np.asarray(ensemble.running_var[k]), expected.running_var, "float32") <= 4
+
+
+def test_donation_reuses_the_states_memory():
+    step = jax.jit(lambda x, s: (anybn.batch_norm(x, s, training=True), s), donate_argnums=1)
+    start = anybn.BatchNormState(3, like="jax")
+    expected = anybn.BatchNormState(3)
+    state = start
+    for k in range(3):
+        _, state = step(jnp.asarray(VALUES + k), state)
+        anybn.batch_norm(VALUES + k, expected, training=True)
+    assert oracle.error(np.asarray(state.running_var), expected.running_var, "float32") <= 4
+    assert state.num_batches_tracked == 3
+    assert start.running_var.is_deleted()
+    with pytest.raises(RuntimeError, match="deleted"):
+        anybn.batch_norm(jnp.asarray(VALUES), start)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_training_steps_with_gradients_in_a_scan(momentum):
+    """Weight and bias trained by SGD, as NumPy does it with the explicit gradient."""
+    state = anybn.BatchNormState(3, momentum=momentum, like="jax")
+    expected = anybn.BatchNormState(3, momentum=momentum)
+    xs = np.stack([VALUES * (k + 1) for k in range(4)])
+
+    def step(state, x):
+        def loss(weight, bias):
+            new = state.copy()
+            new.weight, new.bias = weight, bias
+            return (anybn.batch_norm(x, new, training=True) ** 3).mean(), new
+
+        (value, new), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(state.weight, state.bias)
+        new.weight, new.bias = state.weight - 0.1 * grads[0], state.bias - 0.1 * grads[1]
+        return new, value
+
+    state, losses = jax.jit(lambda s: jax.lax.scan(step, s, jnp.asarray(xs)))(state)
+    for x, value in zip(xs, losses, strict=True):
+        y, pullback = anybn.batch_norm_vjp(x, expected, training=True)
+        grads = pullback(3 * y**2 / np.float32(y.size))
+        assert np.allclose(value, (y**3).mean(), atol=1e-5)
+        expected.weight, expected.bias = expected.weight - 0.1 * grads.weight, expected.bias - 0.1 * grads.bias
+    assert state.num_batches_tracked == 4
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert np.allclose(getattr(state, name), getattr(expected, name), rtol=1e-5, atol=1e-6)  # float32 training

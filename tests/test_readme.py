@@ -42,7 +42,7 @@ def test_the_tour_runs(tmp_path, monkeypatch, capsys):
     blocks, scope = run_the_tour()
     assert len(blocks) >= 8
     promised = re.findall(r"^print\(\w+\)  # (.*)$", "\n".join(blocks), re.M)
-    assert len(promised) == 2
+    assert len(promised) == 3
     printed = capsys.readouterr().out
     for line in promised:
         assert line in printed
@@ -54,3 +54,6 @@ def test_the_tour_runs(tmp_path, monkeypatch, capsys):
     assert np.allclose(scope["whole"].var(), h[:16].var(0))
     assert scope["state"].num_batches_tracked == 4
     assert scope["served"].shape == (2, 8, 5, 5)
+    fused, x = scope["fused"], scope["torch"].from_numpy(scope["h"])
+    assert [str(node.target) for node in fused.graph.nodes] == ["input", "0", "1", "output"]
+    assert scope["torch"].allclose(fused(x), scope["model"](x), atol=1e-6)

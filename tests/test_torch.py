@@ -209,3 +209,13 @@ def test_devices_without_values():
         with pytest.raises(ValueError, match=r"torch.* has no"):
             state.to(name)
     assert state._arrays is arrays
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_result_may_be_written_to_in_place(x, training):
+    """As nn.ReLU(inplace=True) and ``out += identity`` do behind it."""
+    grads = []
+    for f in (lambda y: torch.relu_(y.mul_(2)), lambda y: torch.relu(y * 2)):
+        y = f(anybn.batch_norm(x, trained_state().to(x), training=training))
+        grads.append(torch.autograd.grad((y**3).sum(), x)[0])
+    assert torch.equal(*grads)

@@ -148,6 +148,10 @@ class Backend:
         """True if the library's automatic differentiation would record an operation on these arrays."""
         return False
 
+    def recomputes(self) -> bool:
+        """True if this call is a repetition inside a backward pass, which the running statistics must not count."""
+        return False
+
     def overlaps(self, a: Array, b: Array) -> bool:
         """True if a and b may share memory."""
         return a is b

@@ -11,8 +11,14 @@ from typing import Any
 import array_api_compat.torch
 import numpy as np
 import torch
-from torch._C import _functorch as functorch  # torch.func has no public way to ask
+from torch._C import (  # there is no public way to ask
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from anybn._core import Array, Gradients, Spec, Statistics
 from anybn.backends._base import Backend
@@ -32,7 +38,7 @@ class _Namespace:
     @staticmethod
     def sqrt(x: torch.Tensor) -> torch.Tensor:
         root = torch.sqrt(x)
-        if x.device.type != "cpu" or _in_torch_func():
+        if x.device.type != "cpu" or op_by_op():
             return root
         exact = torch.from_numpy(np.sqrt(x.detach().numpy()))
         return root + (exact - root.detach())  # keeps the derivatives
@@ -113,7 +119,7 @@ class TorchBackend(Backend):
         return np.array(x.numpy())
 
     def is_traced(self, x: torch.Tensor) -> bool:
-        return _in_torch_func() and functorch.is_batchedtensor(_unwrapped(x))
+        return in_torch_func() and functorch.is_batchedtensor(_unwrapped(x))
 
     def may_store(self, new: torch.Tensor, old: torch.Tensor) -> bool:
         return not self.is_traced(new)
@@ -150,8 +156,12 @@ class TorchBackend(Backend):
             return "is an expanded view, whose elements share memory: pass a tensor of its own"
         return ""
 
+    def recomputes(self) -> bool:
+        """A forward pass inside a backward pass is activation checkpointing, done before and learnt from already."""
+        return torch._C._current_graph_task_id() != -1
+
     def overlaps(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        if _in_torch_func() or a.device != b.device or not a.numel() or not b.numel():
+        if op_by_op() or a.device != b.device or not a.numel() or not b.numel():
             return False
         first, second = _extent(a), _extent(b)
         return first[0] < second[1] and second[0] < first[1]
@@ -165,7 +175,7 @@ class TorchBackend(Backend):
         """NumPy's kernels, for what lies in the CPU's memory and is only to be computed; else None, for the core."""
         if x.device.type != "cpu" or mask is not None or not x.numel() or x.dtype not in _DTYPES:
             return None
-        if _differentiates_otherwise() or not kernels().supports(_DTYPES[x.dtype]):
+        if op_by_op() or not kernels().supports(_DTYPES[x.dtype]):
             return None
         return kernels()
 
@@ -184,10 +194,10 @@ class TorchBackend(Backend):
         spec: Spec,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Statistics]:
-        if self.records(x, weight, bias, residual) and not _differentiates_otherwise():
+        if self.records(x, weight, bias, residual) and not op_by_op():
             with torch.no_grad():
                 y, statistics = self.train(x, weight, bias, residual, mask, spec)
-            return _Recorded.apply(x, weight, bias, residual, self, y, statistics, mask, spec), statistics
+            return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec), statistics
         if chosen := self._kernels_for(x, mask):
             y, statistics = chosen.train(_view(x), _view(weight), _view(bias), _view(residual), spec, _view(out))
             return _tensor(y, x.dtype) if out is None else out, _from_views(statistics)
@@ -204,10 +214,10 @@ class TorchBackend(Backend):
         spec: Spec,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if self.records(x, weight, bias, residual) and not _differentiates_otherwise():
+        if self.records(x, weight, bias, residual) and not op_by_op():
             with torch.no_grad():
                 y = self.evaluate(x, statistics, weight, bias, residual, mask, spec)
-            return _Recorded.apply(x, weight, bias, residual, self, y, statistics, mask, spec)
+            return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec)
         if chosen := self._kernels_for(x, mask):
             views = _views(statistics), _view(weight), _view(bias), _view(residual)
             y = chosen.evaluate(_view(x), *views, spec, _view(out))
@@ -282,18 +292,25 @@ def _from_views(statistics: Statistics) -> Statistics:
     return Statistics(statistics.count, mean, shift, var, m2)
 
 
-def _differentiates_otherwise() -> bool:
-    """True inside forward-mode differentiation and torch.func, which take the core op by op."""
-    return forward_ad._current_level >= 0 or _in_torch_func()
+def op_by_op() -> bool:
+    """True where torch has to see each operation: forward-mode differentiation, torch.func, tracing and exporting, and
+    modes that take operations one at a time, fake tensors among them. The core serves them all."""
+    return (
+        is_compiling()
+        or forward_ad._current_level >= 0
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack() > 0
+        or _get_tracing_state() is not None
+    )
 
 
-def _in_torch_func() -> bool:
-    return torch._C._are_functorch_transforms_active()
+def in_torch_func() -> bool:
+    return _are_functorch_transforms_active()
 
 
 def _unwrapped(x: torch.Tensor) -> torch.Tensor:
     """The values under torch.func's derivatives; a batched tensor only if vmap is among what is under way."""
-    while _in_torch_func() and functorch.is_gradtrackingtensor(x):
+    while in_torch_func() and functorch.is_gradtrackingtensor(x):
         x = functorch.get_unwrapped(x)
     return x
 
@@ -314,25 +331,39 @@ class _Recorded(torch.autograd.Function):
         bias: torch.Tensor | None,
         residual: torch.Tensor | None,
         backend: TorchBackend,
-        y: torch.Tensor,
-        statistics: Statistics,
+        computed: tuple[torch.Tensor, Statistics],
         mask: torch.Tensor | None,
         spec: Spec,
     ) -> torch.Tensor:
+        y, statistics = (
+            computed  # in a tuple, autograd takes y for this function's own, which may be written to in place
+        )
         active = y > 0 if spec.relu else None
         ctx.save_for_backward(x, weight, mask, active)
-        ctx.backend, ctx.statistics, ctx.spec, ctx.has_residual = backend, statistics, spec, residual is not None
-        return y.view_as(y)
+        ctx.backend, ctx.statistics, ctx.spec = backend, statistics, spec
+        ctx.given = bias is not None, residual is not None
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, mask, active = ctx.saved_tensors
-        statistics = ctx.statistics
-        if torch.is_grad_enabled() and statistics.count is not None and x.numel():
-            statistics = ctx.backend.batch_statistics(x, ctx.spec.axis, mask)
-        grads = ctx.backend.gradients(dy, x, statistics, weight, active, mask, ctx.spec)
-        residual = grads.residual if ctx.has_residual else None
-        return grads.x, grads.weight, grads.bias, residual, None, None, None, None, None
+        grads = differentiated(ctx.backend, dy, ctx.saved_tensors, ctx.statistics, ctx.spec)
+        has_bias, has_residual = ctx.given
+        bias, residual = grads.bias if has_bias else None, grads.residual if has_residual else None
+        return grads.x, grads.weight, bias, residual, None, None, None, None
+
+
+def differentiated(
+    backend: TorchBackend,
+    dy: torch.Tensor,
+    saved: tuple[Any, ...],
+    statistics: Statistics,
+    spec: Spec,
+) -> Gradients:
+    """The gradients in a backward pass, differentiable themselves where it is recorded."""
+    x, weight, mask, active = saved
+    if torch.is_grad_enabled() and statistics.count is not None and x.numel():
+        statistics = backend.batch_statistics(x, spec.axis, mask)
+    return backend.gradients(dy, x, statistics, weight, active, mask, spec)
 
 
 def _extent(a: torch.Tensor) -> tuple[int, int]:
@@ -342,3 +373,6 @@ def _extent(a: torch.Tensor) -> tuple[int, int]:
         return start, start + a.nbytes
     span = sum((size - 1) * stride for size, stride in zip(a.shape, a.stride(), strict=True))
     return start, start + (span + 1) * a.element_size()
+
+
+from anybn import _torch_ops  # noqa: E402, F401 tells batch_norm what to be inside torch.compile

@@ -1,0 +1,70 @@
+"""What a call of a torch module costs on (8, 16), where computing costs nothing: anybn.torch beside torch.nn.
+
+    python benchmarks/overhead.py            # half a minute, into benchmarks/results/overhead.json
+
+Medians over rounds in which each contestant has one turn, in random order; every result is checked first. "grad" is
+with gradients recorded, as in training, "no grad" without.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from speed import RESULTS, context, write
+
+import anybn
+import anybn.torch
+from anybn import _bench
+from anybn.conformance import inputs, oracle
+
+SHAPE = _bench.TINY
+
+
+def contestants(training: bool, recorded: bool) -> dict[str, _bench.Run]:
+    """The modules, and the layer that takes any library's arrays."""
+    x = torch.from_numpy(inputs.cast(inputs.normal(SHAPE), "float32"))
+    layer = anybn.BatchNorm1d(SHAPE[1]).to("torch").train(training)
+    layer.state.weight = torch.nn.Parameter(torch.ones(SHAPE[1]))
+    callables = {
+        "anybn.torch": anybn.torch.BatchNorm1d(SHAPE[1]).train(training),
+        "torch.nn": torch.nn.BatchNorm1d(SHAPE[1]).train(training),
+        "anybn.BatchNorm1d": layer,
+    }
+
+    def run(bn):
+        def call():
+            with torch.set_grad_enabled(recorded):
+                return bn(x)
+
+        return call
+
+    runs = {name: run(bn) for name, bn in callables.items()}
+    statistics = oracle.statistics(x.numpy())
+    mean, var = (statistics.mean, statistics.var()) if training else np.stack([np.zeros(SHAPE[1]), np.ones(SHAPE[1])])
+    for name, call in runs.items():
+        y = call()
+        error = oracle.error(y.detach().numpy(), oracle.normalize(x.numpy(), mean, var), "float32")
+        if not error <= 4 or y.requires_grad is not recorded:
+            raise _bench.WrongResult(f"{name} is {error:.3g} eps off")
+    return {name: (lambda call=bn: call(x)) for name, bn in callables.items()}
+
+
+def main() -> None:
+    _bench.use_threads(min(2, anybn.get_num_threads()))
+    rows = []
+    for training in (True, False):
+        for recorded in (True, False):
+            runs = contestants(training, recorded)
+            with torch.set_grad_enabled(recorded):
+                measured = _bench.watched(runs, rounds=100, seconds=5, settle=1e-3)
+            us = {name: round(timing.median * 1e6, 2) for name, timing in measured.timings.items()}
+            row = {"training": training, "grad": recorded, "us": us, "busy": round(measured.busy, 2)}
+            rows.append(row | {"ratio": round(us["torch.nn"] / us["anybn.torch"], 2)})
+            print(rows[-1])
+    write(RESULTS / "overhead.json", json.dumps({"context": context(2, False), "shape": SHAPE, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
