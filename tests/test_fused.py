@@ -100,7 +100,9 @@ def test_kernels_against_the_core(case, dtype, kernels, monkeypatch):
                     assert np.array_equal(a, b), name
                 unit = a.dtype.name if name not in ("mean", "var") else dtype
                 size = np.maximum(1, np.abs(b.astype(np.float64)).max())
-                assert oracle.error(a, b.astype(np.float64), unit, size) <= (8 if unit in ("float32", "float64") else 1), name
+                assert oracle.error(a, b.astype(np.float64), unit, size) <= (
+                    8 if unit in ("float32", "float64") else 1
+                ), name
 
 
 def test_lying():

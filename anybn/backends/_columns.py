@@ -1,8 +1,8 @@
 """Kernels for columns: flat memory in which the channels take turns, as in rows of channels and in short planes.
 
-It is cut into rows of ``width`` values, the last one maybe shorter, where column k belongs to channel ``k // inner % C``.
-Rows of a few channels are joined to wide ones, so that there is something to vectorize over. What a column needs of its
-channel is spread over the columns before the rows are gone through, and sums are gathered from them after.
+It is cut into rows of ``width`` values, the last one maybe shorter, where column k belongs to channel
+``k // inner % C``. Rows of a few channels are joined to wide ones, so that there is something to vectorize over. What a
+column needs of its channel is spread over the columns before the rows are gone through, and sums are gathered after.
 
 A thread claims *panels*, some columns over all rows, each worked on while it lies in the cache; or, where a panel is
 too large for that or the statistics are given, stripes of panels, some rows of them.

@@ -197,6 +197,7 @@ def gradients(
 ) -> Gradients:
     """See `anybn._core.gradients`; weight's and bias's in float64, the residual's left out."""
     how, contiguous, (dy_like, active_like) = alike(x, spec.axis, dy, active)
+    assert dy_like is not None
     plan = plan_of(how, x.itemsize, 2)
     dx, numbers = np.empty_like(contiguous), np.empty((5, how.channels))
     inputs = (how.flat(dy_like), how.flat(contiguous), None if active_like is None else how.flat(active_like))

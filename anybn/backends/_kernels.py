@@ -1,10 +1,10 @@
 """What batch norm does to the values of one channel, or of a row of channels, compiled by Numba.
 
-All arithmetic is float64, so that results are rounded once and equal the core's. It costs nothing while memory is the
+All arithmetic is float64, so that results are rounded once and equal the core's. It costs little where memory is the
 limit: 0.05 ns a value to sum and 0.07 to normalize, where copying takes 0.03 in the cache and 0.13 outside. 16-bit
 numbers come as their bits: bfloat16 as uint16, float16 as int16. Parameters and statistics are float64 arrays of C
-values; ``shift`` is None where the mean alone is exact enough, and so are other arguments that a call does without: Numba
-compiles a version without them.
+values; ``shift`` is None where the mean alone is exact enough, and so are other arguments that a call does without:
+Numba compiles a version without them.
 
 Sums run under ``fastmath``, which lets them run in lanes; nothing else does: it would make ``x - (mean + shift)`` of
 ``(x - mean) - shift``, and lose both. An inner loop runs from 0 over a slice: Numba lets an index that could be negative

@@ -1,7 +1,7 @@
 """Kernels for runs: flat memory in which ``length`` values of one channel lie side by side, then those of the next.
 
-A thread claims groups of neighbouring channels, each worked on while it lies in the cache; or, where a channel is too large for that or
-its statistics are given, segments of runs, in the order of memory.
+A thread claims groups of neighbouring channels, each worked on while it lies in the cache; or, where going through the
+array in the order of memory is faster or the statistics are given, segments of runs.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
@@ -215,7 +215,9 @@ def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, le
 
 
 @njit(**KERNEL)
-def normalize_parts(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, mean, shift, var, length, segments):
+def normalize_parts(
+    tickets, offers, seen, x, y, residual, floor, eps, weight, bias, mean, shift, var, length, segments
+):
     scale = scales_of(var, eps, weight)
     first, last = begin(tickets, offers, seen)
     while first < last:

@@ -61,10 +61,7 @@ def _look(_, array, index):
     return types.int64(array, types.intp), generate
 
 
-if hasattr(os, "sched_yield"):
-    _yield = types.ExternalFunction("sched_yield", types.int32())
-else:
-    _yield = njit(lambda: 0)
+_yield = types.ExternalFunction("sched_yield", types.int32()) if hasattr(os, "sched_yield") else njit(lambda: 0)
 
 
 @njit(nogil=True, cache=True)
