@@ -1,5 +1,7 @@
 """Batch normalization for any array library: one core, one state, the same numbers everywhere."""
 
+import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from anybn._core import Gradients
@@ -19,6 +21,14 @@ else:
     from anybn import backends
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``anybn.torch`` and ``anybn.jax`` without an import of their own; the frameworks come with the first use."""
+    if name in ("jax", "torch"):
+        return importlib.import_module(f"anybn.{name}")
+    raise AttributeError(f"module 'anybn' has no attribute {name!r}")
+
 
 __all__ = [
     "BackendInfo",
