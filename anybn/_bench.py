@@ -121,14 +121,6 @@ def kept_dtype(case: Case) -> str:
 # -- contestants -----------------------------------------------------------------------------------------------
 
 
-def layer(case: Case, data: Data, axis: int) -> anybn.BatchNorm:
-    activation = "relu" if case.op == "add + relu" else None
-    bn = anybn.BatchNorm(case.shape[1], axis=axis, activation=activation, dtype=kept_dtype(case))
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        setattr(bn.state, name, getattr(data, name))
-    return bn.train(case.op != "evaluation")
-
-
 def as_users_have_it(case: Case, a: np.ndarray) -> np.ndarray:
     """(N, C, *spatial) -> (N, *spatial, C) where the channels are last in memory."""
     return np.moveaxis(a, 1, -1) if case.layout == LAST else a
@@ -136,7 +128,12 @@ def as_users_have_it(case: Case, a: np.ndarray) -> np.ndarray:
 
 def anybn_on_numpy(case: Case, data: Data) -> Run:
     x, dy, residual = (as_users_have_it(case, a) for a in data[:3])
-    bn = layer(case, data, axis=-1 if case.layout == LAST else 1)
+    activation = "relu" if case.op == "add + relu" else None
+    axis = -1 if case.layout == LAST else 1
+    bn = anybn.BatchNorm(case.shape[1], axis=axis, activation=activation, dtype=kept_dtype(case))
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        setattr(bn.state, name, getattr(data, name))
+    bn.train(case.op != "evaluation")
     if case.op == "backward":
         _, pullback = bn.vjp(x)
         return lambda: pullback(dy)[:3]
@@ -163,25 +160,32 @@ def torch_gradients(bn: Callable[[Any], Any], x: Any, weight: Any, bias: Any, dy
     return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
 
+def torch_module(case: Case, data: Data, convert: Callable[[Any], Any] = lambda module: module) -> Any:
+    """torch's module, converted before anything is loaded: its own running statistics are float32."""
+    import torch
+
+    kind = {2: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}[len(case.shape)]
+    bn = convert(kind(case.shape[1], dtype=getattr(torch, kept_dtype(case)))).train(case.op != "evaluation")
+    named = {name: torch.tensor(getattr(data, name)) for name in ("weight", "bias", "running_mean", "running_var")}
+    bn.load_state_dict(named, strict=False)
+    return bn
+
+
 def anybn_on_torch(case: Case, data: Data) -> Run:
+    """torch's module after `anybn.torch.convert`."""
     x, dy, residual = map(to_torch, data[:3])
-    bn = layer(case, data, axis=1).to("torch")
+    bn = torch_module(case, data, anybn.torch.convert)
     if case.op == "backward":
-        return torch_gradients(bn, x, bn.state.weight, bn.state.bias, dy)
+        return torch_gradients(bn, x, bn.weight, bn.bias, dy)
     if case.op == "add + relu":
-        return lambda: bn(x, residual=residual)
+        return lambda: bn(x, residual, "relu")
     return lambda: bn(x)
 
 
 def torch_modules(case: Case, data: Data) -> dict[str, Run]:
     """torch's own module, for bn + add + relu in two ways."""
-    import torch
-
     x, dy, residual = map(to_torch, data[:3])
-    kind = {2: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}[x.ndim]
-    bn = kind(case.shape[1], dtype=getattr(torch, kept_dtype(case))).train(case.op != "evaluation")
-    named = {name: torch.tensor(getattr(data, name)) for name in ("weight", "bias", "running_mean", "running_var")}
-    bn.load_state_dict(named, strict=False)
+    bn = torch_module(case, data)
     if case.op == "backward":
         return {"torch.nn": torch_gradients(bn, x, bn.weight, bn.bias, dy)}
     if case.op == "add + relu":
