@@ -38,7 +38,7 @@ from anybn._core import Spec, Statistics
 from anybn._dispatch import backend_for
 from anybn._module_state import ModuleState
 from anybn.backends.numpy import kernels
-from anybn.backends.torch import TorchBackend, differentiated, op_by_op
+from anybn.backends.torch import DTYPES, TorchBackend, differentiated, op_by_op
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "revert"]
 
@@ -127,18 +127,17 @@ _FLOAT32, _FLOAT64 = torch.float32, torch.float64
 #: Bytes of x up to which a call is made in one piece: more are worth a second thread.
 _SMALL = 1 << 18
 
-#: Stand for the dtypes that the compiled steps know.
-_LIKE: dict[torch.dtype, np.ndarray] = {
-    torch.float32: np.empty(0, np.float32),
-    torch.float64: np.empty(0, np.float64),
-    torch.bfloat16: np.empty(0, np.uint16),
-}
-
 
 @functools.cache
 def _steps() -> Any:
     """`anybn.backends._step`, or None without Numba; imported with the first small tensor."""
     return importlib.import_module("anybn.backends._step") if kernels().__name__.endswith("_fused") else None
+
+
+@functools.cache
+def _likes() -> dict[torch.dtype, np.ndarray]:
+    """Arrays that stand for the dtypes that the compiled steps know on this processor."""
+    return {dtype: np.empty(0, seen) for dtype, seen in DTYPES.items() if kernels().supports(np.dtype(seen))}
 
 
 def _dense(a: Any) -> bool:
@@ -169,7 +168,8 @@ def _at_once(
     if len(shape) not in module._ranks or shape[1] != channels or channels < 2:  # one channel can be a negated view
         return None
     of_batch, size, kept = module.training or mean is None, x.numel(), _FLOAT32 if weight is None else weight.dtype
-    like, like_weight = _LIKE.get(dtype), _LIKE.get(kept)
+    likes = _likes()
+    like, like_weight = likes.get(dtype), likes.get(kept)
     if not (
         like is not None
         and like_weight is not None

@@ -7,8 +7,8 @@ values; ``shift`` is None where the mean alone is exact enough, and so are other
 Numba compiles a version without them.
 
 Sums run under ``fastmath``, which lets them run in lanes; nothing else does: it would make ``x - (mean + shift)`` of
-``(x - mean) - shift``, and lose both. An inner loop runs from 0 over a slice: Numba lets an index that could be negative
-count from the end, which costs the vectorization.
+``(x - mean) - shift``, and lose both. An inner loop runs from 0 over a slice: Numba lets an index that could be
+negative count from the end, which costs the vectorization.
 
 Every function is untyped, since Numba compiles one version per combination of dtypes.
 """

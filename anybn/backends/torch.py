@@ -173,9 +173,9 @@ class TorchBackend(Backend):
 
     def _kernels_for(self, x: torch.Tensor, mask: torch.Tensor | None) -> Any:
         """NumPy's kernels, for what lies in the CPU's memory and is only to be computed; else None, for the core."""
-        if x.device.type != "cpu" or mask is not None or not x.numel() or x.dtype not in _DTYPES:
+        if x.device.type != "cpu" or mask is not None or not x.numel() or x.dtype not in DTYPES:
             return None
-        if op_by_op() or not kernels().supports(_DTYPES[x.dtype]):
+        if op_by_op() or not kernels().supports(DTYPES[x.dtype]):
             return None
         return kernels()
 
@@ -199,7 +199,8 @@ class TorchBackend(Backend):
                 y, statistics = self.train(x, weight, bias, residual, mask, spec)
             return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec), statistics
         if chosen := self._kernels_for(x, mask):
-            y, statistics = chosen.train(_view(x), _view(weight), _view(bias), _view(residual), spec, _view(out))
+            parameters = _numbers(weight), _numbers(bias)
+            y, statistics = chosen.train(_view(x), *parameters, _view(residual), spec, _view(out))
             return _tensor(y, x.dtype) if out is None else out, _from_views(statistics)
         return super().train(x, weight, bias, residual, mask, spec, out)
 
@@ -219,7 +220,7 @@ class TorchBackend(Backend):
                 y = self.evaluate(x, statistics, weight, bias, residual, mask, spec)
             return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec)
         if chosen := self._kernels_for(x, mask):
-            views = _views(statistics), _view(weight), _view(bias), _view(residual)
+            views = _views(statistics), _numbers(weight), _numbers(bias), _view(residual)
             y = chosen.evaluate(_view(x), *views, spec, _view(out))
             return _tensor(y, x.dtype) if out is None else out
         return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
@@ -253,7 +254,7 @@ class TorchBackend(Backend):
         chosen = None if self.records(dy, x, weight) else self._kernels_for(x, mask)
         if chosen is None:
             return super().gradients(dy, x, statistics, weight, active, mask, spec)
-        grads = chosen.gradients(_view(dy), _view(x), _views(statistics), _view(weight), _view(active), spec)
+        grads = chosen.gradients(_view(dy), _view(x), _views(statistics), _numbers(weight), _view(active), spec)
         dx = _tensor(grads.x, x.dtype)
         dresidual = dy if active is None else torch.where(active, dy, torch.zeros((), dtype=dy.dtype))
         if weight is None:
@@ -262,8 +263,14 @@ class TorchBackend(Backend):
         return Gradients(dx, dweight, dbias, dresidual)
 
 
-#: As NumPy sees them; bfloat16 as its bits.
-_DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
+#: As kernels see them: 16-bit numbers as their bits.
+DTYPES = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.bfloat16: np.uint16,
+    torch.float16: np.int16,
+}
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 
 def _view(a: torch.Tensor | None) -> Any:
@@ -271,9 +278,16 @@ def _view(a: torch.Tensor | None) -> Any:
     if a is None:
         return None
     a = a.detach()
-    if a.dtype is torch.bfloat16:
-        return a.view(torch.uint16).numpy()
-    return a.numpy()
+    bits = _BITS.get(a.dtype)
+    return a.numpy() if bits is None else a.view(bits).numpy()
+
+
+def _numbers(a: torch.Tensor | None) -> Any:
+    """The tensor's values, as the kernels take weight and bias: NumPy has no bfloat16, and bits are no numbers."""
+    if a is None:
+        return None
+    a = a.detach()
+    return (a.float() if a.dtype is torch.bfloat16 else a).numpy()
 
 
 def _tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
