@@ -25,7 +25,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -38,7 +38,16 @@ from anybn._core import Spec, Statistics
 from anybn._dispatch import backend_for
 from anybn._module_state import ModuleState
 from anybn.backends.numpy import kernels
-from anybn.backends.torch import TorchBackend, differentiated, op_by_op
+from anybn.backends.torch import (
+    DTYPES,
+    TorchBackend,
+    differentiated,
+    from_views,
+    numbers_of,
+    op_by_op,
+    tensor_of,
+    view_of,
+)
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "revert"]
 
@@ -127,18 +136,17 @@ _FLOAT32, _FLOAT64 = torch.float32, torch.float64
 #: Bytes of x up to which a call is made in one piece: more are worth a second thread.
 _SMALL = 1 << 18
 
-#: Stand for the dtypes that the compiled steps know.
-_LIKE: dict[torch.dtype, np.ndarray] = {
-    torch.float32: np.empty(0, np.float32),
-    torch.float64: np.empty(0, np.float64),
-    torch.bfloat16: np.empty(0, np.uint16),
-}
-
 
 @functools.cache
 def _steps() -> Any:
     """`anybn.backends._step`, or None without Numba; imported with the first small tensor."""
     return importlib.import_module("anybn.backends._step") if kernels().__name__.endswith("_fused") else None
+
+
+@functools.cache
+def _likes() -> dict[torch.dtype, np.ndarray]:
+    """Arrays that stand for the dtypes that the compiled steps know on this processor."""
+    return {dtype: np.empty(0, seen) for dtype, seen in DTYPES.items() if kernels().supports(np.dtype(seen))}
 
 
 def _dense(a: Any) -> bool:
@@ -153,7 +161,7 @@ def _plain(a: torch.Tensor | None, dtype: torch.dtype, count: int) -> bool:
 def _at_once(
     module: _BatchNorm, x: torch.Tensor, residual: torch.Tensor | None, activation: str | None
 ) -> torch.Tensor | None:
-    """A module's forward pass of a small tensor in one compiled call; None for what is large, special or wrong.
+    """A module's forward pass by the CPU's kernels, at once; None for what is special or wrong.
 
     On (8, 16) it is Python that takes the time, 5 us, and autograd 3 more: what is not needed here is left out.
     """
@@ -169,67 +177,120 @@ def _at_once(
     if len(shape) not in module._ranks or shape[1] != channels or channels < 2:  # one channel can be a negated view
         return None
     of_batch, size, kept = module.training or mean is None, x.numel(), _FLOAT32 if weight is None else weight.dtype
-    like, like_weight = _LIKE.get(dtype), _LIKE.get(kept)
+    likes = _likes()
+    like, like_weight = likes.get(dtype), likes.get(kept)
     if not (
         like is not None
         and like_weight is not None
-        and 0 < size * like.itemsize <= _SMALL
+        and size > 0
         and steps is not None
         and (mean is None) is (var is None)
         and eps > 0
         and (activation is None or activation == "relu")
-        and _plain(x, dtype, size)
+        and x.is_cpu
         and _plain(weight, kept, channels)
         and _plain(bias, kept, channels)
         and _plain(mean, _FLOAT64, channels)
         and _plain(var, _FLOAT64, channels)
-        and (residual is None or (_dense(residual) and residual.shape == shape and _plain(residual, dtype, size)))
+        and (residual is None or (_dense(residual) and residual.shape == shape and residual.dtype is dtype))
+        and (residual is None or residual.is_cpu)
     ):
         return None
-    plans = steps.plans(shape, like.itemsize)
-    if plans is None:
-        return None
-    y = empty_like(x)
-    arrays = (
-        like,
-        like_weight,
-        x.data_ptr(),
-        y.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-    )
-    relu = activation is not None
-    floor = 0.0 if relu else -math.inf
+    momentum, commits = module.momentum, False
     if of_batch:
-        count, momentum, rows = size // channels, module.momentum, np.empty((5, channels))
-        if count < 2 or not (momentum is None or 0 <= momentum <= 1):
+        if size // channels < 2 or not (momentum is None or 0 <= momentum <= 1):
             return None
-        running: tuple[int, ...] = 0, 0, 0
         commits = mean is not None and module.track_running_stats and not _TORCH.recomputes()
-        if commits:
-            if not (type(batches) is torch.Tensor and _plain(batches, torch.int64, 1)):
-                return None
-            running = mean.data_ptr(), var.data_ptr(), batches.data_ptr()
-        new = -1.0 if momentum is None else momentum
-        with _state._lock:
-            done = steps.train(*arrays, *running, size, channels, floor, eps, new, rows, *plans[0])
-        if commits:
-            increment_version((mean, var, batches))
-    else:
-        count, rows = None, np.empty((2, channels))
-        running = mean.data_ptr(), var.data_ptr()
-        done = steps.evaluate(*arrays, *running, size, channels, floor, eps, rows, *plans[1])
-    if not done:
+        if commits and not (type(batches) is torch.Tensor and _plain(batches, torch.int64, 1)):
+            return None
+    call = _Call(
+        x, residual, weight, bias, mean, var, batches, of_batch, commits, eps, momentum, activation is not None
+    )
+    small = size * like.itemsize <= _SMALL and x.is_contiguous() and (residual is None or residual.is_contiguous())
+    plans = steps.plans(shape, like.itemsize) if small else None
+    done = _in_one_step(steps, plans, like, like_weight, call) if plans else _on_threads(call)
+    if done is None:
         return None
+    y, statistics = done
     if is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _Recorded.apply(x, weight, bias, residual, (y, rows, count, eps, relu))
+        return _Recorded.apply(x, weight, bias, residual, (y, statistics, eps, call.relu))
     return y
+
+
+class _Call(NamedTuple):
+    x: torch.Tensor
+    residual: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    mean: Any
+    var: Any
+    batches: Any
+    of_batch: bool
+    commits: bool
+    eps: float
+    momentum: float | None
+    relu: bool
+
+
+def _in_one_step(
+    steps: Any, plans: Any, like: np.ndarray, like_weight: np.ndarray, call: _Call
+) -> tuple[torch.Tensor, Statistics] | None:
+    """A small contiguous tensor, by one compiled function that takes addresses."""
+    x, size, channels = call.x, call.x.numel(), call.x.shape[1]
+    y, floor = empty_like(x), 0.0 if call.relu else -math.inf
+    arrays = (
+        like,
+        like_weight,
+        x.data_ptr(),
+        y.data_ptr(),
+        0 if call.residual is None else call.residual.data_ptr(),
+        0 if call.weight is None else call.weight.data_ptr(),
+        0 if call.bias is None else call.bias.data_ptr(),
+    )
+    if not call.of_batch:
+        copies, running = np.empty((2, channels)), (call.mean.data_ptr(), call.var.data_ptr())
+        done = steps.evaluate(*arrays, *running, size, channels, floor, call.eps, copies, *plans[1])
+        return (y, Statistics(None, copies[0], None, copies[1])) if done else None
+    numbers, addresses = np.empty((5, channels)), (0, 0, 0)
+    if call.commits:
+        addresses = call.mean.data_ptr(), call.var.data_ptr(), call.batches.data_ptr()
+    momentum = -1.0 if call.momentum is None else call.momentum
+    with _state._lock:
+        done = steps.train(*arrays, *addresses, size, channels, floor, call.eps, momentum, numbers, *plans[0])
+    if not done:
+        return None
+    if call.commits:
+        increment_version((call.mean, call.var, call.batches))
+    shift = numbers[1] if x.dtype is _FLOAT64 else None
+    return y, Statistics(size // channels, numbers[0], shift, numbers[2], numbers[3])
+
+
+def _on_threads(call: _Call) -> tuple[torch.Tensor, Statistics] | None:
+    """Any other tensor, by the kernels that threads share."""
+    x, state = call.x, (call.weight, call.bias, call.mean, call.var)
+    if x.is_neg() or any(a is not None and _TORCH.overlaps(x, a) for a in state):
+        return None
+    parameters, spec = (numbers_of(call.weight), numbers_of(call.bias)), Spec(1, call.eps, call.relu)
+    if not call.of_batch:
+        statistics = Statistics(None, np.array(call.mean.numpy()), None, np.array(call.var.numpy()))
+        y = kernels().evaluate(view_of(x), statistics, *parameters, view_of(call.residual), spec, None)
+        return tensor_of(y, x.dtype), statistics
+    y, statistics = kernels().train(view_of(x), *parameters, view_of(call.residual), spec, None)
+    if call.commits:
+        batches, running = call.batches.numpy(), (call.mean.numpy(), call.var.numpy())
+        with _state._lock:
+            momentum = 1 / (int(batches) + 1) if call.momentum is None else call.momentum
+            new = kernels().updated_running_statistics(*running, statistics, momentum, ddof=1, propagate=False)
+            batches += 1
+            for old, values in zip(running, new, strict=True):
+                old[...] = values
+        increment_version((call.mean, call.var, call.batches))
+    return tensor_of(y, x.dtype), statistics
 
 
 class _Recorded(torch.autograd.function._SingleLevelFunction):  # Function minus the checks for torch.func, 1.4 us
@@ -242,22 +303,17 @@ class _Recorded(torch.autograd.function._SingleLevelFunction):  # Function minus
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         residual: torch.Tensor | None,
-        call: tuple[torch.Tensor, np.ndarray, int | None, float, bool],
+        call: tuple[torch.Tensor, Statistics, float, bool],
     ) -> torch.Tensor:
         y, *ctx.call = call
-        ctx.save_for_backward(x, weight, y if call[4] else None)
+        ctx.save_for_backward(x, weight, y if call[3] else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
-        rows, count, eps, relu = ctx.call
-        rows = torch.from_numpy(rows)
-        if count is None:
-            statistics = Statistics(None, rows[0], None, rows[1])
-        else:
-            shift = rows[1] if x.dtype is torch.float64 else None
-            statistics = Statistics(count, rows[0], shift, rows[2], rows[3])
+        statistics, eps, relu = ctx.call
+        statistics = from_views(statistics)
         active = None if y is None else y > 0
         grads = differentiated(_TORCH, dy, (x, weight, None, active), statistics, Spec(1, eps, relu))
         _, _, wants_bias, wants_residual, _ = ctx.needs_input_grad

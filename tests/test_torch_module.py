@@ -24,9 +24,9 @@ X = torch.from_numpy(inputs.normal((6, 3, 5, 4)) * 2 + 1).float()
 OPTIONS = [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 0.1, "momentum": 0.5}]
 
 
-def pair(dimensions=2, **options):
+def pair(dimensions=2, channels=3, **options):
     """The same module, anybn's and torch's; in float64, where torch's own is accurate enough to compare with."""
-    return tuple(kind(3, dtype=torch.float64, **options) for kind in PAIRS[dimensions])
+    return tuple(kind(channels, dtype=torch.float64, **options) for kind in PAIRS[dimensions])
 
 
 def assert_close(a, b):
@@ -45,12 +45,19 @@ def assert_same_state(ours, theirs):
 # -- beside torch's modules ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["in one call", "general"])
+@pytest.fixture(params=["in one step", "on threads", "in general"])
+def way(request, monkeypatch):
+    """How a module's forward pass is done: what is small and what is special, whatever the tensor."""
+    if request.param != "in one step":
+        monkeypatch.setattr(anybn.torch, "_SMALL", 0)
+    if request.param == "in general":
+        monkeypatch.setattr(anybn.torch, "_at_once", lambda *_: None)
+    return request.param
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dimensions", PAIRS)
-def test_trains_and_evaluates_as_torchs(dimensions, options, large, monkeypatch):
-    if large:
-        monkeypatch.setattr(anybn.torch, "_SMALL", 0)
+def test_trains_and_evaluates_as_torchs(dimensions, options, way):
     ours, theirs = pair(dimensions, **options)
     for shape in SHAPES[dimensions]:
         for step in range(3):
@@ -71,13 +78,15 @@ def test_trains_and_evaluates_as_torchs(dimensions, options, large, monkeypatch)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
 @pytest.mark.parametrize("shape", [(8, 16), (8, 16, 7), (8, 16, 3, 5)])
 @pytest.mark.parametrize("fused", [False, True])
-def test_one_call_is_the_functional_form_bit_for_bit(shape, dtype, fused):
+def test_modules_are_the_functional_form_bit_for_bit(shape, dtype, fused, way):
     kind = {2: anybn.torch.BatchNorm1d, 3: anybn.torch.BatchNorm1d, 4: anybn.torch.BatchNorm2d}[len(shape)]
     bn = kind(16, activation="relu" if fused else None)
     with torch.no_grad():
         bn.weight.uniform_(0.5, 2), bn.bias.normal_()
     state = bn.state.copy()
     x = (torch.from_numpy(inputs.normal(shape)) * 3 + 100).to(dtype)
+    if len(shape) == 4 and way == "on threads":
+        x = x.to(memory_format=torch.channels_last)
     residual = torch.from_numpy(inputs.normal(shape, 1)).to(dtype) if fused else None
     for training in (True, True, False):
         bn.train(training)
@@ -156,7 +165,7 @@ WRONG = [
 ]
 
 
-def test_wrong_calls_leave_the_buffers():
+def test_wrong_calls_leave_the_buffers(way):
     bn = anybn.torch.BatchNorm2d(3)
     bn(X)
     before = buffers_of(bn)
@@ -355,7 +364,7 @@ def test_what_a_modules_state_refuses():
     assert all(map(torch.equal, buffers_of(bn), before))
 
 
-def test_a_nan_does_not_spoil_the_statistics():
+def test_a_nan_does_not_spoil_the_statistics(way):
     x = X.clone()
     x[0, 1, 0, 0] = torch.nan
     for module in (anybn.torch.BatchNorm2d(3), anybn.torch.BatchNorm2d(3).to(memory_format=torch.channels_last)):
@@ -387,7 +396,26 @@ def test_jax_cannot_trace_changes_of_a_module():
     assert all(map(torch.equal, buffers_of(bn), before))
 
 
-def test_no_update_is_lost_between_threads():
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_large_module_takes_the_threads(momentum):
+    """Beyond what one step takes, beside torch in float64, with x contiguous or channels last."""
+    x = torch.from_numpy(inputs.normal((16, 24, 33, 40))) + 5
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        ours, theirs = pair(2, 24, momentum=momentum)
+        for module in (ours, theirs):
+            given = x.clone(memory_format=memory_format).requires_grad_()
+            y = module(given)
+            assert y.is_contiguous(memory_format=memory_format)
+            (y**3).sum().backward()
+            means = (p.grad / (16 * 33 * 40) for p in module.parameters())  # 21,120 terms of size 1 cancel to a few
+            module.results = y.detach(), given.grad, *means
+        for a, b in zip(ours.results, theirs.results, strict=True):
+            assert_close(a, b)
+        del ours.results, theirs.results
+        assert_same_state(ours, theirs)
+
+
+def test_no_update_is_lost_between_threads(way):
     bn = anybn.torch.BatchNorm1d(3, momentum=None)
     batches = [torch.from_numpy(inputs.normal((16, 3), seed)).float() + seed for seed in range(40)]
 
@@ -455,10 +483,7 @@ def test_parametrized_and_without_bias():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("large", [False, True])
-def test_checkpointing_updates_once(reentrant, large, monkeypatch):
-    if large:
-        monkeypatch.setattr(anybn.torch, "_SMALL", 0)
+def test_checkpointing_updates_once(reentrant, way):
     bn, layer = anybn.torch.BatchNorm2d(3), anybn.BatchNorm2d(3)
     layer.state.to(X)
     expected = anybn.torch.BatchNorm2d(3)

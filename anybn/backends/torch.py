@@ -173,15 +173,15 @@ class TorchBackend(Backend):
 
     def _kernels_for(self, x: torch.Tensor, mask: torch.Tensor | None) -> Any:
         """NumPy's kernels, for what lies in the CPU's memory and is only to be computed; else None, for the core."""
-        if x.device.type != "cpu" or mask is not None or not x.numel() or x.dtype not in _DTYPES:
+        if x.device.type != "cpu" or mask is not None or not x.numel() or x.dtype not in DTYPES:
             return None
-        if op_by_op() or not kernels().supports(_DTYPES[x.dtype]):
+        if op_by_op() or not kernels().supports(DTYPES[x.dtype]):
             return None
         return kernels()
 
     def batch_statistics(self, x: torch.Tensor, axis: int, mask: torch.Tensor | None) -> Statistics:
         if not self.records(x) and (chosen := self._kernels_for(x, mask)):
-            return _from_views(chosen.batch_statistics(_view(x), axis))
+            return from_views(chosen.batch_statistics(view_of(x), axis))
         return super().batch_statistics(x, axis, mask)
 
     def train(
@@ -199,8 +199,9 @@ class TorchBackend(Backend):
                 y, statistics = self.train(x, weight, bias, residual, mask, spec)
             return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec), statistics
         if chosen := self._kernels_for(x, mask):
-            y, statistics = chosen.train(_view(x), _view(weight), _view(bias), _view(residual), spec, _view(out))
-            return _tensor(y, x.dtype) if out is None else out, _from_views(statistics)
+            parameters = numbers_of(weight), numbers_of(bias)
+            y, statistics = chosen.train(view_of(x), *parameters, view_of(residual), spec, view_of(out))
+            return tensor_of(y, x.dtype) if out is None else out, from_views(statistics)
         return super().train(x, weight, bias, residual, mask, spec, out)
 
     def evaluate(
@@ -219,9 +220,9 @@ class TorchBackend(Backend):
                 y = self.evaluate(x, statistics, weight, bias, residual, mask, spec)
             return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec)
         if chosen := self._kernels_for(x, mask):
-            views = _views(statistics), _view(weight), _view(bias), _view(residual)
-            y = chosen.evaluate(_view(x), *views, spec, _view(out))
-            return _tensor(y, x.dtype) if out is None else out
+            views = _views(statistics), numbers_of(weight), numbers_of(bias), view_of(residual)
+            y = chosen.evaluate(view_of(x), *views, spec, view_of(out))
+            return tensor_of(y, x.dtype) if out is None else out
         return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
 
     def updated_running_statistics(
@@ -236,7 +237,7 @@ class TorchBackend(Backend):
         chosen = self._kernels_for(running_mean, None)
         if chosen is None or not isinstance(statistics.count, int):
             return super().updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
-        views = _view(running_mean), _view(running_var), _views(statistics)
+        views = view_of(running_mean), view_of(running_var), _views(statistics)
         mean, var = chosen.updated_running_statistics(*views, momentum, ddof, propagate)
         return torch.from_numpy(mean), torch.from_numpy(var)
 
@@ -253,8 +254,8 @@ class TorchBackend(Backend):
         chosen = None if self.records(dy, x, weight) else self._kernels_for(x, mask)
         if chosen is None:
             return super().gradients(dy, x, statistics, weight, active, mask, spec)
-        grads = chosen.gradients(_view(dy), _view(x), _views(statistics), _view(weight), _view(active), spec)
-        dx = _tensor(grads.x, x.dtype)
+        grads = chosen.gradients(view_of(dy), view_of(x), _views(statistics), numbers_of(weight), view_of(active), spec)
+        dx = tensor_of(grads.x, x.dtype)
         dresidual = dy if active is None else torch.where(active, dy, torch.zeros((), dtype=dy.dtype))
         if weight is None:
             return Gradients(dx, None, None, dresidual)
@@ -262,33 +263,48 @@ class TorchBackend(Backend):
         return Gradients(dx, dweight, dbias, dresidual)
 
 
-#: As NumPy sees them; bfloat16 as its bits.
-_DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
+#: As kernels see them: 16-bit numbers as their bits.
+DTYPES = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.bfloat16: np.uint16,
+    torch.float16: np.int16,
+}
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 
-def _view(a: torch.Tensor | None) -> Any:
+def view_of(a: torch.Tensor | None) -> Any:
     """The tensor's memory as a NumPy array; 16 bits as they are."""
     if a is None:
         return None
     a = a.detach()
-    if a.dtype is torch.bfloat16:
-        return a.view(torch.uint16).numpy()
-    return a.numpy()
+    bits = _BITS.get(a.dtype)
+    return a.numpy() if bits is None else a.view(bits).numpy()
 
 
-def _tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor over an array that `_view` could have given."""
+def numbers_of(a: torch.Tensor | None) -> Any:
+    """The tensor's values, as the kernels take weight and bias: NumPy has no bfloat16, and bits are no numbers."""
+    if a is None:
+        return None
+    a = a.detach()
+    return (a.float() if a.dtype is torch.bfloat16 else a).numpy()
+
+
+def tensor_of(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor over an array that `view_of` could have given."""
     t = torch.from_numpy(a)
     return t if t.dtype is dtype else t.view(dtype)
 
 
 def _views(statistics: Statistics) -> Statistics:
-    return Statistics(statistics.count, *map(_view, statistics[1:]))
+    return Statistics(statistics.count, *map(view_of, statistics[1:]))
 
 
-def _from_views(statistics: Statistics) -> Statistics:
+def from_views(statistics: Statistics) -> Statistics:
     shift = None if statistics.shift is None else torch.from_numpy(statistics.shift)
-    mean, var, m2 = map(torch.from_numpy, (statistics.mean, statistics.var, statistics.m2))
+    mean, var, m2 = (
+        None if a is None else torch.from_numpy(a) for a in (statistics.mean, statistics.var, statistics.m2)
+    )
     return Statistics(statistics.count, mean, shift, var, m2)
 
 

@@ -22,6 +22,7 @@ def check(
     with_residual: bool = False,
     relu: bool = False,
     affine: bool = True,
+    parameter_dtype: str = "float32",
 ) -> None:
     rng = np.random.default_rng(1)
     values = inputs.cast(values, dtype)
@@ -29,8 +30,8 @@ def check(
     dy = inputs.cast(rng.standard_normal(values.shape), dtype)
     residual = inputs.cast(rng.standard_normal(values.shape), dtype) if with_residual else None
     mask = rng.random((n, *spatial)) < 0.7 if masked else None
-    weight, bias = (inputs.cast(a, "float32") for a in (rng.uniform(0.5, 2, (c,)), rng.standard_normal((c,))))
-    state = anybn.BatchNormState(c, affine=affine)
+    weight, bias = (inputs.cast(a, parameter_dtype) for a in (rng.uniform(0.5, 2, (c,)), rng.standard_normal((c,))))
+    state = anybn.BatchNormState(c, affine=affine, dtype=parameter_dtype)
     if affine:
         state.weight, state.bias = weight, bias
     running_mean: Any = np.zeros(c) if training else rng.standard_normal(c)
@@ -92,10 +93,14 @@ def check(
     else:
         assert grads.residual is None
     if affine:
-        sizes = (1, 1) if target.has_float64 else (expected.weight_size, expected.bias_size)
-        limit = bar(target, "float32")
-        assert oracle.error(target.numpy(grads.weight), expected.weight, "float32", sizes[0]) <= limit
-        assert oracle.error(target.numpy(grads.bias), expected.bias, "float32", sizes[1]) <= limit
+        wide = target.has_float64 and parameter_dtype != "float64"
+        sizes = (1, 1) if wide else (expected.weight_size, expected.bias_size)
+        assert grads.weight is not None
+        assert grads.bias is not None
+        limit = bar(target, parameter_dtype)
+        assert grads.weight.dtype == target.backend.dtype(parameter_dtype)
+        assert oracle.error(target.numpy(grads.weight), expected.weight, parameter_dtype, sizes[0]) <= limit
+        assert oracle.error(target.numpy(grads.bias), expected.bias, parameter_dtype, sizes[1]) <= limit
     else:
         assert grads.weight is None
         assert grads.bias is None
@@ -111,6 +116,16 @@ def test_input_gradient(target: Target, row: str, layout: str) -> None:
 def test_dtypes(target: Target, dtype: str) -> None:
     target.require(dtype)
     check(target, inputs.normal((8, 4, 6, 6)), dtype, with_residual=True, relu=True)
+
+
+@pytest.mark.parametrize("parameter_dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_dtypes_of_weight_and_bias(target: Target, dtype: str, parameter_dtype: str) -> None:
+    """Others than float32, which all else here has, with every dtype of x."""
+    target.require(dtype)
+    target.require(parameter_dtype)
+    for training in (True, False):
+        check(target, inputs.normal((8, 5, 6, 6)), dtype, training=training, parameter_dtype=parameter_dtype)
 
 
 @pytest.mark.parametrize(("training", "masked", "with_residual", "relu"), [*itertools.product([True, False], repeat=4)])
