@@ -21,11 +21,11 @@ from anybn.backends._sharing import share
 
 CACHE = 1 << 20  # bytes that a core's own cache is trusted with
 SHARED_CACHE = 1 << 26  # and that all cores' caches are
-GRAIN = 1 << 16  # bytes that are worth a claim
+GRAIN = 1 << 17  # bytes that are worth a claim, and with it another thread
 CLAIMS = 32  # of a call, about: enough for threads of different speed to end together
 SEGMENT = 1 << 16  # values whose sums are merged with those of others
 RUN = 256  # values of a channel side by side; fewer are columns
-WIDTH = 1024  # columns whose parameters fit the innermost cache
+WIDTH = 1024  # columns whose parameters fit the innermost cache beside one array
 NARROW = 128  # columns that are still worth going through the rows for
 
 
@@ -81,7 +81,7 @@ def plan_of(how: Lying, itemsize: int, arrays: int) -> Plan:
             of_part=(inner, segments),
             partial=(2, outer, channels, segments),
         )
-    joined = max(1, min(WIDTH // whole, outer))
+    joined = max(1, min(WIDTH // arrays // whole, outer))
     width, rows = joined * whole, -(-outer // joined)
     unit = width if joined > 1 else inner  # columns that hold channels whole
 
