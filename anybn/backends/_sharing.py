@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
@@ -108,8 +109,8 @@ def proceed(tickets, offers, seen, done):
 
 @njit(cache=True)
 def _claim_all(tickets):
-    """Leaves nothing to claim; how much was claimed before."""
-    return min(_fetch_add(tickets, NEXT, tickets[COUNT]), tickets[COUNT])
+    """Leaves nothing to claim."""
+    _fetch_add(tickets, NEXT, tickets[COUNT])
 
 
 # -- in Python -------------------------------------------------------------------------------------------------
@@ -120,6 +121,7 @@ class _Helper:
 
     def __init__(self) -> None:
         self.offered: tuple[Any, ...] | None = None
+        self.joined: Any = None
         self.asleep = False
         self.wake: SimpleQueue[None] = SimpleQueue()
         self.stopped = False
@@ -152,10 +154,12 @@ class _Helper:
                 self.asleep = False
 
     def _join(self, seen: int, kernel: Callable[..., None], tickets: Any, failures: list[Any], arguments: Any) -> None:
+        self.joined = tickets
         try:
             kernel(tickets, _offers, seen, *arguments)
         except BaseException as failure:
             failures.append(failure)
+        self.joined = None
 
 
 _helpers: list[_Helper] = []
@@ -200,10 +204,12 @@ def share(kernel: Callable[..., None], count: int, step: int, *arguments: Any) -
         helper.offer(kernel, tickets, failures, arguments)
     try:
         kernel(tickets, _offers, CALLER, *arguments)
+        while tickets[DONE] < count and not failures:
+            _reaches(tickets, DONE, count)
     finally:
-        if tickets[DONE] < count:
-            claimed = _claim_all(tickets)
-            while not _reaches(tickets, DONE, claimed) and not failures:
-                pass
-    if failures and tickets[DONE] < count:
+        if tickets[DONE] < count:  # somebody failed
+            _claim_all(tickets)
+            while any(helper.joined is tickets for helper in _helpers):
+                time.sleep(1e-5)
+    if tickets[DONE] < count:
         raise failures[0]
