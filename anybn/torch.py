@@ -239,8 +239,9 @@ class _Call(NamedTuple):
 
 def _in_one_step(
     steps: Any, plans: Any, like: np.ndarray, like_weight: np.ndarray, call: _Call
-) -> tuple[torch.Tensor, Statistics] | None:
-    """A small contiguous tensor, by one compiled function that takes addresses."""
+) -> tuple[torch.Tensor, np.ndarray] | None:
+    """A small contiguous tensor, by one compiled function that takes addresses. With y, the rows mean and variance, or
+    mean, shift, variance and m2 of the batch."""
     x, size, channels = call.x, call.x.numel(), call.x.shape[1]
     y, floor = empty_like(x), 0.0 if call.relu else -math.inf
     arrays = (
@@ -255,7 +256,7 @@ def _in_one_step(
     if not call.of_batch:
         copies, running = np.empty((2, channels)), (call.mean.data_ptr(), call.var.data_ptr())
         done = steps.evaluate(*arrays, *running, size, channels, floor, call.eps, copies, *plans[1])
-        return (y, Statistics(None, copies[0], None, copies[1])) if done else None
+        return (y, copies) if done else None
     numbers, addresses = np.empty((5, channels)), (0, 0, 0)
     if call.commits:
         addresses = call.mean.data_ptr(), call.var.data_ptr(), call.batches.data_ptr()
@@ -266,8 +267,7 @@ def _in_one_step(
         return None
     if call.commits:
         increment_version((call.mean, call.var, call.batches))
-    shift = numbers[1] if x.dtype is _FLOAT64 else None
-    return y, Statistics(size // channels, numbers[0], shift, numbers[2], numbers[3])
+    return y, numbers
 
 
 def _on_threads(call: _Call) -> tuple[torch.Tensor, Statistics] | None:
@@ -303,7 +303,7 @@ class _Recorded(torch.autograd.function._SingleLevelFunction):  # Function minus
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         residual: torch.Tensor | None,
-        call: tuple[torch.Tensor, Statistics, float, bool],
+        call: tuple[torch.Tensor, Statistics | np.ndarray, float, bool],
     ) -> torch.Tensor:
         y, *ctx.call = call
         ctx.save_for_backward(x, weight, y if call[3] else None)
@@ -313,6 +313,10 @@ class _Recorded(torch.autograd.function._SingleLevelFunction):  # Function minus
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         statistics, eps, relu = ctx.call
+        if isinstance(statistics, np.ndarray):  # made here, where it costs the forward pass nothing
+            mean, shift, *rest = statistics if len(statistics) > 2 else (statistics[0], None, statistics[1])
+            count = x.numel() // len(mean) if len(statistics) > 2 else None
+            statistics = Statistics(count, mean, shift if x.dtype is _FLOAT64 else None, *rest[:2])
         statistics = from_views(statistics)
         active = None if y is None else y > 0
         grads = differentiated(_TORCH, dy, (x, weight, None, active), statistics, Spec(1, eps, relu))
