@@ -109,8 +109,18 @@ class ModuleState(BatchNormState):
         numpy = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
         self._fill(values | {name: _TORCH.from_numpy(value, torch.device("cpu")) for name, value in numpy.items()})
 
+    def _planned_update(self, arrays: Arrays, nonfinite: str) -> None:
+        """It is updated in place, and so only when everything has succeeded."""
+
     def _commit(
-        self, backend: Backend, x: Array, statistics: Statistics, nonfinite: str, before: Arrays, beside: Arrays
+        self,
+        backend: Backend,
+        x: Array,
+        statistics: Statistics,
+        running: tuple[Array, Array] | None,
+        nonfinite: str,
+        before: Arrays,
+        beside: Arrays,
     ) -> None:
         if not self._module.track_running_stats:  # switched off after the module was made
             return
@@ -120,8 +130,8 @@ class ModuleState(BatchNormState):
             kept = (s if s is None or isinstance(s, int) else _on_cpu(backend, s) for s in statistics)
             statistics = Statistics(*kept)
         module = self._module
-        running = module.running_mean, module.running_var, module.num_batches_tracked
-        update_running(*running, statistics, self.momentum, propagate=nonfinite == "propagate")
+        buffers = module.running_mean, module.running_var, module.num_batches_tracked
+        update_running(*buffers, statistics, self.momentum, propagate=nonfinite == "propagate")
 
     def _settle(self, backend: Backend, before: Arrays, beside: Arrays) -> None:
         """It stays where it is."""

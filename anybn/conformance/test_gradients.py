@@ -96,6 +96,7 @@ def check(
         wide = target.has_float64 and parameter_dtype != "float64"
         sizes = (1, 1) if wide else (expected.weight_size, expected.bias_size)
         limit = bar(target, parameter_dtype)
+        assert grads.weight is not None
         assert grads.weight.dtype == target.backend.dtype(parameter_dtype)
         assert oracle.error(target.numpy(grads.weight), expected.weight, parameter_dtype, sizes[0]) <= limit
         assert oracle.error(target.numpy(grads.bias), expected.bias, parameter_dtype, sizes[1]) <= limit
