@@ -10,7 +10,7 @@ import torch
 from torch._C import _functorch as functorch  # torch.func has no public way to ask
 
 from anybn import _checks, _core, _state
-from anybn._core import Array, Statistics
+from anybn._core import Array, Statistics, Update
 from anybn._dispatch import backend_for, resolve_target
 from anybn._state import Arrays, BatchNormState
 from anybn.backends._base import Backend
@@ -208,6 +208,8 @@ def update_running(
     device = running_mean.device
     statistics = Statistics(*(s.to(device) if isinstance(s, torch.Tensor) else s for s in statistics))
     with _state._lock, torch.no_grad():
+        if _TORCH.updates_in_place(statistics, Update(running_mean, running_var, momentum, ddof, propagate), batches):
+            return
         factor: Any = momentum
         if momentum is None:
             factor = 0.0 if batches is None else 1.0 / (batches + 1).to(running_mean.dtype)

@@ -37,8 +37,9 @@ from anybn import _checks, _functional, _fuse, _state, _torch_ops
 from anybn._core import Spec, Statistics
 from anybn._dispatch import backend_for
 from anybn._module_state import ModuleState
+from anybn.backends._torch_cpu import DTYPES
 from anybn.backends.numpy import kernels
-from anybn.backends.torch import DTYPES, TorchBackend, differentiated, op_by_op
+from anybn.backends.torch import TorchBackend, differentiated, op_by_op
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "revert"]
 

@@ -58,6 +58,9 @@ class CudaArrays:
         """a, or a copy with its values side by side and of this dtype."""
         return self.library.ascontiguousarray(a, dtype)
 
+    def note_update(self, x: Array) -> None:
+        """Running statistics are being updated on x's device, on the stream that the user has chosen there."""
+
     # -- operations --------------------------------------------------------------------------------------------
 
     def supports(self, x: Array) -> bool:
@@ -91,6 +94,8 @@ class CudaArrays:
             if update is not None:
                 running = self._committed(arrays, options, update)
             self._call("train", x, how[1:], arrays, **options)
+            if update is not None:
+                self.note_update(x)
             return self._delivered(y, out), statistics, running
 
     def evaluate(
@@ -148,6 +153,7 @@ class CudaArrays:
             options: dict[str, Any] = {"ddof": update.ddof, "propagate": update.propagate}
             options |= {"cumulative": True} if update.momentum is None else {"momentum": update.momentum}
             self._commit(statistics, arrays, options)
+            self.note_update(update.running_mean)
 
     # -- their parts -------------------------------------------------------------------------------------------
 
@@ -291,8 +297,11 @@ class CudaBackend(Backend):
     ) -> tuple[Array, Array]:
         update = Update(running_mean, running_var, momentum, ddof, propagate)
         if isinstance(statistics.count, int) and isinstance(momentum, (int, float)) and running_mean.size:
-            return self.kernels.updated_running_statistics(statistics, update)
-        return super().updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
+            new = self.kernels.updated_running_statistics(statistics, update)
+        else:
+            new = super().updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
+        self.kernels.note_update(running_mean)
+        return new
 
     def gradients(
         self,

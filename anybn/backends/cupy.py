@@ -10,13 +10,17 @@ import array_api_compat.cupy
 import cupy
 import numpy as np
 
-from anybn._core import Array, Statistics, Update
+from anybn._core import Array
 from anybn.backends import _cuda
 from anybn.backends._cuda_arrays import CudaArrays, CudaBackend
 
 
 class _Arrays(CudaArrays):
     library = cupy
+
+    def __init__(self) -> None:
+        #: (device, stream) -> the end of its last update of running statistics.
+        self.updates: dict[tuple[int, int], Any] = {}
 
     def on(self, x: Array) -> AbstractContextManager[Any]:
         return x.device
@@ -32,6 +36,16 @@ class _Arrays(CudaArrays):
     def pointer(self, a: Array) -> int:
         return int(a.data.ptr)
 
+    def note_update(self, x: Array) -> None:
+        with x.device:
+            stream = cupy.cuda.get_current_stream()
+            if stream.is_capturing():  # an event of a captured graph is none outside of it
+                return
+            place = int(x.device.id), stream.ptr
+            if place not in self.updates:
+                self.updates[place] = cupy.cuda.Event(disable_timing=True)
+            self.updates[place].record(stream)
+
 
 class CuPyBackend(CudaBackend):
     """What is queued for an array runs on the stream that is current on the array's device, and nothing waits for it.
@@ -44,10 +58,6 @@ class CuPyBackend(CudaBackend):
     libraries = ("cupy",)
     kernels = _Arrays()
     how = "CUDA kernels, compiled for the GPU at first use; masks take the Array API core"
-
-    def __init__(self) -> None:
-        #: (device, stream) -> the end of its last update of running statistics.
-        self._updates: dict[tuple[int, int], Any] = {}
 
     def module(self) -> ModuleType:
         return array_api_compat.cupy
@@ -79,7 +89,7 @@ class CuPyBackend(CudaBackend):
     def to_numpy(self, x: Array) -> np.ndarray:
         with x.device:
             stream = cupy.cuda.get_current_stream()
-            for (device, other), update in tuple(self._updates.items()):
+            for (device, other), update in tuple(self.kernels.updates.items()):
                 if device == x.device.id and other != stream.ptr:
                     stream.wait_event(update)
             return np.asarray(cupy.asnumpy(x))
@@ -89,30 +99,3 @@ class CuPyBackend(CudaBackend):
 
     def same_memory(self, a: Array, b: Array) -> bool:
         return a is b or bool(a.data.ptr == b.data.ptr and a.shape == b.shape and a.strides == b.strides)
-
-    # -- batch norm --------------------------------------------------------------------------------------------
-
-    def train_and_update(
-        self, update: Update | None, x: Array, *arguments: Any
-    ) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
-        result = super().train_and_update(update, x, *arguments)
-        if result[2] is not None:
-            self._note_update(x)
-        return result
-
-    def updated_running_statistics(self, running_mean: Array, *arguments: Any, **options: Any) -> tuple[Array, Array]:
-        with running_mean.device:
-            new = super().updated_running_statistics(running_mean, *arguments, **options)
-        self._note_update(running_mean)
-        return new
-
-    def _note_update(self, x: Array) -> None:
-        """Running statistics are being updated on the current stream of x's device."""
-        with x.device:
-            stream = cupy.cuda.get_current_stream()
-            if stream.is_capturing():  # an event of a captured graph is none outside of it
-                return
-            place = int(x.device.id), stream.ptr
-            if place not in self._updates:
-                self._updates[place] = cupy.cuda.Event(disable_timing=True)
-            self._updates[place].record(stream)
