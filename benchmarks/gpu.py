@@ -14,7 +14,7 @@ benchmark appends to benchmarks/results/gpu.jsonl row by row:
 Times are medians over replays of a CUDA graph that works through buffers larger than the L2 cache; ``copy_us`` is a
 device copy of x. Every result is checked against float64, and one that is wrong is no row. The shapes are ResNet-50's,
 and some (N, C). ``compile`` is the benchmark against torch.compile, for a few of them. ``calls`` is what a call on a
-small tensor costs, Python included. ``sanitizer`` runs the part ``kernels`` under compute-sanitizer, where there is one.
+small tensor costs, Python included. ``sanitizer`` runs the part ``kernels`` under compute-sanitizer, if that is there.
 """
 
 from __future__ import annotations
