@@ -21,7 +21,7 @@ _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 
 def supports(x: torch.Tensor) -> bool:
-    return x.dtype in DTYPES and bool(kernels().supports(DTYPES[x.dtype]))
+    return x.dtype in DTYPES and not x.is_neg() and bool(kernels().supports(DTYPES[x.dtype]))
 
 
 def batch_statistics(x: torch.Tensor, axis: int) -> Statistics:
@@ -38,8 +38,8 @@ def train(
     update: Update | None = None,
 ) -> tuple[torch.Tensor, Statistics, None]:
     parameters = _numbers(weight), _numbers(bias)
-    y, statistics = kernels().train(_view(x), *parameters, _view(residual), spec, _view(out))
-    return _tensor(y, x.dtype) if out is None else out, _from_views(statistics), None
+    y, statistics = kernels().train(_view(x), *parameters, _view(residual), spec, _target(out))
+    return _delivered(y, x.dtype, out), _from_views(statistics), None
 
 
 def evaluate(
@@ -52,8 +52,8 @@ def evaluate(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     given = _views(statistics), _numbers(weight), _numbers(bias), _view(residual)
-    y = kernels().evaluate(_view(x), *given, spec, _view(out))
-    return _tensor(y, x.dtype) if out is None else out
+    y = kernels().evaluate(_view(x), *given, spec, _target(out))
+    return _delivered(y, x.dtype, out)
 
 
 def updated_running_statistics(statistics: Statistics, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +85,7 @@ def _view(a: torch.Tensor | None) -> Any:
     """The tensor's memory as a NumPy array; 16 bits as they are."""
     if a is None:
         return None
-    a = a.detach()
+    a = a.detach().resolve_neg()
     bits = _BITS.get(a.dtype)
     return a.numpy() if bits is None else a.view(bits).numpy()
 
@@ -94,7 +94,7 @@ def _numbers(a: torch.Tensor | None) -> Any:
     """The tensor's values, as the kernels take weight and bias: NumPy has no bfloat16, and bits are no numbers."""
     if a is None:
         return None
-    a = a.detach()
+    a = a.detach().resolve_neg()
     return (a.float() if a.dtype is torch.bfloat16 else a).numpy()
 
 
@@ -102,6 +102,17 @@ def _tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """The tensor over an array that `_view` could have given."""
     t = torch.from_numpy(a)
     return t if t.dtype is dtype else t.view(dtype)
+
+
+def _target(out: torch.Tensor | None) -> Any:
+    """The view that kernels write to; none for a lazily negated tensor, whose memory has the other sign."""
+    return None if out is None or out.is_neg() else _view(out)
+
+
+def _delivered(y: np.ndarray, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
+    if out is None:
+        return _tensor(y, dtype)
+    return out.copy_(_tensor(y, dtype)) if out.is_neg() else out
 
 
 def _views(statistics: Statistics) -> Statistics:
