@@ -181,6 +181,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Holds for the current thread or task. ``"torch-native"`` is torch's own batch norm in the place of anybn's kernels,
     on any device and inside autograd: with anybn's settings, checks, relu and running statistics, but torch's accuracy.
+    torch.compile does not look at it.
 
     Raises ValueError if the name is unknown, BackendNotInstalled if the library is missing.
 

@@ -116,6 +116,51 @@ def test_a_subclass_that_overrides_train_is_asked(target: Target) -> None:
     assert backend.calls == 1
 
 
+def test_a_state_that_leaves_cupy_waits_for_updates_on_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With streams and events that only take notes."""
+    cupy = pytest.importorskip("cupy", reason="cupy: not installed, pip install cupy-cuda13x")
+    from anybn.backends.cupy import CuPyBackend
+
+    notes: list[tuple[Any, ...]] = []
+
+    class Event:
+        def __init__(self, **options: bool) -> None:
+            pass
+
+        def record(self, stream: Any) -> None:
+            self.stream = stream.ptr
+
+    class Stream:
+        def __init__(self, ptr: int, capturing: bool) -> None:
+            self.ptr, self.capturing = ptr, capturing
+
+        def is_capturing(self) -> bool:
+            return self.capturing
+
+        def wait_event(self, event: Event) -> None:
+            notes.append((self.ptr, "waits for", event.stream))
+
+    class OnDevice(nullcontext[None]):
+        id = 0
+
+    class Array:
+        device = OnDevice()
+
+    def at(stream: int, capturing: bool = False) -> None:
+        monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: Stream(stream, capturing))
+
+    monkeypatch.setattr(cupy.cuda, "Event", Event)
+    monkeypatch.setattr(cupy, "asnumpy", lambda x: np.zeros(3))
+    backend = CuPyBackend()
+    monkeypatch.setattr(backend.kernels, "updates", {})
+    for stream, capturing in ((7, False), (8, False), (7, False), (9, True)):
+        at(stream, capturing)
+        backend.kernels.note_update(Array())
+    at(8)
+    backend.to_numpy(Array())
+    assert notes == [(8, "waits for", 7)]
+
+
 def test_torch_tensors_by_their_pointers() -> None:
     """What torch's backend does with CUDA tensors: pointers and torch's own memory; here the tensors lie on the CPU."""
     torch = pytest.importorskip("torch")

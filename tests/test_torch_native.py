@@ -12,6 +12,8 @@ from anybn.conformance import inputs
 
 torch = pytest.importorskip("torch", reason="torch: not installed, pip install torch")
 
+import anybn.torch  # noqa: E402
+
 
 def close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
     """To a few units of torch's arithmetic in dtype, for values around 1."""
@@ -52,6 +54,15 @@ def test_it_is_torchs_module(shape: tuple[int, ...], affine: bool, dtype: torch.
     assert close(state.running_var, module.running_var, kept)
     assert state.running_var.dtype is torch.float64
     assert state.num_batches_tracked == 2
+
+
+def test_modules_take_it_too() -> None:
+    x = torch.from_numpy(inputs.normal((8, 4, 5, 5))).float() + 100
+    ours, theirs = anybn.torch.BatchNorm2d(4), torch.nn.BatchNorm2d(4)
+    with anybn.use_backend("torch-native"):
+        assert torch.equal(ours(x), theirs(x))
+    assert close(ours.running_mean, theirs.running_mean, torch.float32)
+    assert int(ours.num_batches_tracked) == 1
 
 
 def test_it_is_torchs_arithmetic_and_not_anybns() -> None:
