@@ -38,6 +38,17 @@ class Statistics(NamedTuple):
     m2: Array | None = None
 
 
+class Update(NamedTuple):
+    """What running statistics are to become: see `updated_running_statistics`."""
+
+    running_mean: Array
+    running_var: Array
+    momentum: float | Array | None
+    """None: the cumulative average, where a counter says of how many batches"""
+    ddof: int
+    propagate: bool
+
+
 class Spec(NamedTuple):
     """What stays the same from call to call of one layer; hashable, so that compiled code can be keyed by it."""
 

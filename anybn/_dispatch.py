@@ -25,6 +25,8 @@ _BUILTIN = {
     "dask": ("anybn.backends.dask", "DaskBackend", "'dask[array]'"),
     "array_api_strict": ("anybn.backends.array_api", "ArrayAPIBackend", "array-api-strict"),
 }
+#: Chosen by `use_backend` alone, for arrays that otherwise belong to one of the above.
+_ALTERNATIVES = {"torch-native": ("anybn.backends.torch", "TorchNativeBackend", "torch")}
 #: Root module of an array type -> the built-in backend for it, where the two names differ.
 _LIBRARY_OF = {"jaxlib": "jax"}
 
@@ -87,7 +89,7 @@ def _read_entry_points() -> None:
 
 def _builtin(name: str) -> Backend:
     if name not in _loaded:
-        module, cls, pip = _BUILTIN[name]
+        module, cls, pip = (_BUILTIN | _ALTERNATIVES)[name]
         try:
             factory: Any = getattr(importlib.import_module(module), cls)
             backend: Backend = factory(name) if name == "array_api_strict" else factory()
@@ -108,7 +110,7 @@ def backend_named(name: str) -> Backend:
     _read_entry_points()
     if name in _registered:
         return _registered[name]
-    if name in _BUILTIN:
+    if name in _BUILTIN or name in _ALTERNATIVES:
         return _builtin(name)
     if name in _loaded:
         return _loaded[name]
@@ -177,7 +179,9 @@ def _find(x: Any, cls: type, argument: str) -> Backend:
 def use_backend(name: str) -> Iterator[None]:
     """Within the ``with`` block, choose this backend for the arrays it owns; other arrays keep theirs.
 
-    Holds for the current thread or task.
+    Holds for the current thread or task. ``"torch-native"`` is torch's own batch norm in the place of anybn's kernels,
+    on any device and inside autograd: with anybn's settings, checks, relu and running statistics, but torch's accuracy.
+    torch.compile does not look at it.
 
     Raises ValueError if the name is unknown, BackendNotInstalled if the library is missing.
 

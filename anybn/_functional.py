@@ -94,8 +94,8 @@ def batch_norm(
         options = {"mask": mask, "residual": residual, "nonfinite": nonfinite, "group": group, "out": out}
         return compiled[1](x, state, training=training, axis=axis, activation=activation, **options)
     call = _check(x, state, training, axis, mask, residual, activation, nonfinite, group, out)
-    y, statistics = _forward(call)
-    _finish(call, statistics)
+    y, statistics, running = _forward(call)
+    _finish(call, statistics, running)
     return y
 
 
@@ -135,9 +135,9 @@ def batch_norm_vjp(
     with backend.no_grad():
         if out is not None and backend.overlaps(out, x):
             call = call._replace(x=backend.copy(x))
-        y, statistics = _forward(call)
+        y, statistics, running = _forward(call)
         active = y > 0 if call.spec.relu else None
-        _finish(call, statistics)
+        _finish(call, statistics, running)
     weight = call.arrays.weight
 
     def pullback(dy: Array) -> Gradients:
@@ -243,26 +243,30 @@ def _count(backend: Backend, x: Array, axis: int, mask: Array | None) -> int:
     return int(_core.value_count(backend.namespace(x), x, axis, mask, backend.working_dtype(x)))
 
 
-def _forward(call: _Call) -> tuple[Array, Statistics]:
+def _forward(call: _Call) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
+    """y, the statistics it was made with, and what the running ones become, if that came with it."""
     backend, arrays = call.backend, call.arrays
     rest = arrays.weight, arrays.bias, call.residual, call.mask, call.spec, call.out
     if call.uses_batch:
-        return backend.train(call.x, *rest)
+        update = call.state._planned_update(arrays, call.nonfinite) if call.commits else None
+        if update is not None:
+            return backend.train_and_update(update, call.x, *rest)
+        return (*backend.train(call.x, *rest), None)
     if arrays.running_mean is not None:
         statistics = Statistics(None, arrays.running_mean, None, arrays.running_var)
     else:  # an empty batch, which has no values to normalize with anything
         zeros = _zeros(backend, call.x, call.state.num_features)
         statistics = Statistics(None, zeros, None, zeros)
-    return backend.evaluate(call.x, statistics, *rest), statistics
+    return backend.evaluate(call.x, statistics, *rest), statistics, None
 
 
-def _finish(call: _Call, statistics: Statistics) -> None:
+def _finish(call: _Call, statistics: Statistics, running: tuple[Array, Array] | None) -> None:
     """What changes the state, after everything else has succeeded."""
     backend = call.backend
     if call.uses_batch and call.nonfinite == "raise":
         _require_finite(backend, statistics)
     if call.commits:
-        call.state._commit(backend, call.x, statistics, call.nonfinite, call.before, call.arrays)
+        call.state._commit(backend, call.x, statistics, running, call.nonfinite, call.before, call.arrays)
     else:
         call.state._settle(backend, call.before, call.arrays)
 

@@ -10,7 +10,7 @@ import torch
 from torch._C import _functorch as functorch  # torch.func has no public way to ask
 
 from anybn import _checks, _core, _state
-from anybn._core import Array, Statistics
+from anybn._core import Array, Statistics, Update
 from anybn._dispatch import backend_for, resolve_target
 from anybn._state import Arrays, BatchNormState
 from anybn.backends._base import Backend
@@ -109,8 +109,18 @@ class ModuleState(BatchNormState):
         numpy = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
         self._fill(values | {name: _TORCH.from_numpy(value, torch.device("cpu")) for name, value in numpy.items()})
 
+    def _planned_update(self, arrays: Arrays, nonfinite: str) -> None:
+        """It is updated in place, and so only when everything has succeeded."""
+
     def _commit(
-        self, backend: Backend, x: Array, statistics: Statistics, nonfinite: str, before: Arrays, beside: Arrays
+        self,
+        backend: Backend,
+        x: Array,
+        statistics: Statistics,
+        running: tuple[Array, Array] | None,
+        nonfinite: str,
+        before: Arrays,
+        beside: Arrays,
     ) -> None:
         if not self._module.track_running_stats:  # switched off after the module was made
             return
@@ -120,8 +130,8 @@ class ModuleState(BatchNormState):
             kept = (s if s is None or isinstance(s, int) else _on_cpu(backend, s) for s in statistics)
             statistics = Statistics(*kept)
         module = self._module
-        running = module.running_mean, module.running_var, module.num_batches_tracked
-        update_running(*running, statistics, self.momentum, propagate=nonfinite == "propagate")
+        buffers = module.running_mean, module.running_var, module.num_batches_tracked
+        update_running(*buffers, statistics, self.momentum, propagate=nonfinite == "propagate")
 
     def _settle(self, backend: Backend, before: Arrays, beside: Arrays) -> None:
         """It stays where it is."""
@@ -198,6 +208,8 @@ def update_running(
     device = running_mean.device
     statistics = Statistics(*(s.to(device) if isinstance(s, torch.Tensor) else s for s in statistics))
     with _state._lock, torch.no_grad():
+        if _TORCH.updates_in_place(statistics, Update(running_mean, running_var, momentum, ddof, propagate), batches):
+            return
         factor: Any = momentum
         if momentum is None:
             factor = 0.0 if batches is None else 1.0 / (batches + 1).to(running_mean.dtype)

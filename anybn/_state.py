@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from anybn import _checks, _core
-from anybn._core import Array, Statistics
+from anybn._core import Array, Statistics, Update
 from anybn._dispatch import backend_for, resolve_target
 from anybn.backends._base import Backend
 from anybn.errors import StateError
@@ -324,26 +324,38 @@ class BatchNormState:
 
         self._update(change)
 
+    def _planned_update(self, arrays: Arrays, nonfinite: str) -> Update | None:
+        """How arrays take in a batch; None if a backend cannot do that while it normalizes."""
+        momentum = 1.0 / (arrays.num_batches_tracked + 1) if self._momentum is None else self._momentum
+        return Update(arrays.running_mean, arrays.running_var, momentum, self._ddof, nonfinite == "propagate")
+
     def _commit(
-        self, backend: Backend, x: Array, statistics: Statistics, nonfinite: str, before: Arrays, beside: Arrays
+        self,
+        backend: Backend,
+        x: Array,
+        statistics: Statistics,
+        running: tuple[Array, Array] | None,
+        nonfinite: str,
+        before: Arrays,
+        beside: Arrays,
     ) -> None:
         """Count the batch and fold its statistics into the running ones: one swap, after everything has succeeded.
 
-        ``before`` and ``beside`` are what `_beside` gave, perhaps overtaken by another thread since.
+        ``before`` and ``beside`` are what `_beside` gave, perhaps overtaken by another thread since; then ``running``,
+        made of them by the backend, is overtaken as well.
         """
 
         def change(old: Arrays) -> Arrays:
-            arrays = beside if old is before else self._placed(old, backend, backend.device_of(x))
+            arrays, new = beside, running
+            if old is not before:
+                arrays, new = self._placed(old, backend, backend.device_of(x)), None
+            if new is None:
+                u = self._planned_update(arrays, nonfinite)
+                assert u is not None
+                rule: tuple[Any, ...] = u.momentum, u.ddof, u.propagate
+                new = backend.updated_running_statistics(u.running_mean, u.running_var, statistics, *rule)
+            running_mean, running_var = map(backend.frozen, new)
             batches = arrays.num_batches_tracked + 1
-            running = backend.updated_running_statistics(
-                arrays.running_mean,
-                arrays.running_var,
-                statistics,
-                1.0 / batches if self._momentum is None else self._momentum,
-                self._ddof,
-                propagate=nonfinite == "propagate",
-            )
-            running_mean, running_var = map(backend.frozen, running)
             arrays = Arrays(arrays.weight, arrays.bias, running_mean, running_var, batches)
             _require_storable(backend, arrays, old)
             return arrays

@@ -34,20 +34,12 @@ from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from anybn import _checks, _functional, _fuse, _state, _torch_ops
-from anybn._core import Spec, Statistics
+from anybn._core import Spec, Statistics, Update
 from anybn._dispatch import backend_for
 from anybn._module_state import ModuleState
+from anybn.backends import _torch_cpu
 from anybn.backends.numpy import kernels
-from anybn.backends.torch import (
-    DTYPES,
-    TorchBackend,
-    differentiated,
-    from_views,
-    numbers_of,
-    op_by_op,
-    tensor_of,
-    view_of,
-)
+from anybn.backends.torch import TorchBackend, differentiated, op_by_op
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "revert"]
 
@@ -146,7 +138,7 @@ def _steps() -> Any:
 @functools.cache
 def _likes() -> dict[torch.dtype, np.ndarray]:
     """Arrays that stand for the dtypes that the compiled steps know on this processor."""
-    return {dtype: np.empty(0, seen) for dtype, seen in DTYPES.items() if kernels().supports(np.dtype(seen))}
+    return {dtype: np.empty(0, seen) for dtype, seen in _torch_cpu.DTYPES.items() if kernels().supports(np.dtype(seen))}
 
 
 def _dense(a: Any) -> bool:
@@ -275,22 +267,20 @@ def _on_threads(call: _Call) -> tuple[torch.Tensor, Statistics] | None:
     x, state = call.x, (call.weight, call.bias, call.mean, call.var)
     if x.is_neg() or any(a is not None and _TORCH.overlaps(x, a) for a in state):
         return None
-    parameters, spec = (numbers_of(call.weight), numbers_of(call.bias)), Spec(1, call.eps, call.relu)
+    given, spec = (call.weight, call.bias, call.residual), Spec(1, call.eps, call.relu)
     if not call.of_batch:
-        statistics = Statistics(None, np.array(call.mean.numpy()), None, np.array(call.var.numpy()))
-        y = kernels().evaluate(view_of(x), statistics, *parameters, view_of(call.residual), spec, None)
-        return tensor_of(y, x.dtype), statistics
-    y, statistics = kernels().train(view_of(x), *parameters, view_of(call.residual), spec, None)
+        statistics = Statistics(None, call.mean.clone(), None, call.var.clone())
+        return _torch_cpu.evaluate(x, statistics, *given, spec), statistics
+    y, statistics, _ = _torch_cpu.train(x, *given, spec)
     if call.commits:
-        batches, running = call.batches.numpy(), (call.mean.numpy(), call.var.numpy())
-        with _state._lock:
-            momentum = 1 / (int(batches) + 1) if call.momentum is None else call.momentum
-            new = kernels().updated_running_statistics(*running, statistics, momentum, ddof=1, propagate=False)
-            batches += 1
-            for old, values in zip(running, new, strict=True):
-                old[...] = values
-        increment_version((call.mean, call.var, call.batches))
-    return tensor_of(y, x.dtype), statistics
+        with _state._lock, torch.no_grad():
+            momentum = 1 / (int(call.batches) + 1) if call.momentum is None else call.momentum
+            update = Update(call.mean, call.var, momentum, ddof=1, propagate=False)
+            mean, var = _torch_cpu.updated_running_statistics(statistics, update)
+            call.mean.copy_(mean)
+            call.var.copy_(var)
+            call.batches.add_(1)
+    return y, statistics
 
 
 class _Recorded(torch.autograd.function._SingleLevelFunction):  # Function minus the checks for torch.func, 1.4 us
@@ -314,10 +304,10 @@ class _Recorded(torch.autograd.function._SingleLevelFunction):  # Function minus
         x, weight, y = ctx.saved_tensors
         statistics, eps, relu = ctx.call
         if isinstance(statistics, np.ndarray):  # made here, where it costs the forward pass nothing
-            mean, shift, *rest = statistics if len(statistics) > 2 else (statistics[0], None, statistics[1])
-            count = x.numel() // len(mean) if len(statistics) > 2 else None
+            rows = torch.from_numpy(statistics)
+            mean, shift, *rest = rows if len(rows) > 2 else (rows[0], None, rows[1])
+            count = x.numel() // len(mean) if len(rows) > 2 else None
             statistics = Statistics(count, mean, shift if x.dtype is _FLOAT64 else None, *rest[:2])
-        statistics = from_views(statistics)
         active = None if y is None else y > 0
         grads = differentiated(_TORCH, dy, (x, weight, None, active), statistics, Spec(1, eps, relu))
         _, _, wants_bias, wants_residual, _ = ctx.needs_input_grad

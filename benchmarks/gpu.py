@@ -1,18 +1,20 @@
 """All that needs a CUDA GPU, in one command: tests, streams and graphs, memory checks, the benchmark.
 
     python benchmarks/gpu.py                        # everything, in under nine minutes
-    python benchmarks/gpu.py --part kernels streams # some of: kernels streams tests sanitizer bench compile
+    python benchmarks/gpu.py --part kernels streams # some of: kernels streams tests sanitizer calls bench compile
     python benchmarks/gpu.py --part bench --dtype bfloat16 --layout nchw --op train --batch 64
 
-Without a GPU, CuPy and torch for CUDA it says so and exits with 2; with 1 if something failed. The benchmark appends
-to benchmarks/results/gpu.jsonl row by row:
+It needs a GPU, torch for CUDA, CuPy, NumPy, array-api-compat, and pytest for ``tests``; where anybn is not installed,
+PYTHONPATH=. does. Without a GPU, CuPy and torch for CUDA it says so and exits with 2; with 1 if something failed. The
+benchmark appends to benchmarks/results/gpu.jsonl row by row:
 
     {"device", "driver", "versions", "op", "dtype", "layout", "shape", "kernel", "us", "baseline", "baseline_us",
      "copy_us", "error_eps"}
 
 Times are medians over replays of a CUDA graph that works through buffers larger than the L2 cache; ``copy_us`` is a
-device copy of x. Every result is checked against float64 before it is timed. The shapes are ResNet-50's, and some
-(N, C). ``sanitizer`` runs the part ``kernels`` under compute-sanitizer, where that is installed.
+device copy of x. Every result is checked against float64, and one that is wrong is no row. The shapes are ResNet-50's,
+and some (N, C). ``compile`` is the benchmark against torch.compile, for a few of them. ``calls`` is what a call on a
+small tensor costs, Python included. ``sanitizer`` runs the part ``kernels`` under compute-sanitizer, if that is there.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +40,14 @@ from anybn.backends._cuda_plan import TYPES, Launch
 from anybn.conformance import inputs, oracle
 
 RESULT = Path(__file__).parent / "results" / "gpu.jsonl"
-PARTS = ("kernels", "streams", "tests", "sanitizer", "bench", "compile")
+PARTS = ("kernels", "streams", "tests", "sanitizer", "calls", "bench", "compile")
+#: Seconds for other programs, all of whose kernels may have to be compiled first.
+TESTS_SECONDS, SANITIZER_SECONDS = 150, 60
 OPS = ("train", "backward", "eval", "train_add_relu", "backward_add_relu")
 MATRICES = ((256, 1024), (8192, 256), (8192, 4096), (65536, 1024), (1_000_000, 64))
 EPS = 1e-5
+#: Of y and dx, in eps of the dtype.
+BAR = {"float16": 0.51, "bfloat16": 0.51, "float32": 2.0, "float64": 2.0}
 
 Run = Callable[[], Any]
 
@@ -108,14 +115,13 @@ def check_kernels(quick: bool) -> None:
         found = oracle.statistics(x)
         mean = first["mean"].cpu().numpy()
         gradients = oracle.gradients(dy, x, found.mean, found.var(), count=found.count)
-        limit = 0.51 if dtype in ("float16", "bfloat16") else 2
         size = 1 if dtype != "float64" else np.maximum(1, gradients.x_size * np.abs(dy).max())
         errors = {
             "y": oracle.error(_numpy(first["y"], shape), oracle.normalize(x, found.mean, found.var()), dtype),
             "dx": oracle.error(_numpy(first["dx"], shape), gradients.x, dtype, size),
         }
         assert np.abs(mean - x.mean((0, 2))).max() < 1e-6
-        assert all(error <= limit for error in errors.values()), f"{dtype} {shape}: {errors}"
+        assert all(error <= BAR[dtype] for error in errors.values()), f"{dtype} {shape}: {errors}"
     print(f"kernels: {len(shapes)} shapes in {len(TYPES)} dtypes are right, twice to the same bits")
 
 
@@ -142,7 +148,7 @@ def check_streams() -> None:
     import cupy
     import torch
 
-    import anybn
+    import anybn.torch
 
     rng = np.random.default_rng(0)
     batches = [rng.standard_normal((32, 16, 28, 28)).astype(np.float32) + i for i in range(4)]
@@ -161,32 +167,47 @@ def check_streams() -> None:
     state.to("numpy")  # from another stream, which waits for the last update
     close(state.running_mean, alone.running_mean, "CuPy's stream")
 
-    shape, x = (32, 16, 784), torch.from_numpy(batches[0]).cuda()
-    y, stats = torch.empty_like(x), torch.zeros((5, 16), dtype=torch.float64, device="cuda")
-    mean, var, m2, running_mean, running_var = stats
-    counter = torch.zeros((), dtype=torch.int64, device="cuda")
-    fields = {"x": x, "y": y, "mean": mean, "var": var, "m2": m2, "eps": EPS, "counter": counter, "momentum": 0.1}
-    running = {"running_mean": running_mean, "new_running_mean": running_mean}
-    running |= {"running_var": running_var, "new_running_var": running_var}
+    state = anybn.BatchNormState(16).to("torch:cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for given in [torch.from_numpy(x).cuda() for x in batches]:
+            busy = torch.randn((2048, 2048), device="cuda")
+            for _ in range(20):
+                busy = busy @ busy * 1e-3
+            late = given + 0 * busy[0, 0]
+            torch.cuda.set_sync_debug_mode("error")  # torch raises where it would wait for the GPU
+            try:
+                anybn.batch_norm(late.requires_grad_(), state, training=True).backward(late)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    state.to("numpy")
+    close(state.running_mean, alone.running_mean, "torch's stream")
+    close(state.running_var, alone.running_var, "torch's stream")
+
+    module = anybn.torch.BatchNorm2d(16).cuda()
+    x, dy = (torch.from_numpy(batches[0]).cuda() for _ in range(2))
+    x.requires_grad_()
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call("train", shape, ddof=1, **fields, **running)  # compiled before it is captured
-    stream.synchronize()
-    running_mean.zero_()
-    running_var.fill_(1)
-    counter.zero_()
-    torch.cuda.synchronize()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiled before it is captured
+        torch.autograd.grad(module(x), x, dy)
+    torch.cuda.current_stream().wait_stream(stream)
+    module.reset_running_stats()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call("train", shape, ddof=1, **fields, **running)
+        y = module(x)
+        (dx,) = torch.autograd.grad(y, x, dy)
     for batch in batches:
-        x.copy_(torch.from_numpy(batch))
+        with torch.no_grad():
+            x.copy_(torch.from_numpy(batch))
         graph.replay()
     torch.cuda.synchronize()
-    close(running_mean.cpu().numpy(), alone.running_mean, "a captured graph")
-    close(running_var.cpu().numpy(), alone.running_var, "a captured graph")
-    assert int(counter) == len(batches)
-    print("streams: CuPy's stream and a captured torch graph leave the state that NumPy leaves")
+    expected, pullback = anybn.batch_norm_vjp(batches[-1], anybn.BatchNormState(16), training=True)
+    close(module.running_mean.cpu().numpy(), alone.running_mean, "a captured graph")
+    close(module.running_var.cpu().numpy(), alone.running_var, "a captured graph")
+    close(y.detach().cpu().numpy(), expected, "a captured graph")
+    close(dx.cpu().numpy(), pullback(batches[0]).x, "a captured graph")
+    assert int(module.num_batches_tracked) == len(batches)
+    print("streams: CuPy's and torch's streams and a captured torch graph leave the state that NumPy leaves")
 
 
 def close(value: np.ndarray, expected: np.ndarray, what: str) -> None:
@@ -197,8 +218,11 @@ def close(value: np.ndarray, expected: np.ndarray, what: str) -> None:
 
 
 def run_tests() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--pyargs", "anybn.conformance"]
-    subprocess.run([*command, "--anybn-backend=cupy,torch:cuda"], check=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider"]
+    if not entry_points(group="pytest11", name="anybn"):
+        command += ["-p", "anybn.conformance.plugin"]
+    command += ["--pyargs", "anybn.conformance", "--anybn-backend=cupy,torch:cuda"]
+    subprocess.run(command, check=True, timeout=TESTS_SECONDS)
 
 
 def run_sanitizer() -> None:
@@ -207,8 +231,38 @@ def run_sanitizer() -> None:
         return
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, __file__]
-        subprocess.run([*command, "--part", "kernels", "--quick"], check=True, timeout=75)
+        subprocess.run([*command, "--part", "kernels", "--quick"], check=True, timeout=SANITIZER_SECONDS)
         print(f"sanitizer: {tool} has found nothing")
+
+
+# -- calls -------------------------------------------------------------------------------------------------------------
+
+
+def time_calls(count: int = 300) -> None:
+    """A call on a tensor that computes in no time, in torch's module and in anybn's, which are timed in turns."""
+    import torch
+
+    import anybn.torch
+
+    x = torch.randn((8, 16), device="cuda")
+    modules = {"torch": torch.nn.BatchNorm1d(16).cuda(), "anybn": anybn.torch.BatchNorm1d(16).cuda()}
+    for training, recorded in itertools.product((True, False), repeat=2):
+        given = x.clone().requires_grad_(recorded)
+        times: dict[str, list[float]] = {name: [] for name in modules}
+        for _, (name, module) in itertools.product(range(7), modules.items()):
+            module.train(training)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            with torch.set_grad_enabled(recorded):
+                for _ in range(count):
+                    y = module(given)
+                    if recorded:
+                        y.backward(x)
+            torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) / count * 1e6)
+        ours, theirs = (statistics.median(times[name][1:]) for name in ("anybn", "torch"))
+        what = ("training" if training else "evaluation") + (" and backward" if recorded else "")
+        print(f"calls: (8, 16), {what}: {ours:.1f} us, torch {theirs:.1f} us")
 
 
 # -- the benchmark -----------------------------------------------------------------------------------------------------
@@ -376,7 +430,7 @@ def where() -> dict[str, Any]:
 def bench(options: argparse.Namespace, deadline: float, compiled: bool = False) -> None:
     import torch
 
-    place, ratios = where(), []
+    place, ratios, wrong = where(), [], []
     chosen = list(cases(options))
     if compiled:  # seconds of compilation each: a few of them
         chosen = [
@@ -387,6 +441,9 @@ def bench(options: argparse.Namespace, deadline: float, compiled: bool = False) 
             print(f"bench: out of time, {len(chosen) - done} of {len(chosen)} cases are left")
             break
         row = {**place, **dataclasses.asdict(case), **measure(case, compiled)}
+        if not row["error_eps"] <= BAR[case.dtype]:  # NaN is wrong as well
+            wrong.append(f"{case}: {row['error_eps']} eps by {row['kernel']}")
+            continue
         with RESULT.open("a") as file:
             file.write(json.dumps(row) + "\n")
         ratios.append(row["baseline_us"] / row["us"])
@@ -400,6 +457,8 @@ def bench(options: argparse.Namespace, deadline: float, compiled: bool = False) 
     if ratios:
         mean = statistics.geometric_mean(ratios)
         print(f"bench: {len(ratios)} cases, torch's time / ours {mean:.2f}, worst {min(ratios):.2f}")
+    if wrong:
+        raise AssertionError("; ".join(wrong))
 
 
 def main() -> int:
@@ -421,6 +480,7 @@ def main() -> int:
         "streams": check_streams,
         "tests": run_tests,
         "sanitizer": run_sanitizer,
+        "calls": time_calls,
         "bench": lambda: bench(options, deadline - (60 if "compile" in options.part else 0)),
         "compile": lambda: bench(options, deadline, compiled=True),
     }

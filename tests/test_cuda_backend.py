@@ -6,6 +6,7 @@ So the host side runs as it does for CuPy. What is left to a GPU is CuPy itself:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,35 +15,44 @@ from cuda_cpu import simulator
 
 import anybn
 from anybn.backends import _cuda
-from anybn.backends._cuda import CudaBackend, Gpu
+from anybn.backends._cuda import Gpu
+from anybn.backends._cuda_arrays import CudaArrays, CudaBackend
 from anybn.backends._cuda_plan import Launch
 from anybn.backends.numpy import NumPyBackend
-from anybn.conformance import test_accuracy, test_errors, test_gradients, test_state
+from anybn.conformance import inputs, test_accuracy, test_errors, test_gradients, test_state
 from anybn.conformance.targets import Target
 
 simulator.needs_compiler()
 
 
-class Simulated(CudaBackend, NumPyBackend):
+class Arrays(CudaArrays):
     """NumPy's arrays, as CuPy's would be treated."""
 
-    name = "simulated"
-    launched: list[Launch]
+    library = np
 
-    def library(self) -> Any:
-        return np
+    def __init__(self) -> None:
+        self.launched: list[Launch] = []
+
+    def on(self, x: np.ndarray) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def gpu(self, x: np.ndarray) -> Gpu:
+        return simulator.gpu(simulator.H200, schedule=2, launched=self.launched)
 
     def pointer(self, a: np.ndarray) -> int:
         return a.__array_interface__["data"][0]
 
-    def gpu(self, x: np.ndarray) -> Gpu:
-        return simulator.gpu(simulator.H200, schedule=2, launched=self.launched)
+
+class Simulated(CudaBackend, NumPyBackend):
+    name = "simulated"
+
+    def __init__(self) -> None:
+        self.kernels = Arrays()
 
 
 @pytest.fixture
 def target() -> Iterator[Target]:
     backend = Simulated()
-    backend.launched = []
     anybn.register_backend(backend)
     try:
         with anybn.use_backend("simulated"):
@@ -67,8 +77,88 @@ def test_kernels_do_the_work(target: Target, relu: bool) -> None:
     pullback(y)
     anybn.batch_norm(x.transpose(0, 2, 3, 1), state, axis=-1)
     anybn.moments(x[:, :, 0, 0])
-    names = [launch.kernel.partition("<")[0] for launch in target.backend.launched]
-    assert names == ["train", "commit", "backward", "evaluate", "sums", "finish_train"]
+    names = [launch.kernel.partition("<")[0] for launch in target.backend.kernels.launched]
+    assert names == ["train", "backward", "evaluate", "sums", "finish_train"]
+
+
+def test_the_running_statistics_of_whoever_was_faster(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread trains the state during a call, whose own update is then of statistics that are past."""
+    first, second = (np.random.default_rng(seed).standard_normal((8, 3)).astype(np.float32) for seed in range(2))
+    state, alone = anybn.BatchNormState(3), anybn.BatchNormState(3)
+    launch = Arrays.train
+
+    def overtaken(*arguments: Any) -> Any:
+        result = launch(*arguments)
+        monkeypatch.setattr(Arrays, "train", launch)
+        anybn.batch_norm(first, state, training=True)
+        return result
+
+    monkeypatch.setattr(Arrays, "train", overtaken)
+    anybn.batch_norm(second, state, training=True)
+    kernels = [launch.kernel.partition("<")[0] for launch in target.backend.kernels.launched]
+    assert kernels == ["train", "train", "commit"]
+    for x in (first, second):
+        anybn.batch_norm(x, alone, training=True)
+    assert inputs.state_values(state) == inputs.state_values(alone)
+
+
+def test_a_subclass_that_overrides_train_is_asked(target: Target) -> None:
+    class Counting(Simulated):
+        calls = 0
+
+        def train(self, *arguments: Any) -> Any:
+            self.calls += 1
+            return super().train(*arguments)
+
+    anybn.register_backend(backend := Counting())
+    with anybn.use_backend("simulated"):
+        anybn.batch_norm(np.ones((4, 3)), anybn.BatchNormState(3), training=True)
+    assert backend.calls == 1
+
+
+def test_a_state_that_leaves_cupy_waits_for_updates_on_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With streams and events that only take notes."""
+    cupy = pytest.importorskip("cupy", reason="cupy: not installed, pip install cupy-cuda13x")
+    from anybn.backends.cupy import CuPyBackend
+
+    notes: list[tuple[Any, ...]] = []
+
+    class Event:
+        def __init__(self, **options: bool) -> None:
+            pass
+
+        def record(self, stream: Any) -> None:
+            self.stream = stream.ptr
+
+    class Stream:
+        def __init__(self, ptr: int, capturing: bool) -> None:
+            self.ptr, self.capturing = ptr, capturing
+
+        def is_capturing(self) -> bool:
+            return self.capturing
+
+        def wait_event(self, event: Event) -> None:
+            notes.append((self.ptr, "waits for", event.stream))
+
+    class OnDevice(nullcontext[None]):
+        id = 0
+
+    class Array:
+        device = OnDevice()
+
+    def at(stream: int, capturing: bool = False) -> None:
+        monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: Stream(stream, capturing))
+
+    monkeypatch.setattr(cupy.cuda, "Event", Event)
+    monkeypatch.setattr(cupy, "asnumpy", lambda x: np.zeros(3))
+    backend = CuPyBackend()
+    monkeypatch.setattr(backend.kernels, "updates", {})
+    for stream, capturing in ((7, False), (8, False), (7, False), (9, True)):
+        at(stream, capturing)
+        backend.kernels.note_update(Array())
+    at(8)
+    backend.to_numpy(Array())
+    assert notes == [(8, "waits for", 7)]
 
 
 def test_torch_tensors_by_their_pointers() -> None:

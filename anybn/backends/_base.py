@@ -11,7 +11,7 @@ import array_api_compat
 import numpy as np
 
 from anybn import _core
-from anybn._core import Array, Gradients, Spec, Statistics
+from anybn._core import Array, Gradients, Spec, Statistics, Update
 
 
 def root_module(cls: type) -> str:
@@ -42,6 +42,11 @@ class Backend:
     how: ClassVar[str] = "the Array API core"
     #: False where arrays cannot be written to, so that ``out=`` is refused.
     writable: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "train" in vars(cls) and "train_and_update" not in vars(cls):  # what overrides train means to be called
+            cls.train_and_update = Backend.train_and_update  # type: ignore[method-assign]
 
     # -- arrays ------------------------------------------------------------------------------------------------
 
@@ -187,6 +192,13 @@ class Backend:
         """Normalize x with its own statistics, which come back with y. Differentiable where the library is."""
         statistics = self.batch_statistics(x, spec.axis, mask)
         return self.evaluate(x, statistics, weight, bias, residual, mask, spec, out), statistics
+
+    def train_and_update(
+        self, update: Update, x: Array, *arguments: Any
+    ) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
+        """`train`, and the updated running mean and variance, new arrays, where the same pass gives them; else None,
+        and `updated_running_statistics` is asked."""
+        return (*self.train(x, *arguments), None)
 
     def evaluate(
         self,

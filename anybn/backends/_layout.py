@@ -30,11 +30,12 @@ class Lying(NamedTuple):
 
 def lying(x: np.ndarray, axis: int) -> Lying | None:
     """How x lies in memory; None if it has gaps, overlaps or runs backwards."""
-    return _lying(x.shape, x.strides, x.itemsize, axis)
+    return of_strides(x.shape, x.strides, x.itemsize, axis)
 
 
 @functools.lru_cache(maxsize=1024)
-def _lying(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, axis: int) -> Lying | None:
+def of_strides(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, axis: int) -> Lying | None:
+    """`lying` by an array's properties; strides and itemsize in the same unit."""
     long = [i for i, size in enumerate(shape) if size > 1]  # the strides of other axes mean nothing
     by_stride = sorted(long, key=lambda i: -strides[i])
     expected = itemsize

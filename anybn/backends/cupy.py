@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -9,11 +10,44 @@ import array_api_compat.cupy
 import cupy
 import numpy as np
 
-from anybn._core import Array, Gradients, Spec, Statistics
+from anybn._core import Array
 from anybn.backends import _cuda
+from anybn.backends._cuda_arrays import CudaArrays, CudaBackend
 
 
-class CuPyBackend(_cuda.CudaBackend):
+class _Arrays(CudaArrays):
+    library = cupy
+
+    def __init__(self) -> None:
+        #: (device, stream) -> the end of its last update of running statistics.
+        self.updates: dict[tuple[int, int], Any] = {}
+
+    def on(self, x: Array) -> AbstractContextManager[Any]:
+        return x.device
+
+    def gpu(self, x: Array) -> _cuda.Gpu:
+        def scratch(nbytes: int) -> tuple[int, Any]:
+            memory = cupy.cuda.alloc(nbytes)
+            return int(memory.ptr), memory
+
+        ordinal = int(x.device.id)
+        return _cuda.gpu(ordinal, cupy.cuda.get_current_stream(ordinal).ptr, scratch)
+
+    def pointer(self, a: Array) -> int:
+        return int(a.data.ptr)
+
+    def note_update(self, x: Array) -> None:
+        with x.device:
+            stream = cupy.cuda.get_current_stream()
+            if stream.is_capturing():  # an event of a captured graph is none outside of it
+                return
+            place = int(x.device.id), stream.ptr
+            if place not in self.updates:
+                self.updates[place] = cupy.cuda.Event(disable_timing=True)
+            self.updates[place].record(stream)
+
+
+class CuPyBackend(CudaBackend):
     """What is queued for an array runs on the stream that is current on the array's device, and nothing waits for it.
 
     On two streams of CuPy, a state is ordered like any array, by who uses it there. A state that leaves CuPy does so
@@ -22,11 +56,8 @@ class CuPyBackend(_cuda.CudaBackend):
 
     name = "cupy"
     libraries = ("cupy",)
+    kernels = _Arrays()
     how = "CUDA kernels, compiled for the GPU at first use; masks take the Array API core"
-
-    def __init__(self) -> None:
-        #: (device, stream) -> the end of its last update of running statistics.
-        self._updates: dict[tuple[int, int], Any] = {}
 
     def module(self) -> ModuleType:
         return array_api_compat.cupy
@@ -58,7 +89,7 @@ class CuPyBackend(_cuda.CudaBackend):
     def to_numpy(self, x: Array) -> np.ndarray:
         with x.device:
             stream = cupy.cuda.get_current_stream()
-            for (device, other), update in tuple(self._updates.items()):
+            for (device, other), update in tuple(self.kernels.updates.items()):
                 if device == x.device.id and other != stream.ptr:
                     stream.wait_event(update)
             return np.asarray(cupy.asnumpy(x))
@@ -68,53 +99,3 @@ class CuPyBackend(_cuda.CudaBackend):
 
     def same_memory(self, a: Array, b: Array) -> bool:
         return a is b or bool(a.data.ptr == b.data.ptr and a.shape == b.shape and a.strides == b.strides)
-
-    # -- batch norm, with x's device as the current one --------------------------------------------------------
-
-    def library(self) -> ModuleType:
-        return cupy
-
-    def pointer(self, a: Array) -> int:
-        return int(a.data.ptr)
-
-    def gpu(self, x: Array) -> _cuda.Gpu:
-        def scratch(nbytes: int) -> tuple[int, Any]:
-            memory = cupy.cuda.alloc(nbytes)
-            return int(memory.ptr), memory
-
-        ordinal = int(x.device.id)
-        return _cuda.gpu(ordinal, cupy.cuda.get_current_stream(ordinal).ptr, scratch)
-
-    def batch_statistics(self, x: Array, axis: int, mask: Array | None) -> Statistics:
-        with x.device:
-            return super().batch_statistics(x, axis, mask)
-
-    def train(self, x: Array, *arguments: Any) -> tuple[Array, Statistics]:
-        with x.device:
-            return super().train(x, *arguments)
-
-    def evaluate(self, x: Array, *arguments: Any) -> Array:
-        with x.device:
-            return super().evaluate(x, *arguments)
-
-    def updated_running_statistics(self, running_mean: Array, *arguments: Any, **options: Any) -> tuple[Array, Array]:
-        with running_mean.device:
-            new = super().updated_running_statistics(running_mean, *arguments, **options)
-            stream = cupy.cuda.get_current_stream()
-            if not stream.is_capturing():  # an event of a captured graph is none outside of it
-                update = self._updates[running_mean.device.id, stream.ptr] = cupy.cuda.Event(disable_timing=True)
-                update.record(stream)
-            return new
-
-    def gradients(
-        self,
-        dy: Array,
-        x: Array,
-        statistics: Statistics,
-        weight: Array | None,
-        active: Array | None,
-        mask: Array | None,
-        spec: Spec,
-    ) -> Gradients:
-        with x.device:
-            return super().gradients(dy, x, statistics, weight, active, mask, spec)

@@ -18,11 +18,14 @@ from torch._C import (  # there is no public way to ask
 )
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from anybn._core import Array, Gradients, Spec, Statistics
+from anybn._core import Array, Gradients, Spec, Statistics, Update
+from anybn.backends import _cuda, _torch_cpu, _torch_cuda, _torch_native
 from anybn.backends._base import Backend
-from anybn.backends.numpy import NumPyBackend, kernels
+from anybn.backends._cuda_arrays import CudaArrays
+from anybn.backends.numpy import NumPyBackend
 
 
 class _Namespace:
@@ -53,7 +56,8 @@ class TorchBackend(Backend):
 
     @property
     def how(self) -> str:  # type: ignore[override]
-        return f"on the CPU {NumPyBackend().how}, elsewhere the Array API core, inside autograd"
+        cuda = "CUDA kernels with CuPy, else torch's own batch norm"
+        return f"on the CPU {NumPyBackend().how}, on CUDA {cuda}, elsewhere the Array API core, inside autograd"
 
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, torch.Tensor)
@@ -111,6 +115,8 @@ class TorchBackend(Backend):
         return torch.from_numpy(array).to(device)
 
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
+        if x.is_cuda:
+            _torch_cuda.await_updates(x)
         x = x.detach().cpu().contiguous()
         if x.dtype == torch.bfloat16:
             from ml_dtypes import bfloat16
@@ -171,17 +177,24 @@ class TorchBackend(Backend):
 
     # -- batch norm --------------------------------------------------------------------------------------------
 
+    def _kernels_on(self, device: torch.device) -> Any:
+        """`_torch_cpu`, or what has the same functions for another device, if there is something; else None."""
+        if device.type == "cpu":
+            return _torch_cpu
+        if device.type == "cuda":
+            return _torch_cuda.KERNELS if _cuda.available() else _torch_native
+        return None
+
     def _kernels_for(self, x: torch.Tensor, mask: torch.Tensor | None) -> Any:
-        """NumPy's kernels, for what lies in the CPU's memory and is only to be computed; else None, for the core."""
-        if x.device.type != "cpu" or mask is not None or not x.numel() or x.dtype not in DTYPES:
+        """The kernels for what is only to be computed, if they take it; else None, for the core."""
+        chosen = self._kernels_on(x.device)
+        if chosen is None or mask is not None or not x.numel() or op_by_op() or not chosen.supports(x):
             return None
-        if op_by_op() or not kernels().supports(DTYPES[x.dtype]):
-            return None
-        return kernels()
+        return chosen
 
     def batch_statistics(self, x: torch.Tensor, axis: int, mask: torch.Tensor | None) -> Statistics:
         if not self.records(x) and (chosen := self._kernels_for(x, mask)):
-            return from_views(chosen.batch_statistics(view_of(x), axis))
+            return chosen.batch_statistics(x, axis)
         return super().batch_statistics(x, axis, mask)
 
     def train(
@@ -194,15 +207,28 @@ class TorchBackend(Backend):
         spec: Spec,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Statistics]:
+        y, statistics, _ = TorchBackend.train_and_update(self, None, x, weight, bias, residual, mask, spec, out)
+        return y, statistics
+
+    def train_and_update(
+        self,
+        update: Update | None,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        spec: Spec,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Statistics, tuple[torch.Tensor, torch.Tensor] | None]:
         if self.records(x, weight, bias, residual) and not op_by_op():
             with torch.no_grad():
-                y, statistics = self.train(x, weight, bias, residual, mask, spec)
-            return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec), statistics
+                computed = TorchBackend.train_and_update(self, update, x, weight, bias, residual, mask, spec)
+            y, statistics, running = computed
+            return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec), statistics, running
         if chosen := self._kernels_for(x, mask):
-            parameters = numbers_of(weight), numbers_of(bias)
-            y, statistics = chosen.train(view_of(x), *parameters, view_of(residual), spec, view_of(out))
-            return tensor_of(y, x.dtype) if out is None else out, from_views(statistics)
-        return super().train(x, weight, bias, residual, mask, spec, out)
+            return chosen.train(x, weight, bias, residual, spec, out, update)
+        return (*super().train(x, weight, bias, residual, mask, spec, out), None)
 
     def evaluate(
         self,
@@ -220,9 +246,7 @@ class TorchBackend(Backend):
                 y = self.evaluate(x, statistics, weight, bias, residual, mask, spec)
             return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec)
         if chosen := self._kernels_for(x, mask):
-            views = _views(statistics), numbers_of(weight), numbers_of(bias), view_of(residual)
-            y = chosen.evaluate(view_of(x), *views, spec, view_of(out))
-            return tensor_of(y, x.dtype) if out is None else out
+            return chosen.evaluate(x, statistics, weight, bias, residual, spec, out)
         return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
 
     def updated_running_statistics(
@@ -230,16 +254,37 @@ class TorchBackend(Backend):
         running_mean: torch.Tensor,
         running_var: torch.Tensor,
         statistics: Statistics,
-        momentum: float,
+        momentum: float | torch.Tensor,
         ddof: int,
         propagate: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = self._kernels_for(running_mean, None)
-        if chosen is None or not isinstance(statistics.count, int):
-            return super().updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
-        views = view_of(running_mean), view_of(running_var), _views(statistics)
-        mean, var = chosen.updated_running_statistics(*views, momentum, ddof, propagate)
-        return torch.from_numpy(mean), torch.from_numpy(var)
+        if chosen and isinstance(statistics.count, int) and isinstance(momentum, (int, float)):
+            with self.no_grad():
+                update = Update(running_mean, running_var, momentum, ddof, propagate)
+                new = chosen.updated_running_statistics(statistics, update)
+        else:
+            new = super().updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
+        if running_mean.is_cuda and not op_by_op():
+            _torch_cuda.note_update(running_mean)
+        return new
+
+    def updates_in_place(self, statistics: Statistics, update: Update, counter: torch.Tensor | None) -> bool:
+        """Fold statistics into the running ones where these lie and count the batch, if one launch can do that."""
+        mean, var, chosen = update.running_mean, update.running_var, self._kernels_for(update.running_mean, None)
+        if not (
+            isinstance(chosen, CudaArrays)
+            and isinstance(statistics.count, int)
+            and mean.dtype is var.dtype
+            and mean.is_contiguous()
+            and var.is_contiguous()
+            and (update.momentum is not None or counter is not None)
+            and (counter is None or (counter.dtype is torch.int64 and counter.device == mean.device))
+        ):
+            return False
+        chosen.update_in_place(statistics, update, counter)
+        increment_version([a for a in (mean, var, counter) if a is not None])
+        return True
 
     def gradients(
         self,
@@ -251,61 +296,19 @@ class TorchBackend(Backend):
         mask: torch.Tensor | None,
         spec: Spec,
     ) -> Gradients:
-        chosen = None if self.records(dy, x, weight) else self._kernels_for(x, mask)
-        if chosen is None:
-            return super().gradients(dy, x, statistics, weight, active, mask, spec)
-        grads = chosen.gradients(view_of(dy), view_of(x), _views(statistics), numbers_of(weight), view_of(active), spec)
-        dx = tensor_of(grads.x, x.dtype)
-        dresidual = dy if active is None else torch.where(active, dy, torch.zeros((), dtype=dy.dtype))
-        if weight is None:
-            return Gradients(dx, None, None, dresidual)
-        dweight, dbias = (torch.from_numpy(a).to(weight.dtype) for a in (grads.weight, grads.bias))
-        return Gradients(dx, dweight, dbias, dresidual)
+        if not self.records(dy, x, weight) and (chosen := self._kernels_for(x, mask)):
+            return chosen.gradients(dy, x, statistics, weight, active, spec)
+        return super().gradients(dy, x, statistics, weight, active, mask, spec)
 
 
-#: As kernels see them: 16-bit numbers as their bits.
-DTYPES = {
-    torch.float32: np.float32,
-    torch.float64: np.float64,
-    torch.bfloat16: np.uint16,
-    torch.float16: np.int16,
-}
-_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+class TorchNativeBackend(TorchBackend):
+    """torch's own batch norm in the place of anybn's kernels, for ``anybn.use_backend("torch-native")``."""
 
+    name = "torch-native"
+    how = "torch's own batch norm, inside autograd; masks take the Array API core"
 
-def view_of(a: torch.Tensor | None) -> Any:
-    """The tensor's memory as a NumPy array; 16 bits as they are."""
-    if a is None:
-        return None
-    a = a.detach()
-    bits = _BITS.get(a.dtype)
-    return a.numpy() if bits is None else a.view(bits).numpy()
-
-
-def numbers_of(a: torch.Tensor | None) -> Any:
-    """The tensor's values, as the kernels take weight and bias: NumPy has no bfloat16, and bits are no numbers."""
-    if a is None:
-        return None
-    a = a.detach()
-    return (a.float() if a.dtype is torch.bfloat16 else a).numpy()
-
-
-def tensor_of(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor over an array that `view_of` could have given."""
-    t = torch.from_numpy(a)
-    return t if t.dtype is dtype else t.view(dtype)
-
-
-def _views(statistics: Statistics) -> Statistics:
-    return Statistics(statistics.count, *map(view_of, statistics[1:]))
-
-
-def from_views(statistics: Statistics) -> Statistics:
-    shift = None if statistics.shift is None else torch.from_numpy(statistics.shift)
-    mean, var, m2 = (
-        None if a is None else torch.from_numpy(a) for a in (statistics.mean, statistics.var, statistics.m2)
-    )
-    return Statistics(statistics.count, mean, shift, var, m2)
+    def _kernels_on(self, device: torch.device) -> Any:
+        return _torch_native
 
 
 def op_by_op() -> bool:

@@ -98,6 +98,7 @@ def check(
         assert grads.weight is not None
         assert grads.bias is not None
         limit = bar(target, parameter_dtype)
+        assert grads.weight is not None
         assert grads.weight.dtype == target.backend.dtype(parameter_dtype)
         assert oracle.error(target.numpy(grads.weight), expected.weight, parameter_dtype, sizes[0]) <= limit
         assert oracle.error(target.numpy(grads.bias), expected.bias, parameter_dtype, sizes[1]) <= limit

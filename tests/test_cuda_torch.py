@@ -1,0 +1,264 @@
+"""torch's CUDA tensors without a GPU: CPU tensors, with the simulator for a GPU, inside autograd and in modules.
+
+What is left to a GPU is torch's streams and CuPy's launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cuda_cpu import simulator
+
+import anybn
+from anybn.conformance import inputs, oracle, test_accuracy, test_errors, test_gradients, test_state
+from anybn.conformance.targets import Target
+
+torch = pytest.importorskip("torch", reason="torch: not installed, pip install torch")
+simulator.needs_compiler()
+
+import anybn.backends.torch as torch_backend  # noqa: E402
+import anybn.torch  # noqa: E402
+from anybn.backends import _cuda, _torch_cpu, _torch_cuda, _torch_native  # noqa: E402
+from anybn.backends._cuda_plan import Launch  # noqa: E402
+from anybn.backends._torch_cuda import TorchArrays  # noqa: E402
+from anybn.backends.torch import TorchBackend  # noqa: E402
+
+
+class Arrays(TorchArrays):
+    """CPU tensors, treated as CUDA's."""
+
+    def __init__(self) -> None:
+        self.launched: list[Launch] = []
+
+    def names(self) -> list[str]:
+        return [launch.kernel.partition("<")[0] for launch in self.launched]
+
+    def on(self, x: torch.Tensor) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def gpu(self, x: torch.Tensor) -> _cuda.Gpu:
+        gpu = simulator.gpu(simulator.H200, schedule=2, launched=self.launched)
+        return gpu._replace(scratch=self.scratch_beside(x))
+
+    def note_update(self, x: torch.Tensor) -> None:
+        pass
+
+
+class Simulated(TorchBackend):
+    name = "simulated-torch"
+
+    def __init__(self) -> None:
+        self.kernels = Arrays()
+
+    def _kernels_on(self, device: torch.device) -> Any:
+        return self.kernels
+
+
+@pytest.fixture
+def target() -> Iterator[Target]:
+    backend = Simulated()
+    anybn.register_backend(backend)
+    try:
+        with anybn.use_backend("simulated-torch"):
+            yield Target("simulated-torch", backend, torch.device("cpu"))
+    finally:
+        anybn.unregister_backend("simulated-torch")
+
+
+@pytest.fixture
+def launched(target: Target) -> Arrays:
+    return target.backend.kernels
+
+
+for module in (test_accuracy, test_errors, test_gradients, test_state):
+    prefix = module.__name__.rpartition(".")[2]
+    tests = {name: test for name, test in vars(module).items() if name.startswith("test_")}
+    tests.pop("test_ten_million_values_in_one_channel", None)  # test_cuda_kernels.py has one million, in less time
+    globals().update({f"{prefix}_{name.removeprefix('test_')}": test for name, test in tests.items()})
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_kernels_do_the_work(launched: Arrays, relu: bool) -> None:
+    """And not the core, which would be right as well: in training with its commit, in backward and in evaluation."""
+    x = torch.from_numpy(inputs.normal((8, 3, 14, 14))).float().requires_grad_()
+    state = anybn.BatchNormState(3)
+    y = anybn.batch_norm(x, state, training=True, residual=x, activation="relu" if relu else None)
+    y.square().sum().backward()
+    anybn.batch_norm(x.detach().movedim(1, -1), state, axis=-1)
+    anybn.moments(x.detach()[:, :, 0, 0])
+    assert launched.names() == ["train", "backward", "evaluate", "sums", "finish_train"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [False, True])
+def test_first_and_second_order(launched: Arrays, training: bool, relu: bool) -> None:
+    """Finite differences of torch's own checker; the second order, recorded, is the core's."""
+    x = torch.from_numpy(inputs.normal((5, 3, 4)) * 2 + 1).requires_grad_()
+    residual = torch.from_numpy(inputs.normal((5, 3, 4), 1)).requires_grad_()
+    weight, bias = (torch.from_numpy(inputs.normal((3,), seed)).requires_grad_() for seed in (2, 3))
+
+    def f(*given: torch.Tensor) -> torch.Tensor:
+        state = anybn.BatchNormState(3, dtype="float64", like=x)
+        state.running_mean, state.running_var = torch.arange(3.0), torch.arange(3.0) + 0.5
+        state.weight, state.bias = given[1:3]
+        return anybn.batch_norm(
+            given[0], state, training=training, residual=given[3], activation="relu" if relu else None
+        )
+
+    assert torch.autograd.gradcheck(f, (x, weight, bias, residual))
+    assert torch.autograd.gradgradcheck(f, (x, weight, bias, residual))
+    assert "backward" in launched.names()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("last", [False, True])
+def test_memory_formats_and_narrow_types(launched: Arrays, dtype: torch.dtype, last: bool) -> None:
+    """y and dx lie like x, float32 parameters go with narrow x, and all is what CPU tensors get."""
+    kind = torch.channels_last if last else torch.contiguous_format
+    x, dy = (torch.from_numpy(inputs.normal((6, 8, 5, 7), s)).to(dtype).to(memory_format=kind) for s in (0, 1))
+    found = []
+    for name in ("simulated-torch", "torch"):
+        given = x.clone().requires_grad_()
+        state = anybn.BatchNormState(8, like=x)
+        state.weight, state.bias = torch.full((8,), 1.5, requires_grad=True), torch.arange(8.0, requires_grad=True)
+        with anybn.use_backend(name):
+            y = anybn.batch_norm(given, state, training=True, activation="relu")
+            grads = torch.autograd.grad(y, (given, state.weight, state.bias), dy)
+        assert y.is_contiguous(memory_format=kind)
+        assert grads[0].is_contiguous(memory_format=kind)
+        found.append([y.detach(), *grads, state.running_mean, state.running_var])
+    assert launched.names() == ["train", "backward"]
+    eps = torch.finfo(dtype).eps
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert oracle.error(ours.double().numpy(), theirs.double().numpy(), "float64") * 2**-52 <= 4 * eps
+
+
+@pytest.mark.parametrize("backend", ["simulated-torch", "torch", "torch-native"])
+def test_negated_and_overlapping_views(target: Target, backend: str) -> None:
+    """Lazily negated tensors have the other sign in memory, expanded ones less memory than values."""
+    values = torch.complex(*(torch.from_numpy(inputs.normal((6, 3, 4), seed)) for seed in (0, 1)))
+    negated = values.conj().imag
+    assert negated.is_neg()
+    for x, residual in (
+        (negated, values.real),
+        (values.real.contiguous(), negated),
+        (values.real[:1].expand(6, 3, 4), negated),
+    ):
+        state = anybn.BatchNormState(3)
+        with anybn.use_backend(backend):
+            y = anybn.batch_norm(x, state, training=True, residual=residual)
+        expected = anybn.batch_norm(
+            x.resolve_neg().contiguous().numpy(),
+            anybn.BatchNormState(3),
+            training=True,
+            residual=residual.resolve_neg().contiguous().numpy(),
+        )
+        assert oracle.error(y.numpy(), expected, "float64") <= 4
+        out = torch.complex(torch.zeros(6, 3, 4).double(), torch.zeros(6, 3, 4).double()).conj().imag
+        with anybn.use_backend(backend):
+            assert anybn.batch_norm(x, state, training=True, residual=residual, out=out) is out
+        assert oracle.error(out.resolve_neg().numpy(), expected, "float64") <= 4
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("running", [torch.float64, torch.float32])
+def test_a_module_is_updated_where_it_lies(monkeypatch: pytest.MonkeyPatch, momentum: Any, running: Any) -> None:
+    """Two launches, in place, the counter included: what a CUDA graph replays goes on learning."""
+    kernels = Arrays()
+    ours, theirs = (anybn.torch.BatchNorm2d(3, momentum=momentum) for _ in range(2))
+    for module in (ours, theirs):
+        module.running_mean, module.running_var = module.running_mean.to(running), module.running_var.to(running)
+    batches = [torch.from_numpy(inputs.normal((4, 3, 160, 70), seed)).float() * (seed + 1) for seed in range(3)]
+    for x in batches:
+        theirs(x)
+    monkeypatch.setattr(TorchBackend, "_kernels_on", lambda self, device: kernels)
+    where = [a.data_ptr() for a in ours.buffers()]
+    before = [a._version for a in ours.buffers()]
+    for x in batches:
+        y = ours(x)
+    assert kernels.names()[-1] == "commit"
+    assert kernels.names().count("commit") == 3
+    assert [a.data_ptr() for a in ours.buffers()] == where
+    assert all(a._version > version for a, version in zip(ours.buffers(), before, strict=True))
+    assert int(ours.num_batches_tracked) == 3
+    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6)
+    assert torch.allclose(y, theirs(batches[-1]), atol=1e-6)
+
+
+def test_nothing_in_a_step_asks_for_a_value(launched: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would wait for the GPU. torch tells its dispatch modes of every operation."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    operations = []
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operations.append(operation.overloadpacket.__name__)
+            return operation(*args, **(kwargs or {}))
+
+    x = torch.from_numpy(inputs.normal((8, 3, 14, 14))).float().requires_grad_()
+    state = anybn.BatchNormState(3, like=x)
+    monkeypatch.setattr(torch_backend, "op_by_op", lambda: False)  # which a mode makes true
+    with Listening():
+        anybn.batch_norm(x, state, training=True, residual=x, activation="relu").backward(torch.ones_like(x))
+    assert launched.names() == ["train", "backward"]
+    waits = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "_to_copy", "copy_", "masked_select"}
+    assert not waits & set(operations), operations
+    with Listening():
+        x.detach().sum().item()
+    assert waits & set(operations)  # it would be heard
+
+
+def test_which_kernels_for_which_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's with CuPy, torch's own without; on the CPU never, on other devices the core."""
+    backend, cuda = TorchBackend(), torch.device("cuda:0")
+    assert backend._kernels_on(torch.device("cpu")) is _torch_cpu
+    assert backend._kernels_on(torch.device("mps")) is None
+    monkeypatch.setattr(_cuda, "available", lambda: True)
+    assert backend._kernels_on(cuda) is _torch_cuda.KERNELS
+    monkeypatch.setattr(_cuda, "available", lambda: False)
+    assert backend._kernels_on(cuda) is _torch_native
+
+
+def test_a_state_that_leaves_waits_for_updates_on_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With streams and events that only take notes."""
+    notes: list[tuple[Any, ...]] = []
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            self.stream = stream.cuda_stream
+            notes.append(("record", self.stream))
+
+    class Stream(SimpleNamespace):
+        def wait_event(self, event: Event) -> None:
+            notes.append((self.cuda_stream, "waits for", event.stream))
+
+    def at(device: int, stream: int) -> None:
+        place = Stream(device=SimpleNamespace(index=device), cuda_stream=stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: place)
+
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(_torch_cuda, "_updates", {})
+    x = torch.zeros(3)
+    for place in ((0, 7), (0, 8), (0, 7), (1, 9)):
+        at(*place)
+        _torch_cuda.note_update(x)
+    capturing = True
+    at(0, 5)
+    _torch_cuda.note_update(x)
+    notes.clear()
+    at(0, 7)
+    _torch_cuda.await_updates(x)
+    assert notes == [(7, "waits for", 8)]
+    notes.clear()
+    at(0, 0)
+    _torch_cuda.await_updates(x)
+    assert notes == [(0, "waits for", 7), (0, "waits for", 8)]
