@@ -6,7 +6,7 @@ So the host side runs as it does for CuPy. What is left to a GPU is CuPy itself:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from cuda_cpu import simulator
 
 import anybn
 from anybn.backends import _cuda
+from anybn.backends._base import Backend
 from anybn.backends._cuda import Gpu
 from anybn.backends._cuda_arrays import CudaArrays, CudaBackend
 from anybn.backends._cuda_plan import Launch
@@ -32,11 +33,16 @@ class Arrays(CudaArrays):
 
     def __init__(self) -> None:
         self.launched: list[Launch] = []
+        self.current = 0
 
-    def on(self, x: np.ndarray) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def on(self, x: np.ndarray) -> Iterator[None]:
+        self.current += 1
+        yield
+        self.current -= 1
 
     def gpu(self, x: np.ndarray) -> Gpu:
+        assert self.current, "x's device is not the current one"
         return simulator.gpu(simulator.H200, schedule=2, launched=self.launched)
 
     def pointer(self, a: np.ndarray) -> int:
@@ -100,6 +106,27 @@ def test_the_running_statistics_of_whoever_was_faster(target: Target, monkeypatc
     for x in (first, second):
         anybn.batch_norm(x, alone, training=True)
     assert inputs.state_values(state) == inputs.state_values(alone)
+
+
+def test_the_core_runs_on_the_device_of_x(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mask, which the kernels do not take, as well."""
+    seen = []
+    for name in ("batch_statistics", "evaluate", "gradients", "updated_running_statistics"):
+        core = getattr(Backend, name)
+
+        def noted(self: Backend, *arguments: Any, name: str = name, core: Any = core, **options: Any) -> Any:
+            if self is target.backend:
+                seen.append((name, self.kernels.current > 0))
+            return core(self, *arguments, **options)
+
+        monkeypatch.setattr(Backend, name, noted)
+        monkeypatch.setattr(NumPyBackend, name, noted)
+    x, mask = np.random.default_rng(0).standard_normal((8, 3, 4)), np.arange(4) < 3
+    state = anybn.BatchNormState(3)
+    y, pullback = anybn.batch_norm_vjp(x, state, training=True, mask=mask)
+    pullback(y)
+    assert {name for name, _ in seen} == {"batch_statistics", "evaluate", "gradients", "updated_running_statistics"}
+    assert all(current for _, current in seen), seen
 
 
 def test_a_subclass_that_overrides_train_is_asked(target: Target) -> None:

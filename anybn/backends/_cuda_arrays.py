@@ -231,7 +231,7 @@ def _known(statistics: Statistics) -> dict[str, Array | None]:
 
 
 class CudaBackend(Backend):
-    """A backend whose arrays are all a GPU's. What the kernels do not take goes to the core."""
+    """A backend whose arrays are all a GPU's. What the kernels do not take goes to the core, on the same device."""
 
     kernels: CudaArrays
 
@@ -269,7 +269,8 @@ class CudaBackend(Backend):
     ) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
         if self._takes(x, mask):
             return self.kernels.train(x, weight, bias, residual, spec, out, update)
-        return (*super().train(x, weight, bias, residual, mask, spec, out), None)
+        with self.kernels.on(x):
+            return (*super().train(x, weight, bias, residual, mask, spec, out), None)
 
     def evaluate(
         self,
@@ -284,7 +285,8 @@ class CudaBackend(Backend):
     ) -> Array:
         if self._takes(x, mask):
             return self.kernels.evaluate(x, statistics, weight, bias, residual, spec, out)
-        return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
+        with self.kernels.on(x):
+            return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
 
     def updated_running_statistics(
         self,
@@ -299,7 +301,9 @@ class CudaBackend(Backend):
         if isinstance(statistics.count, int) and isinstance(momentum, (int, float)) and running_mean.size:
             new = self.kernels.updated_running_statistics(statistics, update)
         else:
-            new = super().updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
+            with self.kernels.on(running_mean):
+                rule = momentum, ddof, propagate
+                new = super().updated_running_statistics(running_mean, running_var, statistics, *rule)
         self.kernels.note_update(running_mean)
         return new
 
@@ -315,4 +319,5 @@ class CudaBackend(Backend):
     ) -> Gradients:
         if self._takes(x, mask):
             return self.kernels.gradients(dy, x, statistics, weight, active, spec)
-        return super().gradients(dy, x, statistics, weight, active, mask, spec)
+        with self.kernels.on(x):
+            return super().gradients(dy, x, statistics, weight, active, mask, spec)
