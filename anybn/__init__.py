@@ -8,6 +8,7 @@ from anybn._functional import batch_norm, batch_norm_vjp, moments
 from anybn._layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybn._models import load_batch_norms
 from anybn._moments import Moments
+from anybn._recalibrate import recalibrate
 from anybn._state import BatchNormState
 from anybn._threads import get_num_threads, set_num_threads
 from anybn.errors import BackendNotInstalled, CheckpointError, NonFiniteError, StateError
@@ -40,6 +41,7 @@ __all__ = [
     "get_num_threads",
     "load_batch_norms",
     "moments",
+    "recalibrate",
     "register_backend",
     "set_num_threads",
     "unregister_backend",
