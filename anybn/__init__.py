@@ -13,6 +13,7 @@ from anybn._state import BatchNormState
 from anybn._threads import get_num_threads, set_num_threads
 from anybn.errors import BackendNotInstalled, CheckpointError, NonFiniteError, StateError
 from anybn.interop import fold
+from anybn.norms import group_norm, instance_norm, layer_norm, rms_norm
 
 if TYPE_CHECKING:
     from anybn._dispatch import installed_backends as backends
@@ -39,10 +40,14 @@ __all__ = [
     "batch_norm_vjp",
     "fold",
     "get_num_threads",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
     "load_batch_norms",
     "moments",
     "recalibrate",
     "register_backend",
+    "rms_norm",
     "set_num_threads",
     "unregister_backend",
     "use_backend",
