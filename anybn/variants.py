@@ -194,7 +194,8 @@ class _Ghosts(NamedTuple):
         if s.shift is not None:
             delta = delta + xp.reshape(s.shift, (self.virtual, -1))
         shift = xp.mean(delta, axis=0)
-        of_part: Any = s.count if isinstance(s.count, int) else s.count[0]  # JAX has it per channel
+        count: Any = s.count
+        of_part = count if isinstance(count, int) else count[0]  # JAX has it per channel
         deviation = delta - shift
         total = xp.sum(m2, axis=0) + xp.sum(deviation * deviation, axis=0) * of_part
         count = of_part * self.virtual
@@ -309,7 +310,7 @@ def _limits(renorm: Any) -> tuple[Any, Any]:
     except (TypeError, ValueError):
         raise TypeError(f"renorm is {renorm!r}; it must be a pair (r_max, d_max), see renorm_limits") from None
     for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):  # a traced one cannot be looked at
-        if isinstance(value, numbers.Real) and not value >= least:
+        if isinstance(value, numbers.Real) and not float(value) >= least:
             raise ValueError(f"{name} is {value}; it must be {least} or more: (1, 0) is batch norm")
     return r_max, d_max
 

@@ -130,7 +130,7 @@ class DaskBackend(Backend):
         dresidual = _blockwise(_where_kept, x, axis, x.dtype, dy, active, mask)
         if weight is None:
             return Gradients(dx, None, None, dresidual)
-        return Gradients(dx, *(self.namespace(x).astype(a, weight.dtype) for a in (dweight, dbias)), dresidual)
+        return Gradients(dx, dweight.astype(weight.dtype), dbias.astype(weight.dtype), dresidual)
 
 
 #: What is known of the channels of a chunk: `Moments`, whose mean is ``mean + shift``; and the sums of the gradient.
@@ -138,6 +138,10 @@ _MOMENTS = np.dtype([("count", "i8"), ("mean", "f8"), ("shift", "f8"), ("m2", "f
 _SUMS = np.dtype([("dweight", "f8"), ("dbias", "f8")])
 
 _NUMPY = NumPyBackend()
+_XP = array_api_compat.numpy
+
+#: Values of a chunk whose gradient is worked out at once, in float64, which then fit the cache.
+_BLOCK = 1 << 16
 
 
 def _others(x: Array, axis: int) -> tuple[int, ...]:
@@ -165,9 +169,18 @@ def _reduced(parts: Array, axis: int, merge: Callable[..., np.ndarray]) -> Array
 def _blockwise(
     function: Callable[..., Any], x: Array, axis: int, dtype: np.dtype, /, *arrays: Array | None, **options: Any
 ) -> Array:
-    """function of the chunks of arrays of x's axes, or with one axis, the channels', or None."""
+    """function of the chunks of arrays of x's axes, or with one axis, the channels', or None.
+
+    What belongs to channels is `kept`: computed again together with the chunks it is for, it could be scheduled after
+    all of them, which would wait for it in memory.
+    """
     everywhere = tuple(range(x.ndim))
-    pairs = [(a, None if a is None else everywhere if a.ndim == x.ndim else (axis,)) for a in arrays]
+    pairs: list[tuple[Any, Any]] = []
+    for a in arrays:
+        if a is None:
+            pairs.append((None, None))
+        else:
+            pairs.append((a, everywhere) if a.ndim == x.ndim else (kept(a), (axis,)))
     meta = np.empty((0,) * x.ndim, dtype)
     return dask.array.blockwise(function, everywhere, *chain(*pairs), dtype=dtype, meta=meta, **options)
 
@@ -284,15 +297,21 @@ def _dx_of_chunk(
 ) -> np.ndarray:
     """``weight * rstd * (dy - dbias - xhat * dweight)``, with the means of these over all chunks; `_core.gradients`."""
     statistics, axis = Statistics(None, mean, shift, var), spec.axis
-    with np.errstate(all="ignore"):
-        dx = _where_kept(dy, active, mask).astype(np.float64)
-        if dweight is not None and dbias is not None:
-            xhat = _core.centered(_XP, x, statistics, axis)
-            xhat *= _core.along(np, _core.reciprocal_std(np, statistics, spec.eps) * dweight, axis, x.ndim)
-            dx -= _core.along(np, dbias, axis, x.ndim)
-            dx -= xhat
-        dx *= _core.along(np, _core.scale_of(_XP, statistics, weight, spec.eps), axis, x.ndim)
-        return _core.rounded_to(_XP, _where_kept(dx, None, mask), x.dtype)
+    scale = _core.along(np, _core.scale_of(_XP, statistics, weight, spec.eps), axis, x.ndim)
+    everywhere = None if mask is None else np.broadcast_to(mask, x.shape)
+    result, split = np.empty_like(x), 1 if axis == 0 else 0
+    step = max(1, _BLOCK * x.shape[split] // max(x.size, 1))
+    for start in range(0, x.shape[split], step):
+        block = (slice(None),) * split + (slice(start, start + step),)
+        keep = [None if a is None else a[block] for a in (active, everywhere)]
+        with np.errstate(all="ignore"):
+            dx = _where_kept(dy[block], *keep).astype(np.float64)
+            if dweight is not None and dbias is not None:
+                slope = _core.reciprocal_std(np, statistics, spec.eps) * dweight
+                dx -= _core.along(np, dbias, axis, x.ndim)
+                dx -= _core.centered(_XP, x[block], statistics, axis) * _core.along(np, slope, axis, x.ndim)
+            result[block] = _core.rounded_to(_XP, _where_kept(dx * scale, None, keep[1]), x.dtype)
+    return result
 
 
 def _where_kept(dy: np.ndarray, active: np.ndarray | None, mask: np.ndarray | None) -> np.ndarray:
@@ -300,9 +319,6 @@ def _where_kept(dy: np.ndarray, active: np.ndarray | None, mask: np.ndarray | No
         if keep is not None:
             dy = np.where(keep, dy, np.zeros((), dy.dtype))
     return dy
-
-
-_XP = array_api_compat.numpy
 
 
 def _sum_of_chunk(chunk: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:

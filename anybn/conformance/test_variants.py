@@ -42,7 +42,9 @@ def test_ghost_batch_norm(target: Target, axis: int, mean: float) -> None:
 
     y, pullback = variants.batch_norm_vjp(placed(values), state, virtual_batch_size=4, axis=axis)
     grads = pullback(placed(dy))
-    dweight, dbias, size = 0, 0, (0, 0)
+    dweight: Any = 0
+    dbias: Any = 0
+    size: Any = 0, 0
     for i in range(0, 12, 4):
         part, dy_part = values[i : i + 4], dy[i : i + 4]
         s = oracle.statistics(part)
