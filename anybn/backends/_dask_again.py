@@ -29,24 +29,27 @@ def kept(a: Array) -> Array:
     return a.map_blocks(_same, name=KEPT + a.name, dtype=a.dtype, meta=a._meta)
 
 
-def again(parent: Array, *arrays: Array | None) -> list[Array | None]:
-    """The arrays, to be computed anew once parent has been; what is `kept` and what is in memory serves both times.
+def is_kept(a: Array) -> bool:
+    """Whether a is made from something `kept`, so that it has to be computed first."""
+    return any(name.startswith(KEPT) for name in a.dask.layers)
+
+
+def again(parents: list[Array | None], *arrays: Array | None) -> list[Array | None]:
+    """The arrays, to be computed anew once the parents have been; what is `kept` or in memory serves both times.
 
     Reading twice costs time, never memory. In a chain of L batch norms each pass finds the earlier statistics kept, so
     what is under the chain is read L + 1 times, not 2**L. Arrays that took long to make can be persisted or stored
-    before, as ever in Dask. A parent of nothing `kept` has its values already, and the arrays stay what they are.
+    before, as ever in Dask. What the chunks will be used with belongs to the parents: scheduled later than they, it
+    would have all of them wait in memory.
     """
-    given = [a for a in arrays if a is not None]
-    if not any(name.startswith(KEPT) for name in parent.dask.layers):
-        return list(arrays)
-    merged = HighLevelGraph.merge(parent.dask, *(a.dask for a in given))
+    given, before = ([a for a in group if a is not None] for group in (arrays, parents))
+    merged = HighLevelGraph.merge(*(a.dask for a in before + given))
     graph: dict[Any, GraphNode] = convert_legacy_graph(merged.to_dict())
-    token = tokenize(parent.name, *(a.name for a in given))
+    token = tokenize(*(a.name for a in before), *(a.name for a in given))
     clones = _clones(graph, [key for a in given for key in flatten(a.__dask_keys__())], token)
-    after = next(flatten(parent.__dask_keys__())) if parent.npartitions == 1 else f"after-{token}"
-    tasks: dict[Any, GraphNode] = {}
-    if parent.npartitions > 1:
-        tasks[after] = Task(after, _nothing, *map(TaskRef, flatten(parent.__dask_keys__())))
+    after = f"after-{token}"
+    awaited = [TaskRef(key) for a in before for key in flatten(a.__dask_keys__())]
+    tasks: dict[Any, GraphNode] = {after: Task(after, _nothing, *awaited)}
     for key, clone in clones.items():
         node = graph[key]
         if node.dependencies & clones.keys():

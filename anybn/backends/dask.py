@@ -22,7 +22,7 @@ from anybn import _core
 from anybn._core import Array, Gradients, Spec, Statistics
 from anybn._dispatch import backend_for
 from anybn.backends._base import Backend
-from anybn.backends._dask_again import again, kept
+from anybn.backends._dask_again import again, is_kept, kept
 from anybn.backends.numpy import NumPyBackend
 
 
@@ -102,8 +102,9 @@ class DaskBackend(Backend):
         spec: Spec,
         out: Array | None = None,
     ) -> Array:
-        x, residual, mask = again(statistics.mean, x, residual, mask)
-        channel = statistics.mean, statistics.shift, statistics.var, weight, bias
+        channel = _of_channels(x, spec.axis, statistics.mean, statistics.shift, statistics.var, weight, bias)
+        if is_kept(statistics.mean):
+            x, residual, mask = again(channel, x, residual, mask)
         return _blockwise(_normalize_chunk, x, spec.axis, x.dtype, x, residual, mask, *channel, spec=spec)
 
     def gradients(
@@ -116,8 +117,10 @@ class DaskBackend(Backend):
         mask: Array | None,
         spec: Spec,
     ) -> Gradients:
-        axis, channel = spec.axis, (statistics.mean, statistics.shift, statistics.var)
-        dy, x, active, mask = again(statistics.mean, dy, x, active, mask)
+        axis = spec.axis
+        channel = _of_channels(x, axis, statistics.mean, statistics.shift, statistics.var)
+        if is_kept(statistics.mean):
+            dy, x, active, mask = again(channel, dy, x, active, mask)
         parts = _by_chunk(_sums_of_chunk, x, axis, _SUMS, dy, x, active, mask, *channel, spec=spec)
         sums = _reduced(parts, axis, _added)
         dweight, dbias = sums["dweight"], sums["dbias"]
@@ -125,8 +128,10 @@ class DaskBackend(Backend):
         if statistics.count is not None:
             n = statistics.count if isinstance(statistics.count, int) else dask.array.maximum(statistics.count, 1)
             of_mean = dweight / n, dbias / n
-            dy, x, active, mask = again(dweight, dy, x, active, mask)
-        dx = _blockwise(_dx_of_chunk, x, axis, x.dtype, dy, x, active, mask, *channel, weight, *of_mean, spec=spec)
+        channel += _of_channels(x, axis, weight, *of_mean)
+        if statistics.count is not None:
+            dy, x, active, mask = again(channel, dy, x, active, mask)
+        dx = _blockwise(_dx_of_chunk, x, axis, x.dtype, dy, x, active, mask, *channel, spec=spec)
         dresidual = _blockwise(_where_kept, x, axis, x.dtype, dy, active, mask)
         if weight is None:
             return Gradients(dx, None, None, dresidual)
@@ -166,21 +171,17 @@ def _reduced(parts: Array, axis: int, merge: Callable[..., np.ndarray]) -> Array
     return kept(found)
 
 
+def _of_channels(x: Array, axis: int, *channel: Array | None) -> list[Array | None]:
+    """Arrays ``(C,)`` in the chunks of x's channels, `kept`."""
+    return [a if a is None else kept(a.rechunk((x.chunks[axis],))) for a in channel]
+
+
 def _blockwise(
     function: Callable[..., Any], x: Array, axis: int, dtype: np.dtype, /, *arrays: Array | None, **options: Any
 ) -> Array:
-    """function of the chunks of arrays of x's axes, or with one axis, the channels', or None.
-
-    What belongs to channels is `kept`: computed again together with the chunks it is for, it could be scheduled after
-    all of them, which would wait for it in memory.
-    """
+    """function of the chunks of arrays of x's axes, or with one axis, the channels', or None."""
     everywhere = tuple(range(x.ndim))
-    pairs: list[tuple[Any, Any]] = []
-    for a in arrays:
-        if a is None:
-            pairs.append((None, None))
-        else:
-            pairs.append((a, everywhere) if a.ndim == x.ndim else (kept(a), (axis,)))
+    pairs = [(a, None if a is None else everywhere if a.ndim == x.ndim else (axis,)) for a in arrays]
     meta = np.empty((0,) * x.ndim, dtype)
     return dask.array.blockwise(function, everywhere, *chain(*pairs), dtype=dtype, meta=meta, **options)
 
