@@ -35,7 +35,8 @@ def recalibrate(
         target: a `BatchNorm` or a `BatchNormState` (channels on axis 1), which stays where it is; or a
             ``torch.nn.Module`` with any number of batch norms, torch's own and `anybn.torch`'s.
         batches: for a layer, an iterable of arrays of any library, or of their `Moments` (from masked data, from other
-            processes); one array, a Dask array above all, is all the data. For a model, an iterable of what
+            processes); one array, a Dask array above all, is all the data. Arrays of a device without float64 are
+            brought to the host. For a model, an iterable of what
             ``forward`` takes.
         one_pass: for models. False is exact: as many passes over ``batches`` as there are batch norms, in the order in
             which they are called, each looking at the input of one, behind others that are done already and evaluate.
@@ -102,7 +103,10 @@ class Population:
         """Merge an array, or moments, of any library."""
         channels = len(self.moments.mean)
         if not isinstance(batch, Moments):
-            _checks.batch(batch, backend_for(batch, "a batch"), axis, channels)
+            backend = backend_for(batch, "a batch")
+            _checks.batch(batch, backend, axis, channels)
+            if not backend.has_float64(backend.device_of(batch)):  # JAX: means in float32 are too coarse to be merged
+                batch = backend.to_numpy(backend.detached(batch))
             batch = _functional.moments(batch, axis=axis)
         part = _on_host(batch)
         if part.mean.shape != self.moments.mean.shape:
