@@ -2,9 +2,9 @@
 
 All four are batch norm with other roles of the axes: values that are normalized together are laid out as one row of an
 array ``(1, rows, values)``, whose rows are batch norm's channels. Its core, backends and gradients do the rest, in the
-working dtype, and the weight and bias, which belong to other axes, are applied before the only rounding. Without a
-weight and bias that is one call of the kernels; with them it goes through arrays of the working dtype, which is exact
-and takes several times as long.
+working dtype, and the weight and bias, which belong to other axes, are applied before the only rounding. Instance norm,
+and the others without weight and bias, are one call of the kernels; else arrays of the working dtype are made, which is
+exact and takes several times as long.
 
 >>> import numpy as np
 >>> from anybn import norms
@@ -195,6 +195,8 @@ class _Call(NamedTuple):
     """the axes of x that weight and bias belong to."""
     centered: bool
     """whether the mean is subtracted."""
+    of_channels: bool = False
+    """whether each row is of one channel, as in instance norm, and so has one weight and bias."""
 
 
 def _channels(x: Array, num_groups: int | None, axis: int, eps: float) -> _Call:
@@ -211,7 +213,8 @@ def _channels(x: Array, num_groups: int | None, axis: int, eps: float) -> _Call:
     order = (n, index, *(i for i in range(len(shape)) if i not in (n, index)))
     spatial = tuple(shape[i] for i in order[2:])
     split = (shape[n], groups, shape[index] // max(groups, 1), *spatial)
-    return _checked(backend, x, eps, order, split, shape[n] * groups, (index,), centered=True)
+    call = _checked(backend, x, eps, order, split, shape[n] * groups, (index,), centered=True)
+    return call._replace(of_channels=groups == shape[index])
 
 
 def _features(x: Array, axes: int | tuple[int, ...], eps: float, centered: bool) -> _Call:
@@ -283,8 +286,11 @@ def _from_rows(call: _Call, a: Array) -> Array:
     return a if order == tuple(range(a.ndim)) else xp.permute_dims(a, tuple(map(order.index, range(len(order)))))
 
 
-def _normalized(call: _Call, x: Array) -> tuple[Array, Statistics]:
-    y, statistics = call.backend.train(_in_rows(call, x), None, None, None, None, Spec(1, call.eps, relu=False))
+def _normalized(
+    call: _Call, x: Array, weight: Array | None = None, bias: Array | None = None
+) -> tuple[Array, Statistics]:
+    """weight and bias, if any, of each row."""
+    y, statistics = call.backend.train(_in_rows(call, x), weight, bias, None, None, Spec(1, call.eps, relu=False))
     return _from_rows(call, y), statistics
 
 
@@ -296,6 +302,13 @@ def _apply(call: _Call, weight: Array | None, bias: Array | None) -> Array:
         return x * 1
     if weight is None and bias is None:
         return _normalized(call, x)[0]
+    if call.of_channels and weight is not None:  # batch norm's own weight and bias, rounded once with the rest
+        of_rows = call.split[:2]
+        weight, bias = (
+            None if a is None else xp.reshape(xp.broadcast_to(xp.reshape(a, (1, -1)), of_rows), (-1,))
+            for a in (weight, bias)
+        )
+        return _normalized(call, x, weight, bias)[0]
     working = backend.working_dtype(x)
     with np.errstate(all="ignore"):
         y, _ = _normalized(call, xp.astype(x, working))
