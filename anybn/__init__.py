@@ -10,10 +10,12 @@ from anybn._functional import batch_norm, batch_norm_vjp, moments
 from anybn._layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybn._models import load_batch_norms
 from anybn._moments import Moments
+from anybn._recalibrate import recalibrate
 from anybn._state import BatchNormState
 from anybn._threads import get_num_threads, set_num_threads
 from anybn.errors import BackendNotInstalled, CheckpointError, NonFiniteError, StateError
 from anybn.interop import fold
+from anybn.norms import group_norm, instance_norm, layer_norm, rms_norm
 
 if TYPE_CHECKING:
     from anybn._dispatch import installed_backends as backends
@@ -48,9 +50,14 @@ __all__ = [
     "batch_norm_vjp",
     "fold",
     "get_num_threads",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
     "load_batch_norms",
     "moments",
+    "recalibrate",
     "register_backend",
+    "rms_norm",
     "set_num_threads",
     "unregister_backend",
     "use_backend",

@@ -312,6 +312,8 @@ class BatchNormState:
         def change(arrays: Arrays) -> Arrays:
             new = dict(values)
             for name, old in arrays.held().items():
+                if name not in values:
+                    continue
                 backend = backend_for(old)
                 device = backend.device_of(old)
                 dtype = _numpy_dtype(self._dtype_of(name, backend, device))

@@ -1,5 +1,7 @@
 """What only NumPy arrays can be: views, subclasses, foreign byte orders, read-only, overlapping."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -141,3 +143,32 @@ def test_bfloat16_by_ml_dtypes():
     assert y.dtype == ml_dtypes.bfloat16
     statistics = oracle.statistics(x)
     assert oracle.error(y, oracle.normalize(x, statistics.mean, statistics.var()), "bfloat16") <= 0.51
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_memory_mapped_files_are_worked_on_where_they_are(dtype, axis, tmp_path):
+    """Training, evaluation and recalibration of a file into another: what is allocated does not grow with it."""
+    shape, channels = (64, 32, 32, 64), 32 if axis == 1 else 64
+    x = np.memmap(tmp_path / "x", dtype, "w+", shape=shape)
+    x[:] = np.random.default_rng(0).standard_normal(shape, dtype=dtype) + 100
+    x = np.memmap(tmp_path / "x", dtype, "r", shape=shape)
+    y = np.memmap(tmp_path / "y", dtype, "w+", shape=shape)
+    bn = anybn.BatchNorm(channels, axis=axis)
+
+    def everything(x, y):
+        assert bn.train()(x, out=y) is y
+        bn.eval()(x, out=y)
+        anybn.recalibrate(bn, [x])
+
+    everything(np.array(x), np.empty(shape, dtype))  # compiles, if there is a compiler
+    tracemalloc.start()
+    try:
+        everything(x, y)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 12 << 20 < x.nbytes  # 9 MiB are the blocks of NumPy without Numba, whatever the size of x
+    assert oracle.error(bn.state.running_var, oracle.statistics(np.array(x), axis).var(1), "float64", 1) <= 8
+    anybn.batch_norm(x, bn.state, axis=axis, out=y)
+    assert np.array_equal(y, anybn.batch_norm(np.array(x), bn.state, axis=axis))

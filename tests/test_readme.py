@@ -15,7 +15,7 @@ OTHERS = ("keras", "flax")
 
 def run_the_tour(*, others=()):
     """The tour's blocks and what they define; of those that import one of OTHERS, only these others."""
-    for library in ("torch", "jax", "safetensors", *others):
+    for library in ("torch", "jax", "dask", "safetensors", *others):
         pytest.importorskip(library, reason=f"the tour shows {library}")
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     left_out = "|".join(name for name in OTHERS if name not in others)

@@ -1,7 +1,14 @@
-"""Dask arrays: the core, lazily. Nothing computes until the user computes."""
+"""Dask arrays, chunk by chunk: larger than memory, on threads or a cluster. Nothing computes until the user computes.
+
+Statistics are merged from those of chunks, and chunks normalized by themselves, by NumPy's kernels. x is read once for
+its statistics and again for y, so that no more of it is held than the chunks being worked on.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -12,15 +19,17 @@ import dask.array
 import numpy as np
 
 from anybn import _core
-from anybn._core import Array
+from anybn._core import Array, Gradients, Spec, Statistics
 from anybn._dispatch import backend_for
 from anybn.backends._base import Backend
+from anybn.backends._dask_again import again, is_kept, kept
+from anybn.backends.numpy import NumPyBackend
 
 
 class DaskBackend(Backend):
     name = "dask"
     libraries = ("dask",)
-    how = "the Array API core, lazily"
+    how = "chunk by chunk as NumPy, lazily"
     writable = False
 
     def owns(self, array_type: type) -> bool:
@@ -56,9 +65,7 @@ class DaskBackend(Backend):
         return True
 
     def dtype(self, name: str) -> Any:
-        from anybn.backends.numpy import NumPyBackend
-
-        return NumPyBackend().dtype(name)
+        return _NUMPY.dtype(name)
 
     def from_numpy(self, array: np.ndarray, device: Any) -> Array:
         return dask.array.from_array(np.array(array))
@@ -73,6 +80,246 @@ class DaskBackend(Backend):
 
     def is_traced(self, x: Array) -> bool:
         return True
+
+    # -- batch norm --------------------------------------------------------------------------------------------
+
+    def batch_statistics(self, x: Array, axis: int, mask: Array | None) -> Statistics:
+        """The moments of each chunk, merged in a tree: x is read once, and each chunk can be dropped at once."""
+        found = _reduced(_by_chunk(_moments_of_chunk, x, axis, _MOMENTS, x, mask, axis=axis), axis, _merged)
+        count: Any = math.prod(x.shape) // x.shape[axis] if mask is None else found["count"]
+        n = count if mask is None else dask.array.maximum(count, 1)
+        shift = None if _core.is_wide("float64", x) else found["shift"]
+        return Statistics(count, found["mean"], shift, found["m2"] / n, found["m2"])
+
+    def evaluate(
+        self,
+        x: Array,
+        statistics: Statistics,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        mask: Array | None,
+        spec: Spec,
+        out: Array | None = None,
+    ) -> Array:
+        channel = _of_channels(x, spec.axis, statistics.mean, statistics.shift, statistics.var, weight, bias)
+        if is_kept(statistics.mean):
+            x, residual, mask = again(channel, x, residual, mask)
+        return _blockwise(_normalize_chunk, x, spec.axis, x.dtype, x, residual, mask, *channel, spec=spec)
+
+    def gradients(
+        self,
+        dy: Array,
+        x: Array,
+        statistics: Statistics,
+        weight: Array | None,
+        active: Array | None,
+        mask: Array | None,
+        spec: Spec,
+    ) -> Gradients:
+        axis = spec.axis
+        channel = _of_channels(x, axis, statistics.mean, statistics.shift, statistics.var)
+        if is_kept(statistics.mean):
+            dy, x, active, mask = again(channel, dy, x, active, mask)
+        parts = _by_chunk(_sums_of_chunk, x, axis, _SUMS, dy, x, active, mask, *channel, spec=spec)
+        sums = _reduced(parts, axis, _added)
+        dweight, dbias = sums["dweight"], sums["dbias"]
+        of_mean: tuple[Array | None, ...] = None, None
+        if statistics.count is not None:
+            n = statistics.count if isinstance(statistics.count, int) else dask.array.maximum(statistics.count, 1)
+            of_mean = dweight / n, dbias / n
+        channel += _of_channels(x, axis, weight, *of_mean)
+        if statistics.count is not None:
+            dy, x, active, mask = again(channel, dy, x, active, mask)
+        dx = _blockwise(_dx_of_chunk, x, axis, x.dtype, dy, x, active, mask, *channel, spec=spec)
+        dresidual = _blockwise(_where_kept, x, axis, x.dtype, dy, active, mask)
+        if weight is None:
+            return Gradients(dx, None, None, dresidual)
+        return Gradients(dx, dweight.astype(weight.dtype), dbias.astype(weight.dtype), dresidual)
+
+
+#: What is known of the channels of a chunk: `Moments`, whose mean is ``mean + shift``; and the sums of the gradient.
+_MOMENTS = np.dtype([("count", "i8"), ("mean", "f8"), ("shift", "f8"), ("m2", "f8")])
+_SUMS = np.dtype([("dweight", "f8"), ("dbias", "f8")])
+
+_NUMPY = NumPyBackend()
+_XP = array_api_compat.numpy
+
+#: Values of a chunk whose gradient is worked out at once, in float64, which then fit the cache.
+_BLOCK = 1 << 16
+
+
+def _others(x: Array, axis: int) -> tuple[int, ...]:
+    return _core.reduced_axes(x.ndim, axis)
+
+
+def _as_it_is(parts: np.ndarray, **_: Any) -> np.ndarray:
+    return parts
+
+
+def _reduced(parts: Array, axis: int, merge: Callable[..., np.ndarray]) -> Array:
+    """(C,), in a tree over the parts."""
+    found = dask.array.reduction(
+        parts,
+        _as_it_is,
+        merge,
+        axis=_others(parts, axis),
+        dtype=parts.dtype,
+        meta=np.empty(0, parts.dtype),  # nothing has to be called to find out
+        concatenate=True,
+    )
+    return kept(found)
+
+
+def _of_channels(x: Array, axis: int, *channel: Array | None) -> list[Array | None]:
+    """Arrays ``(C,)`` in the chunks of x's channels, `kept`."""
+    return [a if a is None else kept(a.rechunk((x.chunks[axis],))) for a in channel]
+
+
+def _blockwise(
+    function: Callable[..., Any], x: Array, axis: int, dtype: np.dtype, /, *arrays: Array | None, **options: Any
+) -> Array:
+    """function of the chunks of arrays of x's axes, or with one axis, the channels', or None."""
+    everywhere = tuple(range(x.ndim))
+    pairs = [(a, None if a is None else everywhere if a.ndim == x.ndim else (axis,)) for a in arrays]
+    meta = np.empty((0,) * x.ndim, dtype)
+    return dask.array.blockwise(function, everywhere, *chain(*pairs), dtype=dtype, meta=meta, **options)
+
+
+def _by_chunk(
+    function: Callable[..., Any], x: Array, axis: int, dtype: np.dtype, /, *arrays: Array | None, **options: Any
+) -> Array:
+    """As `_blockwise`, where function makes one of each channel: ``(1, C, 1, 1)``."""
+    ones = dict.fromkeys(_others(x, axis), _one)
+    return _blockwise(function, x, axis, dtype, *arrays, adjust_chunks=ones, **options)
+
+
+def _one(_: int) -> int:
+    return 1
+
+
+# -- what is done to chunks, which are NumPy arrays ----------------------------------------------------------------
+
+
+def _moments_of_chunk(x: np.ndarray, mask: np.ndarray | None, axis: int) -> np.ndarray:
+    found = np.zeros(x.shape[axis], _MOMENTS)
+    if x.size:
+        count, mean, shift, _, m2 = _NUMPY.batch_statistics(x, axis, mask)
+        found["count"], found["mean"], found["m2"] = count, mean, m2
+        if shift is not None:
+            found["shift"] = shift
+    return _core.along(np, found, axis, x.ndim)
+
+
+def _rows(parts: np.ndarray, axis: tuple[int, ...]) -> np.ndarray:
+    """(parts, C)."""
+    (channels,) = set(range(parts.ndim)) - set(axis)
+    return np.moveaxis(parts, channels, -1).reshape(-1, parts.shape[channels])
+
+
+def _in_place_of(axis: tuple[int, ...], keepdims: bool, channel: np.ndarray) -> np.ndarray:
+    return np.expand_dims(channel, axis) if keepdims else channel
+
+
+def _merged(parts: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
+    """Moments of all parts together (Chan, Golub & LeVeque 1979), their means measured from the first of them."""
+    rows = _rows(parts, axis)
+    if len(rows) == 1:
+        return _in_place_of(axis, keepdims, rows[0])
+    count = rows["count"]
+    total = count.sum(0)
+    first = rows[np.argmax(count > 0, axis=0), np.arange(rows.shape[1])]
+    with np.errstate(all="ignore"):
+        delta = np.where(count > 0, (rows["mean"] - first["mean"]) + (rows["shift"] - first["shift"]), 0)
+        offset = (delta * count).sum(0) / np.maximum(total, 1)
+        found = np.empty_like(first)
+        found["count"] = total
+        found["m2"] = rows["m2"].sum(0) + (count * (delta - offset) ** 2).sum(0)
+        # Knuth's two-sum: mean + shift is what it was, and shift as small as can be.
+        mean, shift = first["mean"], first["shift"] + offset
+        found["mean"] = mean + shift
+        added = found["mean"] - mean
+        found["shift"] = (mean - (found["mean"] - added)) + (shift - added)
+    return _in_place_of(axis, keepdims, found)
+
+
+def _normalize_chunk(
+    x: np.ndarray,
+    residual: np.ndarray | None,
+    mask: np.ndarray | None,
+    mean: np.ndarray,
+    shift: np.ndarray | None,
+    var: np.ndarray,
+    weight: np.ndarray | None,
+    bias: np.ndarray | None,
+    spec: Spec,
+) -> np.ndarray:
+    return _NUMPY.evaluate(x, Statistics(None, mean, shift, var), weight, bias, residual, mask, spec)
+
+
+def _sums_of_chunk(
+    dy: np.ndarray,
+    x: np.ndarray,
+    active: np.ndarray | None,
+    mask: np.ndarray | None,
+    mean: np.ndarray,
+    shift: np.ndarray | None,
+    var: np.ndarray,
+    spec: Spec,
+) -> np.ndarray:
+    """dweight and dbias of this chunk, in float64, as of a weight in float64."""
+    axis, statistics = spec.axis, Statistics(None, mean, shift, var)
+    found = np.zeros(x.shape[axis], _SUMS)
+    grads = _NUMPY.gradients(dy, x, statistics, np.ones_like(mean), active, mask, spec)
+    found["dweight"], found["dbias"] = grads.weight, grads.bias
+    return _core.along(np, found, axis, x.ndim)
+
+
+def _added(parts: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
+    rows = _rows(parts, axis)
+    found = np.empty_like(rows[0])
+    for name in _SUMS.names or ():
+        found[name] = rows[name].sum(0)
+    return _in_place_of(axis, keepdims, found)
+
+
+def _dx_of_chunk(
+    dy: np.ndarray,
+    x: np.ndarray,
+    active: np.ndarray | None,
+    mask: np.ndarray | None,
+    mean: np.ndarray,
+    shift: np.ndarray | None,
+    var: np.ndarray,
+    weight: np.ndarray | None,
+    dweight: np.ndarray | None,
+    dbias: np.ndarray | None,
+    spec: Spec,
+) -> np.ndarray:
+    """``weight * rstd * (dy - dbias - xhat * dweight)``, with the means of these over all chunks; `_core.gradients`."""
+    statistics, axis = Statistics(None, mean, shift, var), spec.axis
+    scale = _core.along(np, _core.scale_of(_XP, statistics, weight, spec.eps), axis, x.ndim)
+    everywhere = None if mask is None else np.broadcast_to(mask, x.shape)
+    result, split = np.empty_like(x), 1 if axis == 0 else 0
+    step = max(1, _BLOCK * x.shape[split] // max(x.size, 1))
+    for start in range(0, x.shape[split], step):
+        block = (slice(None),) * split + (slice(start, start + step),)
+        keep = [None if a is None else a[block] for a in (active, everywhere)]
+        with np.errstate(all="ignore"):
+            dx = _where_kept(dy[block], *keep).astype(np.float64)
+            if dweight is not None and dbias is not None:
+                slope = _core.reciprocal_std(np, statistics, spec.eps) * dweight
+                dx -= _core.along(np, dbias, axis, x.ndim)
+                dx -= _core.centered(_XP, x[block], statistics, axis) * _core.along(np, slope, axis, x.ndim)
+            result[block] = _core.rounded_to(_XP, _where_kept(dx * scale, None, keep[1]), x.dtype)
+    return result
+
+
+def _where_kept(dy: np.ndarray, active: np.ndarray | None, mask: np.ndarray | None) -> np.ndarray:
+    for keep in (active, mask):
+        if keep is not None:
+            dy = np.where(keep, dy, np.zeros((), dy.dtype))
+    return dy
 
 
 def _sum_of_chunk(chunk: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:

@@ -1,0 +1,327 @@
+"""Batch norm with its switches apart: which statistics normalize, whether the running ones learn, whether weights do.
+
+`anybn.batch_norm` sets all three with ``training``; here they are separate, and batches can be split (ghost batch norm)
+or corrected towards the running statistics (batch renormalization). The core, the state and the backends are the same.
+
+>>> import numpy as np, anybn
+>>> from anybn import variants
+>>> state = anybn.BatchNormState(2)
+>>> x = np.random.default_rng(0).normal(5, 2, (64, 2))
+>>> y = variants.batch_norm(x, state, statistics="running", update=True)  # frozen for y, yet they follow the data
+>>> bool(np.all(np.abs(y - x) < 1e-4)), state.num_batches_tracked
+(True, 1)
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from anybn import _checks, _core, _functional
+from anybn._core import Array, Gradients, Statistics
+from anybn._dispatch import backend_for
+from anybn._state import BatchNormState
+
+__all__ = ["batch_norm", "batch_norm_vjp", "renorm_limits"]
+
+
+def batch_norm(
+    x: Array,
+    state: BatchNormState,
+    *,
+    statistics: str = "batch",
+    update: bool = True,
+    train_weights: bool = True,
+    virtual_batch_size: int | None = None,
+    renorm: tuple[float, float] | None = None,
+    axis: int = 1,
+    nonfinite: str = "skip",
+) -> Array:
+    """`anybn.batch_norm` with separate switches; the defaults are its ``training=True``.
+
+    Args:
+        x, state, axis, nonfinite: as in `anybn.batch_norm`. The batch is on axis 0, or on axis 1 where the channels are
+            on 0.
+        statistics: what x is normalized with: "batch", its own, or "running", the state's from before this call, which
+            are constants in the backward pass. Fine-tuning with frozen statistics is "running" and ``update=False``.
+        update: whether the batch's statistics go into the running ones.
+        train_weights: False makes weight and bias constants in the backward pass.
+        virtual_batch_size: ghost batch norm (Hoffer, Hubara & Soudry 2017): every so many samples, in order, are
+            normalized by themselves, in one call, without a loop; a divisor of N. The running statistics learn those
+            of the whole batch, from merged moments, in one step; Hoffer et al. take a step for each part.
+        renorm: ``(r_max, d_max)``, batch renormalization (Ioffe 2017), with ``sigma = sqrt(var + eps)``::
+
+                y = ((x - mean) / sigma * r + d) * weight + bias
+                r = clip(sigma / running_sigma, 1 / r_max, r_max)    constants in
+                d = clip((mean - running_mean) / running_sigma, -d_max, d_max)   the backward pass
+
+            ``(1, 0)`` is batch norm; with infinite limits y is what evaluation gives, but with batch norm's gradient.
+            `renorm_limits` is the paper's schedule. The paper averages sigma; the state averages the variance.
+
+    Returns y, differentiable as in `anybn.batch_norm`. Raises what that does, with the state as it was; ValueError also
+    for switches that contradict one another.
+
+    >>> import numpy as np, anybn
+    >>> from anybn import variants
+    >>> x = np.array([[1.0], [3.0], [10.0], [30.0]])
+    >>> variants.batch_norm(x, anybn.BatchNormState(1), virtual_batch_size=2).round(3).T
+    array([[-1.,  1., -1.,  1.]])
+    """
+    return _run(x, state, statistics, update, train_weights, virtual_batch_size, renorm, axis, nonfinite).y
+
+
+def batch_norm_vjp(
+    x: Array,
+    state: BatchNormState,
+    *,
+    statistics: str = "batch",
+    update: bool = True,
+    train_weights: bool = True,
+    virtual_batch_size: int | None = None,
+    renorm: tuple[float, float] | None = None,
+    axis: int = 1,
+    nonfinite: str = "skip",
+) -> tuple[Array, Callable[[Array], Gradients]]:
+    """`batch_norm` of this module and its gradient, for libraries without automatic differentiation.
+
+    Returns (y, pullback) as `anybn.batch_norm_vjp` does; the gradients of weight and bias are None where they are not
+    trained.
+
+    >>> import numpy as np, anybn
+    >>> from anybn import variants
+    >>> x = np.array([[1.0], [3.0]])
+    >>> y, pullback = variants.batch_norm_vjp(x, anybn.BatchNormState(1), statistics="running", update=False)
+    >>> pullback(np.ones_like(x)).x.round(3).T  # nothing flows through the statistics
+    array([[1., 1.]])
+    """
+    backend = backend_for(x)
+    with backend.no_grad():
+        done = _run(x, state, statistics, update, train_weights, virtual_batch_size, renorm, axis, nonfinite)
+    call, ghosts, weight = done.call, done.ghosts, done.call.arrays.weight
+    xp = backend.namespace(x)
+
+    def pullback(dy: Array) -> Gradients:
+        """Gradients(x, weight, bias, None) for the gradient dy of y."""
+        _checks.like_x("dy", _checks.floating_array("dy", dy, backend_for(dy, "dy")), x, backend)
+        with backend.no_grad():
+            spec = call.spec._replace(axis=ghosts.axis)
+            grads = backend.gradients(
+                ghosts.split(xp, dy), ghosts.split(xp, x), done.statistics, done.weight, None, None, spec
+            )
+            dx = ghosts.joined(xp, grads.x)
+            if weight is None or not train_weights:
+                return Gradients(dx, None, None, None)
+            dweight, dbias = grads.weight, grads.bias
+            if done.correction is not None:  # of the weight that was used, weight * r, and the bias, bias + weight * d
+                r, d = done.correction
+                dweight = dweight * r + dbias * d
+            dweight, dbias = (_core.rounded_to(xp, ghosts.total(xp, a), weight.dtype) for a in (dweight, dbias))
+        return Gradients(dx, dweight, dbias, None)
+
+    return done.y, pullback
+
+
+def renorm_limits(
+    step: int,
+    *,
+    start: int = 5_000,
+    r_max: float = 3.0,
+    r_end: int = 40_000,
+    d_max: float = 5.0,
+    d_end: int = 25_000,
+) -> tuple[float, float]:
+    """(r_max, d_max) after so many steps: (1, 0), which is batch norm, until start, then linear to their final values.
+
+    The defaults are the paper's (Ioffe 2017, section 4). Raises ValueError if an end is not after the start.
+
+    >>> from anybn import variants
+    >>> [variants.renorm_limits(step) for step in (0, 5_000, 15_000, 100_000)]
+    [(1.0, 0.0), (1.0, 0.0), (1.5714285714285714, 2.5), (3.0, 5.0)]
+    """
+    for name, end in (("r_end", r_end), ("d_end", d_end)):
+        if end <= start:
+            raise ValueError(f"{name} is {end} and start {start}: the limits grow between them, so it must be later")
+    r_grown, d_grown = (min(max((step - start) / (end - start), 0.0), 1.0) for end in (r_end, d_end))
+    return 1.0 + (r_max - 1.0) * r_grown, d_max * d_grown
+
+
+class _Ghosts(NamedTuple):
+    """How x is split: the channels of all virtual batches side by side, ``virtual * C`` channels of fewer samples."""
+
+    virtual: int
+    """virtual batches; 1: x as it is."""
+    shape: tuple[int, ...]
+    """x's, with the batch axis as (virtual, samples)."""
+    order: tuple[int, ...]
+    """of these axes, with virtual before the channels, whose index is then"""
+    axis: int
+
+    def split(self, xp: Any, a: Array) -> Array:
+        if self.virtual == 1:
+            return a
+        a = xp.permute_dims(xp.reshape(a, self.shape), self.order)
+        return xp.reshape(a, (*a.shape[: self.axis], -1, *a.shape[self.axis + 2 :]))
+
+    def joined(self, xp: Any, a: Array) -> Array:
+        """What `split` made, in x's shape again."""
+        if self.virtual == 1:
+            return a
+        a = xp.reshape(a, tuple(self.shape[i] for i in self.order))
+        a = xp.permute_dims(a, tuple(map(self.order.index, range(len(self.order)))))
+        batch = self.order[self.axis]
+        return xp.reshape(a, (*self.shape[:batch], -1, *self.shape[batch + 2 :]))
+
+    def tiled(self, xp: Any, channel: Array) -> Array:
+        """(C,) -> (virtual * C,)."""
+        if self.virtual == 1:
+            return channel
+        return xp.reshape(xp.broadcast_to(channel, (self.virtual, *channel.shape)), (-1,))
+
+    def total(self, xp: Any, channel: Array) -> Array:
+        """(virtual * C,) -> (C,)."""
+        return channel if self.virtual == 1 else xp.sum(xp.reshape(channel, (self.virtual, -1)), axis=0)
+
+    def merged(self, xp: Any, s: Statistics) -> Statistics:
+        """Of the whole batch, from those of equal parts (Chan, Golub & LeVeque 1979)."""
+        if self.virtual == 1 or s.m2 is None:
+            return s
+        mean, m2 = (xp.reshape(a, (self.virtual, -1)) for a in (s.mean, s.m2))
+        delta = mean - mean[:1, :]  # from the first, so that a mean far from 0 costs nothing
+        if s.shift is not None:
+            delta = delta + xp.reshape(s.shift, (self.virtual, -1))
+        shift = xp.mean(delta, axis=0)
+        count: Any = s.count
+        of_part = count if isinstance(count, int) else count[0]  # JAX has it per channel
+        deviation = delta - shift
+        total = xp.sum(m2, axis=0) + xp.sum(deviation * deviation, axis=0) * of_part
+        count = of_part * self.virtual
+        return Statistics(count, mean[0, :], shift, total / count, total)
+
+
+class _Done(NamedTuple):
+    """A call that has been made."""
+
+    call: _functional._Call
+    ghosts: _Ghosts
+    y: Array
+    statistics: Statistics
+    """and weight that y was made with, per channel of every virtual batch;"""
+    weight: Array | None
+    correction: tuple[Array, Array] | None
+    """r and d of batch renormalization, per channel of every virtual batch."""
+
+
+def _run(
+    x: Array,
+    state: BatchNormState,
+    statistics: str,
+    update: bool,
+    train_weights: bool,
+    virtual_batch_size: int | None,
+    renorm: tuple[float, float] | None,
+    axis: int,
+    nonfinite: str,
+) -> _Done:
+    of_batch = _checks.choice("statistics", statistics, ("batch", "running")) == "batch"
+    update, train_weights = _checks.flag("update", update), _checks.flag("train_weights", train_weights)
+    if not of_batch and (virtual_batch_size is not None or renorm is not None):
+        raise ValueError('statistics is "running": virtual_batch_size and renorm need those of the batch, "batch"')
+    call = _functional._check(
+        x, state, training=of_batch or update, axis=axis, mask=None, residual=None, activation=None,
+        nonfinite=nonfinite, group=None, out=None,
+    )  # fmt: skip
+    if not state.track_running_stats and not (of_batch and renorm is None):
+        raise ValueError(
+            "the state has track_running_stats=False, and running statistics are needed: make it with True"
+        )
+    backend, arrays, spec = call.backend, call.arrays, call.spec
+    ghosts = _ghosts(x, spec.axis, virtual_batch_size)
+    call = call._replace(commits=call.commits and update)
+    xp, weight, bias = backend.namespace(x), arrays.weight, arrays.bias
+    if not train_weights:
+        weight, bias = (None if a is None else backend.detached(a) for a in (weight, bias))
+    if 0 in x.shape or not of_batch:
+        running = Statistics(None, arrays.running_mean, None, arrays.running_var)
+        if arrays.running_mean is None:
+            zeros = _functional._zeros(backend, x, state.num_features)
+            running = Statistics(None, zeros, None, zeros)
+        y = backend.evaluate(x, running, weight, bias, None, None, spec)
+        learnt = running
+        if call.commits:
+            with backend.no_grad():
+                learnt = backend.batch_statistics(backend.detached(x), spec.axis, None)
+        _functional._finish(call, learnt)
+        return _Done(call, ghosts._replace(virtual=1, axis=spec.axis), y, running, weight, None)
+    correction = None
+    parts = ghosts.split(xp, x)
+    ghost_spec = spec._replace(axis=ghosts.axis)
+    if renorm is not None or ghosts.virtual > 1:
+        # In the working dtype: gradients are summed over the parts, and corrected, before they are rounded.
+        working = backend.working_dtype(x)
+        weight, bias = (None if a is None else ghosts.tiled(xp, xp.astype(a, working)) for a in (weight, bias))
+    if renorm is not None:
+        with backend.no_grad():
+            of_parts = backend.batch_statistics(backend.detached(parts), ghosts.axis, None)
+            correction = _correction(xp, ghosts, of_parts, arrays, spec.eps, _limits(renorm))
+        r, d = correction
+        bias = d if weight is None else weight * d + bias
+        weight = r if weight is None else weight * r
+    y, used = backend.train(parts, weight, bias, None, None, ghost_spec)
+    with backend.no_grad(), np.errstate(all="ignore"):
+        learnt = ghosts.merged(xp, Statistics(*map(backend.detached, used)))
+    _functional._finish(call, learnt)
+    return _Done(call, ghosts, ghosts.joined(xp, y), used, weight, correction)
+
+
+def _ghosts(x: Array, axis: int, virtual_batch_size: int | None) -> _Ghosts:
+    shape = _checks.shape_of(x)
+    batch = 1 if axis == 0 else 0
+    n = shape[batch]
+    size = n if virtual_batch_size is None else _checks.positive("virtual_batch_size", virtual_batch_size)
+    if n % max(size, 1):
+        raise ValueError(
+            f"x has {n} samples, which virtual batches of {size} cannot share evenly: virtual_batch_size must divide "
+            "them"
+        )
+    virtual = n // size if n else 1
+    count = math.prod(shape) // shape[axis] // virtual if shape[axis] else 0
+    if virtual > 1 and count < 2:
+        raise ValueError(
+            f"virtual batches of {size} have {count} value per channel, x has shape {shape}; they need more than 1: "
+            "use a larger virtual_batch_size"
+        )
+    if virtual == 1:
+        return _Ghosts(1, shape, tuple(range(len(shape))), axis)
+    split = (*shape[:batch], virtual, size, *shape[batch + 1 :])
+    channels = axis + 1 if axis > batch else axis
+    order = [i for i in range(len(split)) if i != batch]
+    position = order.index(channels)
+    order.insert(position, batch)
+    return _Ghosts(virtual, split, tuple(order), position)
+
+
+def _limits(renorm: Any) -> tuple[Any, Any]:
+    try:
+        r_max, d_max = renorm
+    except (TypeError, ValueError):
+        raise TypeError(f"renorm is {renorm!r}; it must be a pair (r_max, d_max), see renorm_limits") from None
+    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):  # a traced one cannot be looked at
+        if isinstance(value, numbers.Real) and not float(value) >= least:
+            raise ValueError(f"{name} is {value}; it must be {least} or more: (1, 0) is batch norm")
+    return r_max, d_max
+
+
+def _correction(
+    xp: Any, ghosts: _Ghosts, s: Statistics, arrays: Any, eps: float, limits: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    """r and d, in the working dtype."""
+    r_max, d_max = limits
+    mean, var = (ghosts.tiled(xp, xp.astype(a, s.mean.dtype)) for a in (arrays.running_mean, arrays.running_var))
+    sigma = xp.sqrt(var + eps)
+    distance = s.mean - mean if s.shift is None else (s.mean - mean) + s.shift
+    r = xp.clip(xp.sqrt(s.var + eps) / sigma, 1.0 / r_max, r_max)
+    return r, xp.clip(distance / sigma, -d_max, d_max)
