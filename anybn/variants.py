@@ -254,7 +254,7 @@ def _run(
         if call.commits:
             with backend.no_grad():
                 learnt = backend.batch_statistics(backend.detached(x), spec.axis, None)
-        _functional._finish(call, learnt)
+        _functional._finish(call, learnt, None)
         return _Done(call, ghosts._replace(virtual=1, axis=spec.axis), y, running, weight, None)
     correction = None
     parts = ghosts.split(xp, x)
@@ -273,7 +273,7 @@ def _run(
     y, used = backend.train(parts, weight, bias, None, None, ghost_spec)
     with backend.no_grad(), np.errstate(all="ignore"):
         learnt = ghosts.merged(xp, Statistics(*map(backend.detached, used)))
-    _functional._finish(call, learnt)
+    _functional._finish(call, learnt, None)
     return _Done(call, ghosts, ghosts.joined(xp, y), used, weight, correction)
 
 
