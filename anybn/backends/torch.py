@@ -20,7 +20,9 @@ from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from anybn import _synchronized
 from anybn._core import Array, Gradients, Spec, Statistics
+from anybn._synchronized import Members
 from anybn.backends._base import Backend
 from anybn.backends.numpy import NumPyBackend, kernels
 
@@ -261,6 +263,28 @@ class TorchBackend(Backend):
         dweight, dbias = (torch.from_numpy(a).to(weight.dtype) for a in (grads.weight, grads.bias))
         return Gradients(dx, dweight, dbias, dresidual)
 
+    # -- batch norm over a group of processes ------------------------------------------------------------------
+
+    def all_reduce_sum(self, group: Any, array: torch.Tensor) -> torch.Tensor:
+        return _Summed.apply(array, group)
+
+    def train_over(
+        self,
+        members: Members,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        spec: Spec,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Statistics]:
+        if self.records(x, weight, bias, residual) and not op_by_op():
+            with torch.no_grad():
+                y, statistics = self.train_over(members, x, weight, bias, residual, mask, spec)
+            return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec, members), statistics
+        return super().train_over(members, x, weight, bias, residual, mask, spec, out)
+
 
 #: As NumPy sees them; bfloat16 as its bits.
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
@@ -334,22 +358,39 @@ class _Recorded(torch.autograd.Function):
         computed: tuple[torch.Tensor, Statistics],
         mask: torch.Tensor | None,
         spec: Spec,
+        members: Members | None = None,
     ) -> torch.Tensor:
         y, statistics = (
             computed  # in a tuple, autograd takes y for this function's own, which may be written to in place
         )
         active = y > 0 if spec.relu else None
         ctx.save_for_backward(x, weight, mask, active)
-        ctx.backend, ctx.statistics, ctx.spec = backend, statistics, spec
+        ctx.backend, ctx.statistics, ctx.spec, ctx.members = backend, statistics, spec, members
         ctx.given = bias is not None, residual is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = differentiated(ctx.backend, dy, ctx.saved_tensors, ctx.statistics, ctx.spec)
+        grads = differentiated(ctx.backend, dy, ctx.saved_tensors, ctx.statistics, ctx.spec, ctx.members)
         has_bias, has_residual = ctx.given
         bias, residual = grads.bias if has_bias else None, grads.residual if has_residual else None
-        return grads.x, grads.weight, bias, residual, None, None, None, None
+        return grads.x, grads.weight, bias, residual, None, None, None, None, None
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over a group. What every member gets depends on all of them, so its derivative is the same sum."""
+
+    @staticmethod
+    def forward(array: torch.Tensor, group: Any) -> torch.Tensor:
+        return group.all_reduce_sum(array)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, Any], output: torch.Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _Summed.apply(dy, ctx.group), None
 
 
 def differentiated(
@@ -358,9 +399,14 @@ def differentiated(
     saved: tuple[Any, ...],
     statistics: Statistics,
     spec: Spec,
+    members: Members | None = None,
 ) -> Gradients:
     """The gradients in a backward pass, differentiable themselves where it is recorded."""
     x, weight, mask, active = saved
+    if members is not None:
+        if torch.is_grad_enabled():
+            statistics = _synchronized.batch_statistics(backend, x, spec.axis, mask, members)
+        return backend.gradients_over(members, dy, x, statistics, weight, active, mask, spec)
     if torch.is_grad_enabled() and statistics.count is not None and x.numel():
         statistics = backend.batch_statistics(x, spec.axis, mask)
     return backend.gradients(dy, x, statistics, weight, active, mask, spec)
