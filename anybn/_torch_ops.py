@@ -167,7 +167,7 @@ def _evaluated(x: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
 
 def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     """A module's forward pass where torch records it, for torch.compile or torch.export."""
-    if module.group is not None and module.training:
+    if module.group is not None and (module.training or module.running_mean is None):
         raise NotImplementedError("torch.compile cannot take a group into its graph: leave the module out of it")
     module._check_input_dim(x)
     _check(x, residual, 1, module.num_features)

@@ -113,6 +113,13 @@ class TorchBackend(Backend):
         return torch.from_numpy(array).to(device)
 
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
+        if in_torch_func():
+            x = _unwrapped(x)
+            with torch._C._DisableFuncTorch():  # whose derivatives wrap all that is computed under them
+                return self._to_numpy(x)
+        return self._to_numpy(x)
+
+    def _to_numpy(self, x: torch.Tensor) -> np.ndarray:
         x = x.detach().cpu().contiguous()
         if x.dtype == torch.bfloat16:
             from ml_dtypes import bfloat16
