@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from anybn._accumulate import accumulate
 from anybn._core import Gradients
 from anybn._dispatch import BackendInfo, register_backend, unregister_backend, use_backend
 from anybn._functional import batch_norm, batch_norm_vjp, moments
@@ -33,6 +34,7 @@ __all__ = [
     "Moments",
     "NonFiniteError",
     "StateError",
+    "accumulate",
     "backends",
     "batch_norm",
     "batch_norm_vjp",

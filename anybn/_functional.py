@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from anybn import _checks, _core, _synchronized, distributed
+from anybn import _accumulate, _checks, _core, _synchronized, distributed
 from anybn._core import Array, Gradients, Spec, Statistics
 from anybn._dispatch import backend_for
 from anybn._moments import Moments
@@ -220,6 +220,11 @@ def _check(
     _checks.choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
     if group is not None:
         group = distributed.as_group(group)
+        if isinstance(group, distributed.AxisGroup) and backend.name != "jax":
+            raise TypeError(
+                f"group is the name of a JAX axis, {group.name!r}, but x is a {backend.name} array: pass what sums its "
+                "arrays, see anybn.distributed"
+            )
     if mask is not None:
         mask = _checks.mask(mask, x, index, backend)
     if residual is not None:
@@ -278,7 +283,8 @@ def _finish(call: _Call, statistics: Statistics) -> None:
     if call.uses_batch and call.nonfinite == "raise":
         _require_finite(backend, statistics)
     nothing = isinstance(statistics.count, int) and statistics.count == 0  # all members of a group are empty
-    if call.commits and not nothing:
+    commits = call.commits and not nothing
+    if commits and not _accumulate.keeps(call.state, backend, call.x, statistics, call.nonfinite):
         call.state._commit(backend, call.x, statistics, call.nonfinite, call.before, call.arrays)
     else:
         call.state._settle(backend, call.before, call.arrays)

@@ -33,7 +33,7 @@ from torch import empty_like, is_grad_enabled
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from anybn import _checks, _functional, _fuse, _state, _torch_ops, distributed
+from anybn import _accumulate, _checks, _functional, _fuse, _state, _torch_ops, distributed
 from anybn._core import Spec, Statistics
 from anybn._dispatch import backend_for
 from anybn._module_state import ModuleState
@@ -90,7 +90,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         activation = activation or self.activation
         if is_compiling():
             return _torch_ops.forward(self, input, residual, activation)
-        y = _at_once(self, input, residual, activation) if self.group is None else None
+        alone = self.group is None and id(self) not in _accumulate.blocks
+        y = _at_once(self, input, residual, activation) if alone else None
         if y is None:
             self._check_input_dim(input)
             options = {"residual": residual, "activation": activation, "group": self.group}
