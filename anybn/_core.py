@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 Array = Any
 Sum = Callable[[Any, Array, tuple[int, ...]], Array]
+#: Two sums per channel over this member of a group -> over all of them.
+Over = Callable[[Array, Array], tuple[Array, Array]]
 
 
 class Statistics(NamedTuple):
@@ -219,7 +221,7 @@ def gradients(
     weight: Array | None,
     active: Array | None,
     mask: Array | None,
-    over: Callable[[Array, Array], tuple[Array, Array]] | None = None,
+    over: Over | None = None,
 ) -> Gradients:
     """The gradient of ``normalize`` (Ioffe & Szegedy 2015, section 3), all four inputs at once.
 
@@ -228,9 +230,10 @@ def gradients(
         dbias = sum(dy)    dweight = sum(dy * xhat)
         dx = weight * rstd * (dy - dbias / count - xhat * dweight / count)
 
-    where the last two terms are how x acts through the batch statistics, absent when ``statistics.count`` is None.
-    There, sums are over all members of a group, which ``over`` makes of this member's; dbias and dweight stay its own,
-    like every other gradient of a replicated parameter. ``active`` is ``y > 0`` under relu. The gradient of the residual is dy behind the relu.
+    where the last two terms are how x acts through the batch statistics, absent when ``statistics.count`` is None; over
+    a group of processes their sums are those of all members, which ``over`` makes of this one's. dbias and dweight stay
+    its own, like every gradient of a replicated parameter. ``active`` is ``y > 0`` under relu. The gradient of the
+    residual is dy behind the relu.
     """
     axis, ndim, axes, working = spec.axis, x.ndim, reduced_axes(x.ndim, spec.axis), statistics.mean.dtype
     sum = native_sum if is_wide(working, x) else sum

@@ -250,7 +250,12 @@ def _check(
     spec = Spec(index, state.eps, activation == "relu")
     members = None
     if group is not None and uses_batch:
-        given = {"eps": state.eps, "momentum": state.momentum, "ddof": state.ddof, "affine": state.affine}
+        given: dict[str, Any] = {
+            "eps": state.eps,
+            "momentum": state.momentum,
+            "ddof": state.ddof,
+            "affine": state.affine,
+        }
         given |= {"channels": x.shape[index], "dtype": _core.dtype_name(x.dtype), "axis": index, "training": training}
         members = Members(group, _synchronized.settings(**given, relu=spec.relu, nonfinite=nonfinite))
     return _Call(backend, x, state, before, arrays, spec, mask, residual, out, nonfinite, members, uses_batch, commits)

@@ -1,10 +1,11 @@
 """Statistics and gradient sums over the members of a group.
 
-One collective each, of C-length rows. Statistics must not be summed as sums of values and of squares: with a mean of
+One collective each. Statistics must not be summed as sums of values and of squares: with a mean of
 1e6 these lose in float64 what float32 shows, and an origin that all members share and that is near the data is not to
 be had without asking them. So every member puts its (count, mean, m2) into a row of its own of an array that is 0
 elsewhere; the sum over the members has all rows, exactly, and every member merges them in the order of ranks, so that
-all get the same bits. That costs ``size`` rows; torch's SyncBatchNorm gathers as many.
+all get the same bits. That costs ``size`` rows; torch's SyncBatchNorm gathers as many. Many members take two sums of C
+values instead, the mean first and then the deviations from it, and so does a group that has no ranks.
 
 The gradient's sums have no such difference of large numbers, and are just summed.
 """
@@ -80,8 +81,13 @@ def batch_statistics(backend: Backend, x: Array, axis: int, mask: Array | None, 
     xp, working = backend.namespace(x), backend.working_dtype(x)
     part = _own(backend, xp, x, axis, mask, working)
     with np.errstate(all="ignore"):
-        named = hasattr(members.group, "rank") and hasattr(members.group, "size")
-        return (_from_rows if named else _from_sums)(backend, xp, x, part, members)
+        head = _numbers(backend, xp, x, (part.count, *members.settings))
+        if hasattr(members.group, "rank") and hasattr(members.group, "size"):
+            if not backend.is_traced(head):
+                _introduce(backend, xp, (part.mean.shape[0], _core.dtype_name(x.dtype)), head, members.group)
+            if members.group.size <= MANY:
+                return _from_rows(backend, xp, head, part, members.group)
+        return _from_sums(backend, xp, x, part, members)
 
 
 def sums(backend: Backend, group: Any, dbias: Array, dweight: Array) -> tuple[Array, Array]:
@@ -91,11 +97,14 @@ def sums(backend: Backend, group: Any, dbias: Array, dweight: Array) -> tuple[Ar
     return both[0, :], both[1, :]
 
 
-_known: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
+#: More members than this take two sums of C values in place of one of ``size`` rows (benchmarks/collectives.py).
+MANY = 64
+
+_known: WeakKeyDictionary[Any, set[tuple[int, str]]] = WeakKeyDictionary()
 
 
-def _known_to(group: Any) -> set[int]:
-    """The lengths of rows that a group has agreed on, remembered as long as its connections last."""
+def _known_to(group: Any) -> set[tuple[int, str]]:
+    """The channels and dtypes that a group has agreed on, remembered as long as its connections last."""
     try:
         return _known.setdefault(getattr(group, "handle", group), set())
     except TypeError:  # a group that cannot be hashed, or referred to weakly, is asked every time
@@ -140,20 +149,22 @@ def _gathered(backend: Backend, xp: Any, group: Any, row: Array) -> Array:
     return backend.all_reduce_sum(group, rows)
 
 
-def _from_rows(backend: Backend, xp: Any, x: Array, part: _Part, members: Members) -> Statistics:
-    group, settings = members
-    head = _numbers(backend, xp, x, (part.count, *settings))
+def _introduce(backend: Backend, xp: Any, row: tuple[int, str], head: Array, group: Any) -> None:
+    """The first time that rows of such a length go through a group, its members compare what they are about to send.
+
+    Engines that sum arrays of different lengths hang, crash (gloo ends the process) or return nonsense (MPI).
+    """
+    if row not in (known := _known_to(group)):
+        _require_agreement(backend.to_numpy(backend.detached(_gathered(backend, xp, group, head))))
+        known.add(row)
+
+
+def _from_rows(backend: Backend, xp: Any, head: Array, part: _Part, group: Any) -> Statistics:
     of_channels = [part.mean, part.m2] if part.shift is None else [part.mean, part.m2, part.shift]
     row = xp.concat([head, *of_channels])
-    traced = backend.is_traced(row)
-    if not traced and row.shape[0] not in (known := _known_to(group)):
-        # Engines that sum arrays of different lengths hang, crash (gloo ends the process) or return nonsense (MPI):
-        # the first time that a length is used in a group, its members ask for it, in a collective of constant length.
-        _require_agreement(backend.to_numpy(backend.detached(_gathered(backend, xp, group, head))))
-        known.add(row.shape[0])
     rows = _gathered(backend, xp, group, row)
     k, channels = head.shape[0], part.mean.shape[0]
-    if traced:
+    if backend.is_traced(rows):
         count: Any = xp.sum(rows[:, 0])
     else:
         heads = backend.to_numpy(backend.detached(rows[:, :k]))
@@ -185,7 +196,7 @@ def _merged(xp: Any, count: Any, rows: _Part) -> Statistics:
 
 
 def _from_sums(backend: Backend, xp: Any, x: Array, part: _Part, members: Members) -> Statistics:
-    """Without ranks there are no rows: the mean first, then the deviations from it, in two collectives."""
+    """Where there are no rows: the mean first, then the deviations from it, in two collectives."""
     group, settings = members
     tag = float(hash(settings) % 2**16)  # equal on all members if and only if members * sum(tag**2) == sum(tag)**2
     head = _numbers(backend, xp, x, (part.count, 1.0, tag, tag * tag))

@@ -2,7 +2,7 @@
 
 | group | members | arrays |
 |---|---|---|
-| a ``torch.distributed`` process group, or `TorchGroup()` for the default one | processes | torch, on the CPU (gloo) or CUDA (NCCL) |
+| a torch.distributed process group, or `TorchGroup()`: the default one | processes | torch: CPU (gloo), CUDA (NCCL) |
 | an mpi4py communicator | processes | NumPy, torch on the CPU; CuPy where MPI is built for CUDA |
 | a ``cupy.cuda.nccl.NcclCommunicator`` | processes | CuPy; written to its documentation, not yet run on GPUs |
 | a name, or a tuple of names, of axes | devices | JAX, inside ``shard_map``, ``pmap`` or ``vmap`` |

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import anybn
+from anybn import _synchronized
 from anybn.conformance import inputs, oracle
 from anybn.distributed import as_group
 
@@ -43,7 +44,9 @@ def case(*engines, sizes=(2, 4), **parameters):
 
 
 def cases_of(engine, size):
-    return [name for name, (_, _, engines, sizes) in CASES.items() if engine in (engines or (engine,)) and size in sizes]
+    return [
+        name for name, (_, _, engines, sizes) in CASES.items() if engine in (engines or (engine,)) and size in sizes
+    ]
 
 
 class Member:
@@ -200,6 +203,18 @@ def rows_without_names(member, split):
     compared_with_the_whole(member, x, split, group=Nameless(member.group), bar=2.5, dtype="float64")
 
 
+@case()
+def many_members(member):
+    """Rows of all of them would be too many: two sums of C values, and errors that name members at first."""
+    few, _synchronized.MANY = _synchronized.MANY, 1
+    group = Counting(member.group)
+    try:
+        compared_with_the_whole(member, images("mean 1e6, std 1"), "empty", group=group)
+        assert group.calls == 1 + 2 * 2 + 1
+    finally:
+        _synchronized.MANY = few
+
+
 @case(split=["equal", "unequal", "empty"])
 def exact_data_is_exact(member, split):
     x = inputs.exact((ROWS, 3, 5, 7)).astype(np.float32)
@@ -237,7 +252,7 @@ def one_collective_each_way(member):
     bn = anybn.BatchNorm(8, group=group)
     bn(x)
     assert group.calls == 2  # the first time, the members compare what they are about to send
-    for step in range(3):
+    for _ in range(3):
         group.calls = 0
         _, pullback = bn.vjp(x)
         assert group.calls == 1
@@ -263,9 +278,7 @@ def one_value_in_all_is_not(member):
     state = anybn.BatchNormState(3)
     x = member.array(np.ones((1 if member.rank == 1 else 0, 3)))
     message = f"training needs more than 1 value per channel, got 1 over the {member.size} members of the group"
-    member.all_raise(
-        ValueError, message, lambda: anybn.batch_norm(x, state, training=True, group=member.group), state
-    )
+    member.all_raise(ValueError, message, lambda: anybn.batch_norm(x, state, training=True, group=member.group), state)
 
 
 @case()

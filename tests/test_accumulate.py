@@ -50,9 +50,9 @@ def test_from_library_to_library():
 def test_what_is_not_committed():
     state = anybn.BatchNormState(4)
     before = inputs.state_values(state)
-    with pytest.raises(KeyError), anybn.accumulate(state):
-        anybn.batch_norm(data(), state, training=True)
-        raise KeyError
+    with pytest.raises(ValueError, match="more than 1 value"), anybn.accumulate(state):
+        for x in (data(), data()[:1, :, 0]):
+            anybn.batch_norm(x, state, training=True)
     assert inputs.state_values(state) == before
     with anybn.accumulate(state):
         anybn.batch_norm(data(), state)
@@ -106,9 +106,9 @@ def test_torch_models():
     assert torch.allclose(net[0].running_var, whole[0].running_var, rtol=1e-13)
     net(x)  # the block is over
     assert int(net[0].num_batches_tracked) == 2
-    compiled = torch.compile(net, backend="eager")
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
     compiled(x)
-    with anybn.accumulate(net), pytest.raises(Exception, match="torch.compile cannot take accumulate into its graph"):
+    with anybn.accumulate(net), pytest.raises(Exception, match=r"torch.compile cannot take accumulate into its graph"):
         compiled(x)
 
 
@@ -134,12 +134,12 @@ def test_bad_targets():
     with pytest.raises(TypeError, match="accumulate was given a int"), anybn.accumulate(3):
         pass
     with anybn.accumulate(state):
-        with pytest.raises(ValueError, match="accumulate is open already for BatchNormState"):
-            with anybn.accumulate(state):
-                pass
+        message = "accumulate is open already for BatchNormState"
+        with pytest.raises(ValueError, match=message), anybn.accumulate(state):
+            pass
         anybn.batch_norm(data(), state, training=True)
     assert state.num_batches_tracked == 1
     torch = pytest.importorskip("torch", reason="torch: not installed")
-    with pytest.raises(ValueError, match="there is no batch norm of anybn in this Linear"):
-        with anybn.accumulate(torch.nn.Linear(2, 2)):
-            pass
+    message, other = "there is no batch norm of anybn in this Linear", torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=message), anybn.accumulate(other):
+        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 import array_api_compat
@@ -271,10 +272,6 @@ class Backend:
         spec: Spec,
     ) -> Gradients:
         """`gradients`, where the statistics are those of all members of a group. x may be empty."""
-
-        def over(dbias: Array, dweight: Array) -> tuple[Array, Array]:
-            return _synchronized.sums(self, members.group, dbias, dweight)
-
-        xp = self.namespace(x)
+        xp, over = self.namespace(x), partial(_synchronized.sums, self, members.group)
         with np.errstate(all="ignore"):
             return _core.gradients(xp, self.sum, spec, dy, x, statistics, weight, active, mask, over)

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from anybn import _synchronized
-from anybn._core import Array, Gradients, Spec, Statistics
+from anybn._core import Array, Gradients, Over, Spec, Statistics
 from anybn._synchronized import Members
 from anybn.backends._base import Backend
 from anybn.backends.numpy import NumPyBackend, kernels
@@ -258,11 +258,12 @@ class TorchBackend(Backend):
         active: torch.Tensor | None,
         mask: torch.Tensor | None,
         spec: Spec,
+        over: Over | None = None,
     ) -> Gradients:
         chosen = None if self.records(dy, x, weight) else self._kernels_for(x, mask)
         if chosen is None:
             return super().gradients(dy, x, statistics, weight, active, mask, spec)
-        grads = chosen.gradients(_view(dy), _view(x), _views(statistics), _view(weight), _view(active), spec)
+        grads = chosen.gradients(_view(dy), _view(x), _views(statistics), _view(weight), _view(active), spec, over)
         dx = _tensor(grads.x, x.dtype)
         dresidual = dy if active is None else torch.where(active, dy, torch.zeros((), dtype=dy.dtype))
         if weight is None:
@@ -291,6 +292,17 @@ class TorchBackend(Backend):
                 y, statistics = self.train_over(members, x, weight, bias, residual, mask, spec)
             return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec, members), statistics
         return super().train_over(members, x, weight, bias, residual, mask, spec, out)
+
+    def gradients_over(self, members: Members, dy: torch.Tensor, x: torch.Tensor, *rest: Any) -> Gradients:
+        statistics, weight, active, mask, spec = rest
+        if self.records(dy, x, weight) or not self._kernels_for(x, mask):
+            return super().gradients_over(members, dy, x, *rest)
+
+        def over(*sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            sum_dy, sum_dy_xhat = _synchronized.sums(self, members.group, *map(torch.from_numpy, sums))
+            return sum_dy.numpy(), sum_dy_xhat.numpy()
+
+        return self.gradients(dy, x, statistics, weight, active, mask, spec, over)
 
 
 #: As NumPy sees them; bfloat16 as its bits.
