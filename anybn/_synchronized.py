@@ -183,8 +183,8 @@ def _merged(xp: Any, count: Any, rows: _Part) -> Statistics:
     that is constant everywhere has deviations of exactly 0.
     """
     n = _core.divisor(xp, count, rows.mean.dtype)
-    first = xp.argmax(xp.astype(rows.count[:, 0] > 0, xp.int32), axis=0)
-    origin = xp.take(rows.mean, xp.reshape(first, (1,)), axis=0)[0, :]
+    origin = xp.max(xp.where(rows.count > 0, rows.mean, xp.full_like(rows.mean, -xp.inf)), axis=0)
+    origin = xp.where(xp.isfinite(origin), origin, xp.zeros_like(origin))
     mean = origin + xp.sum(rows.count * (rows.mean - origin), axis=0) / n
     deviation = rows.mean - mean
     if rows.shift is not None:

@@ -174,9 +174,9 @@ def test_any_backend_can_be_in_a_group(target):
     a, b = pullback(dy), pullback_of_group(dy)
     # Where y is rounded once, from float64, to the bit; else within what such backends may differ by.
     limit = 0 if target.has_float64 else 4 * 2.0**-23
-    for one, other in ((y, expected), (b.x, a.x), (b.weight, a.weight), (b.bias, a.bias)):
-        one, other = target.numpy(one), target.numpy(other)
-        assert np.abs(one - other).max() <= limit * max(1, np.abs(other).max())
+    # by the size of what was added up, 144 values for the parameters
+    for one, other, size in ((y, expected, 4), (b.x, a.x, 4), (b.weight, a.weight, 144), (b.bias, a.bias, 144)):
+        assert np.abs(target.numpy(one) - target.numpy(other)).max() <= limit * size
     assert np.allclose(target.numpy(state.running_var), target.numpy(alone.running_var), rtol=1e-6, atol=0)
 
 
