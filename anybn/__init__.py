@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from anybn._accumulate import accumulate
 from anybn._core import Gradients
 from anybn._dispatch import BackendInfo, register_backend, unregister_backend, use_backend
 from anybn._functional import batch_norm, batch_norm_vjp, moments
@@ -45,6 +46,7 @@ __all__ = [
     "Moments",
     "NonFiniteError",
     "StateError",
+    "accumulate",
     "backends",
     "batch_norm",
     "batch_norm_vjp",

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 Array = Any
 Sum = Callable[[Any, Array, tuple[int, ...]], Array]
+#: Two sums per channel over this member of a group -> over all of them.
+Over = Callable[[Array, Array], tuple[Array, Array]]
 
 
 class Statistics(NamedTuple):
@@ -230,6 +232,7 @@ def gradients(
     weight: Array | None,
     active: Array | None,
     mask: Array | None,
+    over: Over | None = None,
 ) -> Gradients:
     """The gradient of ``normalize`` (Ioffe & Szegedy 2015, section 3), all four inputs at once.
 
@@ -238,8 +241,10 @@ def gradients(
         dbias = sum(dy)    dweight = sum(dy * xhat)
         dx = weight * rstd * (dy - dbias / count - xhat * dweight / count)
 
-    where the last two terms are how x acts through the batch statistics, absent when ``statistics.count`` is None.
-    ``active`` is ``y > 0`` under relu. The gradient of the residual is dy behind the relu.
+    where the last two terms are how x acts through the batch statistics, absent when ``statistics.count`` is None; over
+    a group of processes their sums are those of all members, which ``over`` makes of this one's. dbias and dweight stay
+    its own, like every gradient of a replicated parameter. ``active`` is ``y > 0`` under relu. The gradient of the
+    residual is dy behind the relu.
     """
     axis, ndim, axes, working = spec.axis, x.ndim, reduced_axes(x.ndim, spec.axis), statistics.mean.dtype
     sum = native_sum if is_wide(working, x) else sum
@@ -255,7 +260,8 @@ def gradients(
     dx = dy
     if statistics.count is not None:
         n = divisor(xp, statistics.count, working)
-        dx = dx - along(xp, dbias / n, axis, ndim) - xhat * along(xp, dweight / n, axis, ndim)
+        sum_dy, sum_dy_xhat = (dbias, dweight) if over is None else over(dbias, dweight)
+        dx = dx - along(xp, sum_dy / n, axis, ndim) - xhat * along(xp, sum_dy_xhat / n, axis, ndim)
         if mask is not None:
             dx = xp.where(mask, dx, xp.zeros_like(dx))
     dx = dx * along(xp, scale_of(xp, statistics, weight, spec.eps), axis, ndim)

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from anybn import _checks, _core
+from anybn import _accumulate, _checks, _core, _synchronized, distributed
 from anybn._core import Array, Gradients, Spec, Statistics
 from anybn._dispatch import backend_for
 from anybn._moments import Moments
 from anybn._state import Arrays, BatchNormState
+from anybn._synchronized import Members
 from anybn.backends._base import Backend, root_module
 from anybn.errors import NonFiniteError
 
@@ -34,6 +35,8 @@ class _Call(NamedTuple):
     residual: Array | None
     out: Array | None
     nonfinite: str
+    members: Members | None
+    """whose batches count as one"""
     uses_batch: bool
     """normalize with the batch's own statistics, and"""
     commits: bool
@@ -69,7 +72,12 @@ def batch_norm(
         activation: None or "relu". ``relu(bn(x) + residual)`` is rounded once.
         nonfinite: what a channel whose batch statistics are NaN or infinite does to the running ones: "skip" leaves
             them, "raise" raises NonFiniteError, "propagate" commits them as torch does. y shows the NaN in any case.
-        group: statistics over all members of a group of processes; not available yet.
+        group: whose batches count as one: a torch.distributed process group, an mpi4py communicator, a CuPy
+            NcclCommunicator, the name of a JAX axis, or any object with ``all_reduce_sum(array) -> array``; see
+            `anybn.distributed`. Then training is collective: every member calls it, an empty x included, statistics
+            and x's gradients are those of all batches together, and all states learn the same. The gradients of weight
+            and bias are this member's share, to be summed like those of every other parameter. Members that disagree in
+            channels, dtype or settings get a ValueError that names them; the engine's errors come through.
         out: x's shape, dtype and device, may be x itself: filled with y and returned.
 
     Returns:
@@ -138,14 +146,15 @@ def batch_norm_vjp(
         y, statistics, running = _forward(call)
         active = y > 0 if call.spec.relu else None
         _finish(call, statistics, running)
-    weight = call.arrays.weight
+    weight, members = call.arrays.weight, call.members
 
     def pullback(dy: Array) -> Gradients:
         """Gradients(x, weight, bias, residual) for the gradient dy of y."""
         owner = backend_for(dy, "dy")
         _checks.like_x("dy", _checks.floating_array("dy", dy, owner), call.x, backend)
         with backend.no_grad():
-            grads = backend.gradients(dy, call.x, statistics, weight, active, call.mask, call.spec)
+            rest = dy, call.x, statistics, weight, active, call.mask, call.spec
+            grads = backend.gradients(*rest) if members is None else backend.gradients_over(members, *rest)
         return grads if residual is not None else grads._replace(residual=None)
 
     return y, pullback
@@ -210,7 +219,12 @@ def _check(
     _checks.choice("activation", activation, (None, "relu"))
     _checks.choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
     if group is not None:
-        raise NotImplementedError("group is not available yet: pass group=None, or merge anybn.moments by hand")
+        group = distributed.as_group(group)
+        if isinstance(group, distributed.AxisGroup) and backend.name != "jax":
+            raise TypeError(
+                f"group is the name of a JAX axis, {group.name!r}, but x is a {backend.name} array: pass what sums its "
+                "arrays, see anybn.distributed"
+            )
     if mask is not None:
         mask = _checks.mask(mask, x, index, backend)
     if residual is not None:
@@ -223,18 +237,28 @@ def _check(
         if recorded and backend.records(x, arrays.weight, arrays.bias, residual):
             raise ValueError("out was given but autograd is to record this call: drop out, or use torch.no_grad()")
 
-    empty = 0 in x.shape
+    empty = 0 in x.shape and (group is None or backend.is_traced(x))
     uses_batch = (training or not state.track_running_stats) and not empty
     commits = training and state.track_running_stats and not empty and not backend.recomputes()
     if uses_batch:
-        if mask is None or not backend.is_traced(mask):
+        if group is None and (mask is None or not backend.is_traced(mask)):
             _checks.enough_values(_count(backend, x, index, mask), x, mask is not None)
         if nonfinite == "raise" and backend.is_traced(x):
             raise ValueError(
                 'nonfinite is "raise" but x has no values yet (it is traced or lazy): use "skip", or look at y'
             )
     spec = Spec(index, state.eps, activation == "relu")
-    return _Call(backend, x, state, before, arrays, spec, mask, residual, out, nonfinite, uses_batch, commits)
+    members = None
+    if group is not None and uses_batch:
+        given: dict[str, Any] = {
+            "eps": state.eps,
+            "momentum": state.momentum,
+            "ddof": state.ddof,
+            "affine": state.affine,
+        }
+        given |= {"channels": x.shape[index], "dtype": _core.dtype_name(x.dtype), "axis": index, "training": training}
+        members = Members(group, _synchronized.settings(**given, relu=spec.relu, nonfinite=nonfinite))
+    return _Call(backend, x, state, before, arrays, spec, mask, residual, out, nonfinite, members, uses_batch, commits)
 
 
 def _count(backend: Backend, x: Array, axis: int, mask: Array | None) -> int:
@@ -247,6 +271,8 @@ def _forward(call: _Call) -> tuple[Array, Statistics, tuple[Array, Array] | None
     """y, the statistics it was made with, and what the running ones become, if that came with it."""
     backend, arrays = call.backend, call.arrays
     rest = arrays.weight, arrays.bias, call.residual, call.mask, call.spec, call.out
+    if call.members is not None:
+        return (*backend.train_over(call.members, call.x, *rest), None)
     if call.uses_batch:
         update = call.state._planned_update(arrays, call.nonfinite) if call.commits else None
         if update is not None:
@@ -265,7 +291,9 @@ def _finish(call: _Call, statistics: Statistics, running: tuple[Array, Array] | 
     backend = call.backend
     if call.uses_batch and call.nonfinite == "raise":
         _require_finite(backend, statistics)
-    if call.commits:
+    nothing = isinstance(statistics.count, int) and statistics.count == 0  # all members of a group are empty
+    commits = call.commits and not nothing
+    if commits and not _accumulate.keeps(call.state, backend, call.x, statistics, call.nonfinite):
         call.state._commit(backend, call.x, statistics, running, call.nonfinite, call.before, call.arrays)
     else:
         call.state._settle(backend, call.before, call.arrays)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybn import _checks, _core, _functional
+from anybn import _accumulate, _checks, _core, _functional
 from anybn._core import Spec, Statistics
 from anybn._module_state import update_running
 from anybn._state import BatchNormState
@@ -167,6 +167,10 @@ def _evaluated(x: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
 
 def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     """A module's forward pass where torch records it, for torch.compile or torch.export."""
+    if module.group is not None and (module.training or module.running_mean is None):
+        raise NotImplementedError("torch.compile cannot take a group into its graph: leave the module out of it")
+    if _accumulate.blocks and module.training:
+        raise NotImplementedError("torch.compile cannot take accumulate into its graph: leave the module out of it")
     module._check_input_dim(x)
     _check(x, residual, 1, module.num_features)
     eps, momentum = module.eps, module.momentum

@@ -33,7 +33,7 @@ from torch import empty_like, is_grad_enabled
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from anybn import _checks, _functional, _fuse, _state, _torch_ops
+from anybn import _accumulate, _checks, _functional, _fuse, _state, _torch_ops, distributed
 from anybn._core import Spec, Statistics, Update
 from anybn._dispatch import backend_for
 from anybn._module_state import ModuleState
@@ -50,6 +50,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     _ranks: ClassVar[tuple[int, ...]]
     _shapes: ClassVar[str]
     activation: str | None = None
+    group: Any = None
     _buffers: dict[str, Any]
 
     def __init__(
@@ -63,6 +64,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         dtype: Any = None,
         *,
         activation: str | None = None,
+        group: Any = None,
         **options: bool,
     ):
         _checks.num_features(num_features)
@@ -70,6 +72,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         _checks.momentum(momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.activation = _checks.choice("activation", activation, (None, "relu"))
+        self.group = None if group is None else distributed.as_group(group)
         _set_running_dtype(self, lambda buffer: _running_dtype(buffer.device))
 
     def forward(
@@ -88,12 +91,12 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         activation = activation or self.activation
         if is_compiling():
             return _torch_ops.forward(self, input, residual, activation)
-        y = _at_once(self, input, residual, activation)
+        alone = self.group is None and id(self) not in _accumulate.blocks
+        y = _at_once(self, input, residual, activation) if alone else None
         if y is None:
             self._check_input_dim(input)
-            y = _functional.batch_norm(
-                input, ModuleState(self), training=self.training, residual=residual, activation=activation
-            )
+            options = {"residual": residual, "activation": activation, "group": self.group}
+            y = _functional.batch_norm(input, ModuleState(self), training=self.training, **options)
         return y
 
     def _check_input_dim(self, input: Any) -> None:
@@ -109,7 +112,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         return ModuleState(self)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+        activation = f", activation={self.activation!r}" if self.activation else ""
+        return super().extra_repr() + activation + (f", group={self.group}" if self.group is not None else "")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """The running statistics go where fn leads, but keep their precision: ``half()`` would make them useless."""
@@ -341,6 +345,7 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
         eps, momentum, affine, track_running_stats, device, dtype: as in ``torch.nn.BatchNorm1d``; dtype is weight's and
             bias's.
         activation: None or "relu", after the residual that ``forward`` takes.
+        group: whose batches count as one in training, as in `anybn.batch_norm`. Copies of the module share it.
         options: what else torch's module takes: ``bias=False`` from torch 2.13 on.
 
     Attributes:
@@ -382,7 +387,11 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
 def convert(
-    model: torch.nn.Module, *, fuse: tuple[Any, ...] | None = None, keep: tuple[type, ...] = ()
+    model: torch.nn.Module,
+    *,
+    group: Any = None,
+    fuse: tuple[Any, ...] | None = None,
+    keep: tuple[type, ...] = (),
 ) -> torch.nn.Module:
     """Make every torch batch norm of a model one of anybn's: BatchNorm1d, BatchNorm2d and BatchNorm3d.
 
@@ -391,7 +400,10 @@ def convert(
     float64. Convert before DistributedDataParallel wraps the model, which holds on to buffers.
 
     Args:
-        model: any module, a batch norm itself included; anybn's own are left alone.
+        model: any module, a batch norm itself included; anybn's own are left alone, but for their group.
+        group: whose batches count as one in training, for every batch norm of the model; see `anybn.distributed`.
+            ``anybn.distributed.TorchGroup()`` is all processes. Under DistributedDataParallel, parameters get the
+            gradients of its mean over the processes, as without.
         fuse: example inputs, a tuple of the arguments of ``model(...)``. BN -> ReLU and BN -> add -> ReLU then become
             one call each, wherever torch.fx, which traces the model in both modes, shows that nothing else reads what
             lies between, and that what is added has bn's shape and dtype for inputs like these.
@@ -417,6 +429,7 @@ def convert(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    group = None if group is None else distributed.as_group(group)
     found, problems = [], []
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -435,14 +448,19 @@ def convert(
     for _, module in found:
         module.__class__ = _OURS[type(module)]
         _set_running_dtype(module, lambda buffer: _running_dtype(buffer.device))
-    if fuse is None:
-        return model
-    try:
-        return _fuse.fused(model, tuple(fuse), _BatchNorm)
-    except BaseException:
-        for _, module in found:
-            _revert(module)
-        raise
+    result = model
+    if fuse is not None:
+        try:
+            result = _fuse.fused(model, tuple(fuse), _BatchNorm)
+        except BaseException:
+            for _, module in found:
+                _revert(module)
+            raise
+    if group is not None:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.group = group
+    return result
 
 
 def revert(model: torch.nn.Module) -> torch.nn.Module:
@@ -476,6 +494,7 @@ def revert(model: torch.nn.Module) -> torch.nn.Module:
 
 def _revert(module: torch.nn.Module) -> None:
     module.__class__ = _THEIRS[type(module)]
+    module.__dict__.pop("group", None)
     _set_running_dtype(module, lambda _: torch.float32 if module.weight is None else module.weight.dtype)
 
 
@@ -489,5 +508,8 @@ def _why_not(module: torch.nn.Module) -> str:
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         return "run a batch through the model first, which tells it its channels"
     if isinstance(module, torch.nn.SyncBatchNorm):
-        return "groups of processes are not available yet; keep it with keep=(torch.nn.SyncBatchNorm,)"
+        return (
+            "start from the model as it was before convert_sync_batchnorm and pass group=, or keep it with "
+            "keep=(torch.nn.SyncBatchNorm,)"
+        )
     return f"a subclass may do anything in its forward; keep it with keep=({type(module).__name__},)"

@@ -52,7 +52,8 @@ def test_the_tour_runs(tmp_path, monkeypatch, capsys):
     assert folded.shape == (256, 64)
     assert scope["whole"].count == 16
     assert np.allclose(scope["whole"].var(), h[:16].var(0))
-    assert scope["state"].num_batches_tracked == 4
+    assert scope["state"].num_batches_tracked == 5
+    assert scope["live"].num_batches_tracked == 3  # four micro-batches count as one
     assert scope["served"].shape == (2, 8, 5, 5)
     fused, x = scope["fused"], scope["torch"].from_numpy(scope["h"])
     assert [str(node.target) for node in fused.graph.nodes] == ["input", "0", "1", "output"]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 import array_api_compat
 import numpy as np
 
-from anybn import _core
+from anybn import _core, _synchronized
 from anybn._core import Array, Gradients, Spec, Statistics, Update
+from anybn._synchronized import Members
 
 
 def root_module(cls: type) -> str:
@@ -248,3 +250,40 @@ class Backend:
         """See `anybn._core.gradients`."""
         with np.errstate(all="ignore"):
             return _core.gradients(self.namespace(x), self.sum, spec, dy, x, statistics, weight, active, mask)
+
+    # -- batch norm over a group of processes ------------------------------------------------------------------
+
+    def all_reduce_sum(self, group: Any, array: Array) -> Array:
+        """The sum of the members' arrays. Differentiable where the library is: its derivative is the same sum."""
+        return group.all_reduce_sum(array)
+
+    def train_over(
+        self,
+        members: Members,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        mask: Array | None,
+        spec: Spec,
+        out: Array | None = None,
+    ) -> tuple[Array, Statistics]:
+        """`train`, with the statistics of all members of a group. x may be empty."""
+        statistics = _synchronized.batch_statistics(self, x, spec.axis, mask, members)
+        return self.evaluate(x, statistics, weight, bias, residual, mask, spec, out), statistics
+
+    def gradients_over(
+        self,
+        members: Members,
+        dy: Array,
+        x: Array,
+        statistics: Statistics,
+        weight: Array | None,
+        active: Array | None,
+        mask: Array | None,
+        spec: Spec,
+    ) -> Gradients:
+        """`gradients`, where the statistics are those of all members of a group. x may be empty."""
+        xp, over = self.namespace(x), partial(_synchronized.sums, self, members.group)
+        with np.errstate(all="ignore"):
+            return _core.gradients(xp, self.sum, spec, dy, x, statistics, weight, active, mask, over)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from anybn import _core, _threads
-from anybn._core import Gradients, Spec, Statistics
+from anybn._core import Gradients, Over, Spec, Statistics
 from anybn.backends._layout import alike, as_float64, delivered, destination, parameter
 
 VALUES = 1 << 18  # of a block: 2 MB in float64; smaller ones cost more in calls than they save in memory
@@ -182,6 +182,7 @@ def gradients(
     weight: np.ndarray | None,
     active: np.ndarray | None,
     spec: Spec,
+    over: Over | None = None,
 ) -> Gradients:
     """See `anybn._core.gradients`; weight's and bias's in float64, the residual's left out."""
     how, contiguous, (dy_like, active_like) = alike(x, spec.axis, dy, active)
@@ -208,14 +209,15 @@ def gradients(
 
     _each(sums, blocks)
     dbias, dweight = _core.blocked_sum(np, partial, (1,))
-    count = how.outer * how.inner
+    count: Any = how.outer * how.inner if over is None else statistics.count
+    sum_dy, sum_dy_xhat = (dbias, dweight) if over is None else over(dbias, dweight)
 
     def task(_: int, block: tuple[slice, ...]) -> None:
         with np.errstate(all="ignore"):
             g, xhat = both(block)
             if statistics.count is not None:
-                g -= _along(dbias / count, block, x_in.ndim)
-                xhat *= _along(dweight / count, block, x_in.ndim)
+                g -= _along(sum_dy / count, block, x_in.ndim)
+                xhat *= _along(sum_dy_xhat / count, block, x_in.ndim)
                 g -= xhat
             g *= _along(scale, block, x_in.ndim)
             dx_in[block] = g

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anybn._core import Gradients, Spec, Statistics
+from anybn._core import Gradients, Over, Spec, Statistics
 from anybn.backends import _columns, _kernels, _runs
 from anybn.backends._layout import Lying, alike, as_float64, delivered, destination, parameter
 from anybn.backends._sharing import share
@@ -194,6 +194,7 @@ def gradients(
     weight: np.ndarray | None,
     active: np.ndarray | None,
     spec: Spec,
+    over: Over | None = None,
 ) -> Gradients:
     """See `anybn._core.gradients`; weight's and bias's in float64, the residual's left out."""
     how, contiguous, (dy_like, active_like) = alike(x, spec.axis, dy, active)
@@ -203,12 +204,17 @@ def gradients(
     inputs = (how.flat(dy_like), how.flat(contiguous), None if active_like is None else how.flat(active_like))
     count = 0 if statistics.count is None else how.outer * how.inner
     weight, (mean, shift, var) = parameter(weight, how.channels, 1.0), _writable(statistics)
-    if plan.fits:
+    if plan.fits and over is None:
         values = (count, spec.eps, weight, mean, shift, var, numbers)
         share(plan.kernels.backward, *plan.tasks, *inputs, how.flat(dx), *values, *plan.of_task)
     else:
         sums = _summed(plan, plan.kernels.gradient_sum_parts, *inputs, mean)
-        _kernels.settle_all_gradients(count, sums, spec.eps, weight, shift, var, numbers)
+        _kernels.settle_all_gradients(0 if over else count, sums, spec.eps, weight, shift, var, numbers)
+        if over is not None:
+            with np.errstate(all="ignore"):
+                sum_dy, sum_dy_xhat = over(numbers[1], numbers[0])
+                numbers[2] = sum_dy / statistics.count
+                numbers[3] = sum_dy_xhat / statistics.count / np.sqrt(var + spec.eps)
         share(plan.kernels.gradient_parts, *plan.parts, *inputs, how.flat(dx), mean, shift, numbers, *plan.of_part)
     return Gradients(dx, numbers[0], numbers[1], None)
 

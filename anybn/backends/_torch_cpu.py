@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anybn._core import Gradients, Spec, Statistics, Update
+from anybn._core import Gradients, Over, Spec, Statistics, Update
 from anybn.backends.numpy import kernels
 
 #: As kernels see them: 16-bit numbers as their bits.
@@ -70,9 +70,10 @@ def gradients(
     weight: torch.Tensor | None,
     active: torch.Tensor | None,
     spec: Spec,
+    over: Over | None = None,
 ) -> Gradients:
     given = _views(statistics), _numbers(weight), _view(active)
-    grads = kernels().gradients(_view(dy), _view(x), *given, spec)
+    grads = kernels().gradients(_view(dy), _view(x), *given, spec, over)
     dx = _tensor(grads.x, x.dtype)
     dresidual = dy if active is None else torch.where(active, dy, torch.zeros((), dtype=dy.dtype))
     if weight is None:

@@ -11,8 +11,9 @@ from typing import Any
 import array_api_compat.numpy
 import numpy as np
 
-from anybn import _core
-from anybn._core import Array, Gradients, Spec, Statistics
+from anybn import _core, _synchronized
+from anybn._core import Array, Gradients, Over, Spec, Statistics
+from anybn._synchronized import Members
 from anybn.backends._base import Backend
 from anybn.errors import BackendNotInstalled
 
@@ -157,16 +158,24 @@ class NumPyBackend(Backend):
         active: np.ndarray | None,
         mask: np.ndarray | None,
         spec: Spec,
+        over: Over | None = None,
     ) -> Gradients:
         chosen = self._kernels_for(x, mask)
         if not (x.size and chosen):
             return super().gradients(dy, x, statistics, weight, active, mask, spec)
-        grads = chosen.gradients(_bits(dy), _bits(x), statistics, weight, active, spec)
+        grads = chosen.gradients(_bits(dy), _bits(x), statistics, weight, active, spec, over)
         dresidual = dy if active is None else np.where(active, dy, np.zeros((), dy.dtype))
         if weight is None:
             return Gradients(grads.x.view(x.dtype), None, None, dresidual)
         dweight, dbias = (_core.rounded_to(array_api_compat.numpy, a, weight.dtype) for a in (grads.weight, grads.bias))
         return Gradients(grads.x.view(x.dtype), dweight, dbias, dresidual)
+
+    def gradients_over(self, members: Members, dy: np.ndarray, x: np.ndarray, *rest: Any) -> Gradients:
+        statistics, weight, active, mask, spec = rest
+        if not (x.size and self._kernels_for(x, mask)):
+            return super().gradients_over(members, dy, x, *rest)
+        over = functools.partial(_synchronized.sums, self, members.group)
+        return self.gradients(dy, x, statistics, weight, active, mask, spec, over)
 
 
 @functools.cache

@@ -21,7 +21,9 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from anybn._core import Array, Gradients, Spec, Statistics, Update
+from anybn import _synchronized
+from anybn._core import Array, Gradients, Over, Spec, Statistics, Update
+from anybn._synchronized import Members
 from anybn.backends import _cuda, _torch_cpu, _torch_cuda, _torch_native
 from anybn.backends._base import Backend
 from anybn.backends._cuda_arrays import CudaArrays
@@ -115,6 +117,13 @@ class TorchBackend(Backend):
         return torch.from_numpy(array).to(device)
 
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
+        if in_torch_func():
+            x = _unwrapped(x)
+            with torch._C._DisableFuncTorch():  # whose derivatives wrap all that is computed under them
+                return self._to_numpy(x)
+        return self._to_numpy(x)
+
+    def _to_numpy(self, x: torch.Tensor) -> np.ndarray:
         if x.is_cuda:
             _torch_cuda.await_updates(x)
         x = x.detach().cpu().contiguous()
@@ -295,10 +304,46 @@ class TorchBackend(Backend):
         active: torch.Tensor | None,
         mask: torch.Tensor | None,
         spec: Spec,
+        over: Over | None = None,
     ) -> Gradients:
-        if not self.records(dy, x, weight) and (chosen := self._kernels_for(x, mask)):
-            return chosen.gradients(dy, x, statistics, weight, active, spec)
-        return super().gradients(dy, x, statistics, weight, active, mask, spec)
+        if self.records(dy, x, weight) or not (chosen := self._kernels_for(x, mask)):
+            return super().gradients(dy, x, statistics, weight, active, mask, spec)
+        if over is not None:
+            return _torch_cpu.gradients(dy, x, statistics, weight, active, spec, over)
+        return chosen.gradients(dy, x, statistics, weight, active, spec)
+
+    # -- batch norm over a group of processes ------------------------------------------------------------------
+
+    def all_reduce_sum(self, group: Any, array: torch.Tensor) -> torch.Tensor:
+        return _Summed.apply(array, group)
+
+    def train_over(
+        self,
+        members: Members,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        spec: Spec,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Statistics]:
+        if self.records(x, weight, bias, residual) and not op_by_op():
+            with torch.no_grad():
+                y, statistics = self.train_over(members, x, weight, bias, residual, mask, spec)
+            return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec, members), statistics
+        return super().train_over(members, x, weight, bias, residual, mask, spec, out)
+
+    def gradients_over(self, members: Members, dy: torch.Tensor, x: torch.Tensor, *rest: Any) -> Gradients:
+        statistics, weight, active, mask, spec = rest
+        if self.records(dy, x, weight) or self._kernels_for(x, mask) is not _torch_cpu:
+            return super().gradients_over(members, dy, x, *rest)
+
+        def over(*sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            sum_dy, sum_dy_xhat = _synchronized.sums(self, members.group, *map(torch.from_numpy, sums))
+            return sum_dy.numpy(), sum_dy_xhat.numpy()
+
+        return self.gradients(dy, x, statistics, weight, active, mask, spec, over)
 
 
 class TorchNativeBackend(TorchBackend):
@@ -353,22 +398,39 @@ class _Recorded(torch.autograd.Function):
         computed: tuple[torch.Tensor, Statistics],
         mask: torch.Tensor | None,
         spec: Spec,
+        members: Members | None = None,
     ) -> torch.Tensor:
         y, statistics = (
             computed  # in a tuple, autograd takes y for this function's own, which may be written to in place
         )
         active = y > 0 if spec.relu else None
         ctx.save_for_backward(x, weight, mask, active)
-        ctx.backend, ctx.statistics, ctx.spec = backend, statistics, spec
+        ctx.backend, ctx.statistics, ctx.spec, ctx.members = backend, statistics, spec, members
         ctx.given = bias is not None, residual is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = differentiated(ctx.backend, dy, ctx.saved_tensors, ctx.statistics, ctx.spec)
+        grads = differentiated(ctx.backend, dy, ctx.saved_tensors, ctx.statistics, ctx.spec, ctx.members)
         has_bias, has_residual = ctx.given
         bias, residual = grads.bias if has_bias else None, grads.residual if has_residual else None
-        return grads.x, grads.weight, bias, residual, None, None, None, None
+        return grads.x, grads.weight, bias, residual, None, None, None, None, None
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over a group. What every member gets depends on all of them, so its derivative is the same sum."""
+
+    @staticmethod
+    def forward(array: torch.Tensor, group: Any) -> torch.Tensor:
+        return group.all_reduce_sum(array)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, Any], output: torch.Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _Summed.apply(dy, ctx.group), None
 
 
 def differentiated(
@@ -377,9 +439,14 @@ def differentiated(
     saved: tuple[Any, ...],
     statistics: Statistics,
     spec: Spec,
+    members: Members | None = None,
 ) -> Gradients:
     """The gradients in a backward pass, differentiable themselves where it is recorded."""
     x, weight, mask, active = saved
+    if members is not None:
+        if torch.is_grad_enabled():
+            statistics = _synchronized.batch_statistics(backend, x, spec.axis, mask, members)
+        return backend.gradients_over(members, dy, x, statistics, weight, active, mask, spec)
     if torch.is_grad_enabled() and statistics.count is not None and x.numel():
         statistics = backend.batch_statistics(x, spec.axis, mask)
     return backend.gradients(dy, x, statistics, weight, active, mask, spec)

@@ -1,0 +1,184 @@
+"""Groups of processes or devices whose batches count as one: what ``group=`` takes.
+
+| group | members | arrays |
+|---|---|---|
+| a torch.distributed process group, or `TorchGroup()`: the default one | processes | torch: CPU (gloo), CUDA (NCCL) |
+| an mpi4py communicator | processes | NumPy, torch on the CPU; CuPy where MPI is built for CUDA |
+| a ``cupy.cuda.nccl.NcclCommunicator`` | processes | CuPy; written to its documentation, not yet run on GPUs |
+| a name, or a tuple of names, of axes | devices | JAX, inside ``shard_map``, ``pmap`` or ``vmap`` |
+| any object with ``all_reduce_sum(array) -> array`` | | what it can sum |
+
+An object of the last kind gets an array that it may not write to and returns the sum over all members, in the array's
+library, dtype and shape, the same bits on every member. With the attributes ``rank`` and ``size`` (this member's
+number, from 0, and how many there are) statistics take one sum and errors name members; without, two sums and no names.
+
+>>> import numpy as np, anybn
+>>> class Alone:  # a group of one
+...     rank, size = 0, 1
+...     def all_reduce_sum(self, array):
+...         return array
+>>> x = np.array([[1.0, 5.0], [3.0, 9.0]])
+>>> bool(np.all(anybn.BatchNorm(2, group=Alone())(x) == anybn.BatchNorm(2)(x)))
+True
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol, runtime_checkable
+
+from anybn._core import Array, dtype_name
+from anybn._dispatch import backend_for
+from anybn.backends._base import root_module
+
+__all__ = ["AxisGroup", "Group", "MPIGroup", "NcclGroup", "TorchGroup", "as_group"]
+
+
+@runtime_checkable
+class Group(Protocol):
+    """What anybn asks of a group. ``rank`` and ``size`` are wanted too, see `anybn.distributed`."""
+
+    def all_reduce_sum(self, array: Array) -> Array:
+        """The sum of the members' arrays, on every member; collective: all members call it, in the same order."""
+
+
+class TorchGroup:
+    """A ``torch.distributed`` process group; None is the default one, which need not exist yet.
+
+    Members wait for one another as long as the process group's timeout says; its errors come through as they are.
+    """
+
+    def __init__(self, process_group: Any = None):
+        self.process_group = process_group
+
+    @property
+    def handle(self) -> Any:
+        """What lives as long as the connections do."""
+        import torch.distributed
+
+        return torch.distributed.group.WORLD if self.process_group is None else self.process_group
+
+    @property
+    def rank(self) -> int:
+        return int(self.handle.rank())
+
+    @property
+    def size(self) -> int:
+        return int(self.handle.size())
+
+    def all_reduce_sum(self, array: Array) -> Array:
+        import torch.distributed
+
+        total = array.detach().clone()
+        torch.distributed.all_reduce(total, group=self.process_group)
+        return total
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TorchGroup:
+        """A copy of a model talks to the same processes."""
+        return self
+
+    def __repr__(self) -> str:
+        return f"TorchGroup({self.process_group or ''})"
+
+
+class MPIGroup:
+    """An mpi4py communicator."""
+
+    def __init__(self, communicator: Any):
+        self.communicator = communicator
+        self.rank, self.size = int(communicator.Get_rank()), int(communicator.Get_size())
+        key = _mpi_key()
+        if communicator.Get_attr(key) is None:
+            communicator.Set_attr(key, _Handle())
+        self.handle = communicator.Get_attr(key)
+
+    def all_reduce_sum(self, array: Array) -> Array:
+        from mpi4py import MPI
+
+        total = backend_for(array).copy(array)
+        if root_module(type(array)) == "cupy":  # MPI knows nothing of streams
+            import cupy
+
+            cupy.cuda.get_current_stream().synchronize()
+        self.communicator.Allreduce(MPI.IN_PLACE, total)
+        return total
+
+
+class _Handle:
+    """Lives as long as the communicator that it is an attribute of."""
+
+
+@functools.cache
+def _mpi_key() -> int:
+    from mpi4py import MPI
+
+    return int(MPI.Comm.Create_keyval())
+
+
+class NcclGroup:
+    """A ``cupy.cuda.nccl.NcclCommunicator``, on CuPy's current stream. Not yet run on GPUs."""
+
+    def __init__(self, communicator: Any):
+        self.handle = self.communicator = communicator
+        self.rank, self.size = int(communicator.rank_id()), int(communicator.size())
+
+    def all_reduce_sum(self, array: Array) -> Array:
+        import cupy
+        from cupy.cuda import nccl
+
+        with array.device:
+            total = cupy.array(array, order="C")
+            dtype = {"float64": nccl.NCCL_FLOAT64, "float32": nccl.NCCL_FLOAT32}[dtype_name(total.dtype)]
+            where = total.data.ptr
+            stream = cupy.cuda.get_current_stream().ptr
+            self.communicator.allReduce(where, where, total.size, dtype, nccl.NCCL_SUM, stream)
+            return total
+
+
+class AxisGroup:
+    """The devices, or the batch elements of ``vmap``, along named axes of JAX; within the function that has them."""
+
+    def __init__(self, name: Any):
+        self.name = name
+
+    @property
+    def rank(self) -> Any:
+        import jax
+
+        return jax.lax.axis_index(self.name)
+
+    @property
+    def size(self) -> int:
+        import jax
+
+        return int(jax.lax.psum(1, self.name))
+
+    def all_reduce_sum(self, array: Array) -> Array:
+        import jax
+
+        return jax.lax.psum(array, self.name)
+
+
+def as_group(group: Any) -> Any:
+    """The group that this is, or stands for; TypeError if it is none.
+
+    >>> import anybn
+    >>> anybn.distributed.as_group("devices").name
+    'devices'
+    """
+    if isinstance(group, Group):
+        return group
+    if isinstance(group, str) or (isinstance(group, tuple) and group and all(isinstance(a, str) for a in group)):
+        return AxisGroup(group)
+    root = root_module(type(group))
+    if root == "torch" and hasattr(group, "allreduce"):
+        return TorchGroup(group)
+    if root == "mpi4py" and hasattr(group, "Allreduce"):
+        return MPIGroup(group)
+    if root.startswith("cupy") and hasattr(group, "allReduce"):
+        return NcclGroup(group)
+    raise TypeError(
+        f"group is {group!r}, a {type(group).__name__}; it must be a torch.distributed process group that this process "
+        "is a member of, an mpi4py communicator, a CuPy NcclCommunicator, the name of a JAX axis, or an object with "
+        "all_reduce_sum(array) -> array"
+    )

