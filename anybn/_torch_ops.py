@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybn import _accumulate, _checks, _core, _functional
+from anybn import _accumulate, _checks, _core, _functional, _module_state
 from anybn._core import Spec, Statistics
-from anybn._module_state import update_running
 from anybn._state import BatchNormState
 from anybn.backends.torch import TorchBackend
 from anybn.errors import StateError
@@ -106,7 +105,7 @@ def commit(
 ) -> None:
     """Fold the statistics of a batch into the running ones."""
     statistics = Statistics(count, rows[0], rows[1], rows[2], rows[3])
-    update_running(running_mean, running_var, batches, statistics, momentum, ddof)
+    _module_state.update_running(running_mean, running_var, batches, statistics, momentum, ddof)
 
 
 @commit.register_fake
@@ -187,7 +186,7 @@ def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | N
         if is_exporting():
             y, statistics = _TORCH.train(x, *parameters, None, Spec(1, eps, relu))
             if commits:
-                update_running(mean, var, module.num_batches_tracked, statistics, momentum)
+                _module_state.update_running(mean, var, module.num_batches_tracked, statistics, momentum)
             return y
         y, rows = train(x, *parameters, 1, eps, relu)
         if commits:
