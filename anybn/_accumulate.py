@@ -66,7 +66,7 @@ def accumulate(*targets: Any) -> Iterator[None]:
             backend, moments = seen.backend, seen.moments
             with backend.no_grad():
                 statistics = Statistics(moments.count, moments.mean, None, moments.var(), moments.m2)
-            state._commit(backend, seen.x, statistics, seen.nonfinite, *state._beside(backend, seen.x))
+            state._commit(backend, seen.x, statistics, None, seen.nonfinite, *state._beside(backend, seen.x))
 
 
 def owner(state: Any) -> Any:
