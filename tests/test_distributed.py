@@ -18,6 +18,8 @@ import pytest
 import anybn
 from anybn.conformance import inputs
 
+pytestmark = pytest.mark.xdist_group("processes")  # which are started once
+
 MEMBER = Path(group_member.__file__)
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(MEMBER.parent.parent), os.environ.get("PYTHONPATH", "")]),
@@ -25,7 +27,7 @@ ENVIRONMENT = os.environ | {
     "ANYBN_NUM_THREADS": "1",
     "PYTHONWARNINGS": "error",
 }
-LIMIT = 100  # seconds, for what takes 10
+LIMIT = 100  # seconds, for what takes 10 on a machine with nothing else to do
 
 
 def finished(commands, **environment):
