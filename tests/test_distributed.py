@@ -7,6 +7,7 @@ they found. Whatever hangs is killed.
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -228,11 +229,16 @@ def snippet(launcher, tmp_path):
 def test_the_readme_s_torchrun(tmp_path):
     pytest.importorskip("torch", reason="torch: not installed")
     script = snippet("torchrun", tmp_path)
-    options = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    # torchrun itself warns
-    printed = [
-        finished([[sys.executable, *options, str(n), script]], PYTHONWARNINGS="ignore").splitlines()[-1] for n in (1, 2)
-    ]
+    printed = []
+    for n in (1, 2):  # as torchrun starts them
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            master = ["MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free.getsockname()[1]}", f"WORLD_SIZE={n}"]
+        commands = [["env", *master, f"RANK={r}", f"LOCAL_RANK={r}", sys.executable, script] for r in range(n)]
+        output = finished(commands, PYTHONWARNINGS="ignore")
+        lines = [line for line in output.splitlines() if line.startswith("running_mean")]
+        assert len(lines) == 1, output
+        printed += lines
     assert printed[0].startswith("running_mean[0] = ")
     assert printed[0] == printed[1]
 
