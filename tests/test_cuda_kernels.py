@@ -400,18 +400,24 @@ def test_sizes_at_which_squares_leave_float32(scale: float, eps: float) -> None:
         assert oracle.error(found["m2"] / statistics.m2, np.ones(3), "float32") <= 2
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [*DEVICES, *CLUSTERED])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_in_place(dtype: str, device: str) -> None:
-    """y may be x or the residual."""
-    for shape, target in itertools.product(((6, 3, 49), (2, 4, 640), (300, 5, 1)), ("x", "residual")):
+def test_in_place(dtype: str, device: Any) -> None:
+    """y may be x or the residual, whichever block of a channel is the first to write."""
+    if device in DEVICES:
+        on, shapes = DEVICES[device], [(6, 3, 49), (2, 4, 640), (300, 5, 1)]
+    else:
+        on, shapes = CLUSTERED[device], [(n * device, *rest) for n, *rest in LARGE]
+    for shape, target, schedule in itertools.product(shapes, ("x", "residual"), SCHEDULES):
         data = problem(shape, dtype)
         given = {name: data[name] for name in ("x", "residual", "weight", "bias")}
-        expected = Run(DEVICES[device])("train", data["x"], given, {"y": None, **statistics_of(dtype)}, eps=1e-5)
+        run = Run(on, schedule)
+        expected = run("train", data["x"], given, {"y": None, **statistics_of(dtype)}, eps=1e-5)
+        assert device in DEVICES or run.launched[0].cluster == device
         inside = {name: Guarded(a) for name, a in given.items()}
         per_channel = {name: Guarded(np.full(shape[1], np.nan)) for name in statistics_of(dtype)}
         pointers = {name: a.pointer for name, a in (inside | per_channel).items()}
-        _cuda.call("train", gpu(DEVICES[device]), shape, dtype, **pointers, y=pointers[target], eps=1e-5, exact=0)
+        _cuda.call("train", gpu(on, schedule), shape, dtype, **pointers, y=pointers[target], eps=1e-5, exact=0)
         assert inside[target].array.tobytes() == expected["y"].tobytes()
 
 

@@ -425,12 +425,19 @@ __device__ inline void commit_channel(const Call& c, long long channel, double m
   set_parameter(c.new_running_var, c.running_type, channel, new_var);
 }
 
+/// What the values of a channel are measured from in the sums of forward: its first one.
+template <class T>
+__device__ inline typename Real<T>::type origin_of(const Call& c, long long channel) {
+  return value(static_cast<const T*>(c.x)[channel * c.length]);
+}
+
 /// Statistics from the sums of a whole channel; what is kept of them is written if this thread is the one to do so.
-template <class T, class W>
-__device__ inline Affine finish_channel(const Call& c, long long channel, const Sums<W>& sums, bool writes) {
+template <class R, class W>
+__device__ inline Affine finish_channel(
+    const Call& c, long long channel, R origin, const Sums<W>& sums, bool writes) {
   const double count = static_cast<double>(c.n * c.length);
   const W offset = sums.s1 / count;
-  const Pair64 mean = as_pair(wide(value(static_cast<const T*>(c.x)[channel * c.length])) + offset);
+  const Pair64 mean = as_pair(wide(origin) + offset);
   const double m2 = as_pair(sums.s2 - sums.s1 * offset).hi, var = m2 / count;
   if (writes) {
     c.mean[channel] = mean.hi;
@@ -579,7 +586,7 @@ __device__ inline void sum_part(const Part<T, V, ROWS, 1>& part, const Kept<T, V
 #pragma unroll
   for (int j = 0; j < P::LANES; ++j) {
     total[j] = {};
-    if (part.has_channel()) origin[j] = value(static_cast<const T*>(part.c.x)[(part.channel + j) * part.c.length]);
+    if (part.has_channel()) origin[j] = origin_of<T>(part.c, part.channel + j);
   }
   for (Walk<P> walk(part, V); walk.inside();) {
     Vector<T, V> loaded[P::UNROLL];
@@ -800,12 +807,17 @@ __device__ void train_cluster(const Call& c, int cluster) {
   Sums<W> mine[P::LANES];
   sum_part(part, kept, mine);
   sum_block<P::LANES>(mine, shared.scratch);
+  // Before the barrier: behind it, where y is x, another block may write over the origin.
+  for (int t = threadIdx.y * blockDim.x + threadIdx.x; t < part.columns; t += threads) {
+    if (part.first_channel + t < c.channels) shared.channels[t].mean = origin_of<T>(c, part.first_channel + t);
+  }
   if (cluster > 1) cluster_sync();
   for (int t = threadIdx.y * blockDim.x + threadIdx.x; t < part.columns; t += threads) {
     const long long channel = part.first_channel + t;
     if (channel >= c.channels) break;
     const Sums<W> sums = sum_cluster(shared.scratch, t, cluster);
-    shared.channels[t] = finish_channel<T>(c, channel, sums, rank == 0);
+    const auto origin = static_cast<typename P::R>(shared.channels[t].mean);
+    shared.channels[t] = finish_channel(c, channel, origin, sums, rank == 0);
   }
   __syncthreads();
   if (part.has_channel()) normalize_part(part, kept, shared.channels);
@@ -896,7 +908,7 @@ __global__ void __launch_bounds__(STREAMING_THREADS, 2) finish_train(const Call 
   const long long channel = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (channel >= c.channels) return;
   const Sums<W> sums = sum_partials<W>(c, channel);
-  if (threadIdx.x == 0) finish_channel<T>(c, channel, sums, true);
+  if (threadIdx.x == 0) finish_channel(c, channel, origin_of<T>(c, channel), sums, true);
 }
 
 template <class T>
