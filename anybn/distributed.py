@@ -24,7 +24,10 @@ True
 
 from __future__ import annotations
 
+import atexit
 import functools
+import time
+import weakref
 from typing import Any, Protocol, runtime_checkable
 
 from anybn._core import Array, dtype_name
@@ -69,9 +72,10 @@ class TorchGroup:
     def all_reduce_sum(self, array: Array) -> Array:
         import torch.distributed
 
-        total = array.detach().clone()
-        torch.distributed.all_reduce(total, group=self.process_group)
-        return total
+        sent = array.detach().clone()
+        torch.distributed.all_reduce(sent, group=self.process_group)
+        _sent.add(sent)
+        return sent.clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchGroup:
         """A copy of a model talks to the same processes."""
@@ -79,6 +83,18 @@ class TorchGroup:
 
     def __repr__(self) -> str:
         return f"TorchGroup({self.process_group or ''})"
+
+
+#: Tensors that threads of torch's still hold, though the sums have arrived.
+_sent: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@atexit.register
+def _wait_until_released() -> None:
+    """A thread that lets go of a tensor after Python has ended aborts the process (pytorch/pytorch#190489)."""
+    deadline = time.monotonic() + 10
+    while _sent and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 class MPIGroup:
