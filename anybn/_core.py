@@ -59,6 +59,16 @@ class Spec(NamedTuple):
     relu: bool
 
 
+class RowSpec(NamedTuple):
+    """Which values of an array ``(N, P, L)`` are normalized together, its rows, and how."""
+
+    values: int
+    """so many side by side in a sample, all those of one or more of the P parameters"""
+    eps: float
+    centered: bool
+    """whether their mean is subtracted; if not, their mean square takes the place of their variance."""
+
+
 def native_sum(xp: Any, a: Array, axes: tuple[int, ...]) -> Array:
     """The library's own sum: good enough in a working dtype wider than x, or from a library that adds in trees."""
     return xp.sum(a, axis=axes)
@@ -304,3 +314,31 @@ def updated_running_statistics(
         return new_mean, new_var
     finite = xp.isfinite(mean) & xp.isfinite(var)
     return xp.where(finite, new_mean, running_mean), xp.where(finite, new_var, running_var)
+
+
+def in_rows(xp: Any, a: Array, spec: RowSpec) -> Array:
+    """(N, P, L) -> (1, rows, values), as batch norm takes its channels.
+
+    Where the mean is not to be subtracted, each row is followed by its negative: their mean is 0 and their variance the
+    mean square, so their batch norm is RMS norm.
+    """
+    samples, parameters, length = a.shape
+    own = spec.values // length
+    a = xp.reshape(a, (samples, parameters // own, own, length))  # Dask cannot split and merge axes at once
+    a = xp.reshape(a, (1, samples * (parameters // own), spec.values))
+    return a if spec.centered else xp.concat([a, -a], axis=2)
+
+
+def from_rows(xp: Any, rows: Array, shape: tuple[int, ...]) -> Array:
+    """What `in_rows` made, in its shape again."""
+    samples, parameters, length = shape
+    values = math.prod(shape) // rows.shape[1]
+    rows = rows[:, :, :values]
+    return xp.reshape(xp.reshape(rows, (samples, -1, values // length, length)), shape)
+
+
+def scaled(xp: Any, a: Array, weight: Array | None, bias: Array | None) -> Array:
+    """``a * weight + bias`` in a's dtype, for a ``(N, P, L)``."""
+    if weight is not None:
+        a = a * along(xp, xp.astype(weight, a.dtype), 1, 3)
+    return a if bias is None else a + along(xp, xp.astype(bias, a.dtype), 1, 3)

@@ -15,14 +15,13 @@ array([[-1.225,  0.   ,  1.225],
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from anybn import _checks, _core
-from anybn._core import Array, Gradients, Spec, Statistics
+from anybn import _checks
+from anybn._core import Array, Gradients, RowSpec
 from anybn._dispatch import backend_for
 from anybn.backends._base import Backend
 
@@ -179,175 +178,141 @@ def rms_norm_vjp(
     return _vjp(_features(x, axes, eps, centered=False), weight, None)
 
 
+class _Layout(NamedTuple):
+    """How x is laid out for `Backend.normalize_rows`."""
+
+    order: tuple[int, ...]
+    """of x's axes, and in this order, their sizes"""
+    sizes: tuple[int, ...]
+    shape: tuple[int, int, int]
+    """and the array ``(N, P, L)``, of which"""
+    values: int
+    """side by side are one row."""
+    parameters: tuple[int, ...]
+    """shape of weight and bias, which have P values."""
+
+
 class _Call(NamedTuple):
     """A norm of x whose arguments have been checked."""
 
     backend: Backend
     x: Array
-    eps: float
-    order: tuple[int, ...]
-    """x's axes with those of a row last; in this order, x has the shape"""
-    split: tuple[int, ...]
-    """with the channels in groups, and that of"""
-    rows: tuple[int, int]
-    """rows and values per row."""
-    parameter_axes: tuple[int, ...]
-    """the axes of x that weight and bias belong to."""
-    centered: bool
-    """whether the mean is subtracted."""
-    of_channels: bool = False
-    """whether each row is of one channel, as in instance norm, and so has one weight and bias."""
+    layout: _Layout
+    spec: RowSpec
 
 
 def _channels(x: Array, num_groups: int | None, axis: int, eps: float) -> _Call:
     backend = backend_for(x)
     index = _checks.batch(x, backend, axis, None)
-    shape = _checks.shape_of(x)
-    groups = shape[index] if num_groups is None else _checks.positive("num_groups", num_groups)
-    if shape[index] % groups if groups else shape[index]:
-        raise ValueError(
-            f"x has {shape[index]} channels on axis {axis}, which {groups} groups cannot share evenly: num_groups must "
-            "divide them"
-        )
-    n = 0 if index else 1
-    order = (n, index, *(i for i in range(len(shape)) if i not in (n, index)))
-    spatial = tuple(shape[i] for i in order[2:])
-    split = (shape[n], groups, shape[index] // max(groups, 1), *spatial)
-    call = _checked(backend, x, eps, order, split, shape[n] * groups, (index,), centered=True)
-    return call._replace(of_channels=groups == shape[index])
+    if num_groups is not None:
+        num_groups = _checks.positive("num_groups", num_groups)
+    return _checked(backend, x, _layout_by_channels(_checks.shape_of(x), index, num_groups), eps, centered=True)
 
 
 def _features(x: Array, axes: int | tuple[int, ...], eps: float, centered: bool) -> _Call:
     backend = backend_for(x)
     _checks.floating_array("x", x, backend)
-    shape = _checks.shape_of(x)
-    given = tuple(_checks.axis(a) for a in (axes if isinstance(axes, tuple) else (axes,)))
-    within = all(-len(shape) <= a < len(shape) for a in given)
-    reduced = tuple(a % len(shape) for a in given) if within else ()
+    given = tuple(map(_checks.axis, axes if isinstance(axes, tuple) else (axes,)))
+    return _checked(backend, x, _layout_by_features(_checks.shape_of(x), given), eps, centered)
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout_by_channels(shape: tuple[int, ...], index: int, num_groups: int | None) -> _Layout:
+    channels = shape[index]
+    groups = channels if num_groups is None else num_groups
+    if channels % groups if groups else channels:
+        raise ValueError(
+            f"x has {channels} channels on axis {index}, which {groups} groups cannot share evenly: num_groups must "
+            "divide them"
+        )
+    n = 0 if index else 1
+    order = (n, index, *(i for i in range(len(shape)) if i not in (n, index)))
+    sizes = tuple(shape[i] for i in order)
+    length = math.prod(sizes[2:])
+    return _Layout(order, sizes, (*sizes[:2], length), channels // max(groups, 1) * length, (channels,))
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout_by_features(shape: tuple[int, ...], axes: tuple[int, ...]) -> _Layout:
+    within = all(-len(shape) <= a < len(shape) for a in axes)
+    reduced = tuple(a % len(shape) for a in axes) if within else ()
     if not reduced or list(reduced) != sorted(set(reduced)):
         raise ValueError(
-            f"axes is {axes} but x has shape {shape}: give one or more of its axes, in increasing order and each once"
+            f"axes is {axes[0] if len(axes) == 1 else axes} but x has shape {shape}: give one or more of its axes, in "
+            "increasing order and each once"
         )
     kept = tuple(i for i in range(len(shape)) if i not in reduced)
-    order, rows = kept + reduced, math.prod(shape[i] for i in kept)
-    return _checked(backend, x, eps, order, tuple(shape[i] for i in order), rows, reduced, centered)
+    parameters = tuple(shape[i] for i in reduced)
+    values, order = math.prod(parameters), kept + reduced
+    samples = math.prod(shape[i] for i in kept)
+    return _Layout(order, tuple(shape[i] for i in order), (samples, values, 1), values, parameters)
 
 
-def _checked(
-    backend: Backend,
-    x: Array,
-    eps: float,
-    order: tuple[int, ...],
-    split: tuple[int, ...],
-    rows: int,
-    parameter_axes: tuple[int, ...],
-    centered: bool,
-) -> _Call:
-    shape = _checks.shape_of(x)
-    values = math.prod(shape) // rows if rows else 0
-    if rows and values == 1 and centered:
+def _checked(backend: Backend, x: Array, layout: _Layout, eps: float, centered: bool) -> _Call:
+    if layout.values == 1 and centered and 0 not in layout.sizes:
         raise ValueError(
-            f"a norm needs more than 1 value to normalize together, got shape {shape} with 1: every result would be "
-            "bias; normalize over more axes or in larger groups"
+            f"a norm needs more than 1 value to normalize together, got shape {_checks.shape_of(x)} with 1: every "
+            "result would be bias; normalize over more axes or in larger groups"
         )
-    return _Call(backend, x, _checks.eps(eps), order, split, (rows, values), parameter_axes, centered)
+    return _Call(backend, x, layout, RowSpec(layout.values, _checks.eps(eps), centered))
 
 
 def _parameter(call: _Call, name: str, value: Array | None) -> Array | None:
-    """weight or bias in a shape that broadcasts against x."""
+    """weight or bias as ``(P,)``."""
     if value is None:
         return None
     _checks.same_place(name, value, call.x, call.backend)
     _checks.floating_array(name, value, call.backend)
-    wanted = tuple(call.x.shape[i] for i in call.parameter_axes)
+    wanted = call.layout.parameters
     if _checks.shape_of(value) != wanted:
         raise ValueError(
             f"{name} has shape {_checks.shape_of(value)} but x has {_checks.shape_of(call.x)}: it must be {wanted}"
         )
-    shape = tuple(size if i in call.parameter_axes else 1 for i, size in enumerate(call.x.shape))
-    return call.backend.namespace(call.x).reshape(value, shape)
+    return value if len(wanted) == 1 else call.backend.namespace(call.x).reshape(value, (-1,))
 
 
-def _in_rows(call: _Call, a: Array) -> Array:
-    """a of x's shape as ``(1, rows, values)``; twice the values, the second half negative, where none is centered."""
-    xp = call.backend.namespace(a)
-    if call.order != tuple(range(a.ndim)):
-        a = xp.permute_dims(a, call.order)
-    a = xp.reshape(xp.reshape(a, call.split), (1, *call.rows))  # Dask cannot do both at once
-    return a if call.centered else xp.concat([a, -a], axis=2)
+def _laid(call: _Call, a: Array) -> Array:
+    """a of x's shape as ``(N, P, L)``."""
+    xp, order = call.backend.namespace(a), call.layout.order
+    if order != tuple(range(len(order))):
+        a = xp.permute_dims(a, order)
+    return xp.reshape(a, call.layout.shape)
 
 
-def _from_rows(call: _Call, a: Array) -> Array:
-    """What `_in_rows` made, in x's shape again."""
-    xp, order = call.backend.namespace(a), call.order
-    if not call.centered:
-        a = a[:, :, : call.rows[1]]
-    a = xp.reshape(xp.reshape(a, call.split), tuple(call.x.shape[i] for i in order))
-    return a if order == tuple(range(a.ndim)) else xp.permute_dims(a, tuple(map(order.index, range(len(order)))))
-
-
-def _normalized(
-    call: _Call, x: Array, weight: Array | None = None, bias: Array | None = None
-) -> tuple[Array, Statistics]:
-    """weight and bias, if any, of each row."""
-    y, statistics = call.backend.train(_in_rows(call, x), weight, bias, None, None, Spec(1, call.eps, relu=False))
-    return _from_rows(call, y), statistics
+def _delivered(call: _Call, a: Array) -> Array:
+    """What `_laid` made, in x's shape again."""
+    xp, order = call.backend.namespace(a), call.layout.order
+    a = xp.reshape(a, call.layout.sizes)
+    return a if order == tuple(range(len(order))) else xp.permute_dims(a, tuple(map(order.index, range(len(order)))))
 
 
 def _apply(call: _Call, weight: Array | None, bias: Array | None) -> Array:
-    x, backend = call.x, call.backend
     weight, bias = _parameter(call, "weight", weight), _parameter(call, "bias", bias)
-    xp = backend.namespace(x)
-    if 0 in x.shape:
-        return x * 1
-    if weight is None and bias is None:
-        return _normalized(call, x)[0]
-    if call.of_channels and weight is not None:  # batch norm's own weight and bias, rounded once with the rest
-        of_rows = call.split[:2]
-        weight, bias = (
-            None if a is None else xp.reshape(xp.broadcast_to(xp.reshape(a, (1, -1)), of_rows), (-1,))
-            for a in (weight, bias)
-        )
-        return _normalized(call, x, weight, bias)[0]
-    working = backend.working_dtype(x)
-    with np.errstate(all="ignore"):
-        y, _ = _normalized(call, xp.astype(x, working))
-        return _core.rounded_to(xp, _affine(xp, y, weight, bias), x.dtype)
-
-
-def _affine(xp: Any, y: Array, weight: Array | None, bias: Array | None) -> Array:
-    if weight is not None:
-        y = y * xp.astype(weight, y.dtype)
-    return y if bias is None else y + xp.astype(bias, y.dtype)
+    if 0 in call.layout.sizes:
+        return call.x * 1
+    return _delivered(call, call.backend.normalize_rows(_laid(call, call.x), weight, bias, call.spec)[0])
 
 
 def _vjp(call: _Call, weight: Array | None, bias: Array | None) -> tuple[Array, Pullback]:
     x, backend = call.x, call.backend
-    scale, offset = _parameter(call, "weight", weight), _parameter(call, "bias", bias)
-    xp, working = backend.namespace(x), backend.working_dtype(x)
-    empty = 0 in x.shape
+    of_rows = _parameter(call, "weight", weight), _parameter(call, "bias", bias)
+    xp, empty = backend.namespace(x), 0 in x.shape
+    statistics: Any = None
     with backend.no_grad():
-        xhat, statistics = (xp.astype(x, working), None) if empty else _normalized(call, xp.astype(x, working))
-        y = _core.rounded_to(xp, _affine(xp, xhat, scale, offset), x.dtype)
-    others = tuple(i for i in range(x.ndim) if i not in call.parameter_axes)
-
-    def summed(a: Array, like: Array | None) -> Array | None:
-        if like is None:
-            return None
-        total = xp.reshape(backend.sum(xp, a, others), _checks.shape_of(like)) if others else a
-        return _core.rounded_to(xp, total, like.dtype)
+        if empty:
+            y = x * 1
+        else:
+            y, statistics = backend.normalize_rows(_laid(call, x), *of_rows, call.spec)
+            y = _delivered(call, y)
 
     def pullback(dy: Array) -> Gradients:
         """Gradients(x, weight, bias, None) for the gradient dy of y."""
         _checks.like_x("dy", _checks.floating_array("dy", dy, backend_for(dy, "dy")), x, backend)
         with backend.no_grad():
-            dy = xp.astype(dy, working)
-            dweight, dbias = summed(dy * xhat, weight), summed(dy, bias)
-            dx = _affine(xp, dy, scale, None)
-            if statistics is not None:
-                rows = _in_rows(call, xp.astype(x, working))
-                spec = Spec(1, call.eps, relu=False)
-                dx = _from_rows(call, backend.gradients(_in_rows(call, dx), rows, statistics, None, None, None, spec).x)
-        return Gradients(_core.rounded_to(xp, dx, x.dtype), dweight, dbias, None)
+            if empty:
+                return Gradients(dy * 1, *(None if a is None else xp.zeros_like(a) for a in (weight, bias)), None)
+            dx, *rest, _ = backend.row_gradients(_laid(call, dy), _laid(call, x), statistics, *of_rows, call.spec)
+            dweight, dbias = (None if a is None else xp.reshape(a, call.layout.parameters) for a in rest)
+            return Gradients(_delivered(call, dx), dweight, dbias, None)
 
     return y, pullback

@@ -12,7 +12,7 @@ import array_api_compat
 import numpy as np
 
 from anybn import _core, _synchronized
-from anybn._core import Array, Gradients, Spec, Statistics, Update
+from anybn._core import Array, Gradients, RowSpec, Spec, Statistics, Update
 from anybn._synchronized import Members
 
 
@@ -250,6 +250,48 @@ class Backend:
         """See `anybn._core.gradients`."""
         with np.errstate(all="ignore"):
             return _core.gradients(self.namespace(x), self.sum, spec, dy, x, statistics, weight, active, mask)
+
+    # -- norms of rows -----------------------------------------------------------------------------------------
+
+    def normalize_rows(
+        self, x: Array, weight: Array | None, bias: Array | None, spec: RowSpec
+    ) -> tuple[Array, Statistics]:
+        """Normalize the rows of x, ``(N, P, L)`` and not empty, then scale and shift it by weight and bias, ``(P,)``.
+
+        The rows are batch norm's channels. Weight and bias can be too if each row has but one; else they are applied in
+        the working dtype before the only rounding. Differentiable in x, weight and bias where the library is.
+        """
+        xp, plain = self.namespace(x), Spec(1, spec.eps, relu=False)
+        if bias is None if weight is None else spec.values == x.shape[2]:
+            of_rows = (
+                None if a is None else xp.reshape(xp.broadcast_to(a, x.shape[:2]), (-1,)) for a in (weight, bias)
+            )
+            y, statistics = self.train(_core.in_rows(xp, x, spec), *of_rows, None, None, plain)
+            return _core.from_rows(xp, y, x.shape), statistics
+        with np.errstate(all="ignore"):
+            wide = xp.astype(x, self.working_dtype(x))
+            xhat, statistics = self.train(_core.in_rows(xp, wide, spec), None, None, None, None, plain)
+            y = _core.scaled(xp, _core.from_rows(xp, xhat, x.shape), weight, bias)
+            return _core.rounded_to(xp, y, x.dtype), statistics
+
+    def row_gradients(
+        self, dy: Array, x: Array, statistics: Statistics, weight: Array | None, bias: Array | None, spec: RowSpec
+    ) -> Gradients:
+        """The gradients of `normalize_rows`, with its statistics; None for a weight or bias that was not given."""
+        xp, plain, working = self.namespace(x), Spec(1, spec.eps, relu=False), self.working_dtype(x)
+        dtype, dweight, dbias = x.dtype, None, None
+        with np.errstate(all="ignore"):
+            x, dy = xp.astype(x, working), xp.astype(dy, working)
+            rows, dxhat = _core.in_rows(xp, x, spec), _core.in_rows(xp, _core.scaled(xp, dy, weight, None), spec)
+            dx = self.gradients(dxhat, rows, statistics, None, None, None, plain).x
+            dx = _core.rounded_to(xp, _core.from_rows(xp, dx, x.shape), dtype)
+            if weight is not None:
+                xhat = self.evaluate(rows, statistics, None, None, None, None, plain)
+                dweight = self.sum(xp, dy * _core.from_rows(xp, xhat, x.shape), (0, 2))
+                dweight = _core.rounded_to(xp, dweight, weight.dtype)
+            if bias is not None:
+                dbias = _core.rounded_to(xp, self.sum(xp, dy, (0, 2)), bias.dtype)
+        return Gradients(dx, dweight, dbias, None)
 
     # -- batch norm over a group of processes ------------------------------------------------------------------
 

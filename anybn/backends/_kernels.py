@@ -228,7 +228,8 @@ def settle(c, count, s1, s2, eps, weight, numbers, shift):
         shift[c] = s1 / count
     numbers[3, c] = s2 - s1 * (s1 / count)
     numbers[2, c] = numbers[3, c] / count
-    numbers[4, c] = rstd_of(numbers[2, c], eps) * weight[c]
+    rstd = rstd_of(numbers[2, c], eps)
+    numbers[4, c] = rstd if weight is None else rstd * weight[c]
 
 
 @njit(**EXACT)
