@@ -60,10 +60,12 @@ class Spec(NamedTuple):
 
 
 class RowSpec(NamedTuple):
-    """Which values of an array ``(N, P, L)`` are normalized together, its rows, and how."""
+    """Which values of an array are normalized together, its rows, and how; hashable."""
 
+    shape: tuple[int, int, int]
+    """``(N, P, L)``, to which the array can be reshaped, for P weights and biases"""
     values: int
-    """so many side by side in a sample, all those of one or more of the P parameters"""
+    """of a row, side by side, all those of one or more of the P"""
     eps: float
     centered: bool
     """whether their mean is subtracted; if not, their mean square takes the place of their variance."""
@@ -317,28 +319,28 @@ def updated_running_statistics(
 
 
 def in_rows(xp: Any, a: Array, spec: RowSpec) -> Array:
-    """(N, P, L) -> (1, rows, values), as batch norm takes its channels.
+    """a as (1, rows, values), as batch norm takes its channels.
 
     Where the mean is not to be subtracted, each row is followed by its negative: their mean is 0 and their variance the
     mean square, so their batch norm is RMS norm.
     """
-    samples, parameters, length = a.shape
+    samples, parameters, length = spec.shape
     own = spec.values // length
     a = xp.reshape(a, (samples, parameters // own, own, length))  # Dask cannot split and merge axes at once
     a = xp.reshape(a, (1, samples * (parameters // own), spec.values))
     return a if spec.centered else xp.concat([a, -a], axis=2)
 
 
-def from_rows(xp: Any, rows: Array, shape: tuple[int, ...]) -> Array:
-    """What `in_rows` made, in its shape again."""
-    samples, parameters, length = shape
-    values = math.prod(shape) // rows.shape[1]
-    rows = rows[:, :, :values]
-    return xp.reshape(xp.reshape(rows, (samples, -1, values // length, length)), shape)
+def from_rows(xp: Any, rows: Array, spec: RowSpec) -> Array:
+    """What `in_rows` made, as ``(N, P, L)``."""
+    samples, parameters, length = spec.shape
+    own = spec.values // length
+    rows = rows if spec.centered else rows[:, :, : spec.values]
+    return xp.reshape(xp.reshape(rows, (samples, parameters // own, own, length)), spec.shape)
 
 
 def scaled(xp: Any, a: Array, weight: Array | None, bias: Array | None) -> Array:
     """``a * weight + bias`` in a's dtype, for a ``(N, P, L)``."""
     if weight is not None:
-        a = a * along(xp, xp.astype(weight, a.dtype), 1, 3)
-    return a if bias is None else a + along(xp, xp.astype(bias, a.dtype), 1, 3)
+        a = a * xp.reshape(xp.astype(weight, a.dtype), (-1, 1))
+    return a if bias is None else a + xp.reshape(xp.astype(bias, a.dtype), (-1, 1))

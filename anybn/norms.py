@@ -181,15 +181,14 @@ def rms_norm_vjp(
 class _Layout(NamedTuple):
     """How x is laid out for `Backend.normalize_rows`."""
 
-    order: tuple[int, ...]
-    """of x's axes, and in this order, their sizes"""
-    sizes: tuple[int, ...]
+    order: tuple[int, ...] | None
+    """of x's axes, if they have to be moved, and the way back"""
+    back: tuple[int, ...]
     shape: tuple[int, int, int]
-    """and the array ``(N, P, L)``, of which"""
+    """and values of `RowSpec`"""
     values: int
-    """side by side are one row."""
     parameters: tuple[int, ...]
-    """shape of weight and bias, which have P values."""
+    """shape of weight and bias, which have P values"""
 
 
 class _Call(NamedTuple):
@@ -226,10 +225,9 @@ def _layout_by_channels(shape: tuple[int, ...], index: int, num_groups: int | No
             "divide them"
         )
     n = 0 if index else 1
-    order = (n, index, *(i for i in range(len(shape)) if i not in (n, index)))
-    sizes = tuple(shape[i] for i in order)
-    length = math.prod(sizes[2:])
-    return _Layout(order, sizes, (*sizes[:2], length), channels // max(groups, 1) * length, (channels,))
+    others = tuple(i for i in range(len(shape)) if i not in (n, index))
+    length = math.prod(shape[i] for i in others)
+    return _layout((n, index, *others), (shape[n], channels, length), channels // max(groups, 1) * length, (channels,))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -243,66 +241,64 @@ def _layout_by_features(shape: tuple[int, ...], axes: tuple[int, ...]) -> _Layou
         )
     kept = tuple(i for i in range(len(shape)) if i not in reduced)
     parameters = tuple(shape[i] for i in reduced)
-    values, order = math.prod(parameters), kept + reduced
-    samples = math.prod(shape[i] for i in kept)
-    return _Layout(order, tuple(shape[i] for i in order), (samples, values, 1), values, parameters)
+    values = math.prod(parameters)
+    return _layout(kept + reduced, (math.prod(shape[i] for i in kept), values, 1), values, parameters)
+
+
+def _layout(order: tuple[int, ...], shape: tuple[int, int, int], values: int, parameters: tuple[int, ...]) -> _Layout:
+    back = tuple(map(order.index, range(len(order))))
+    return _Layout(None if order == back == tuple(range(len(order))) else order, back, shape, values, parameters)
 
 
 def _checked(backend: Backend, x: Array, layout: _Layout, eps: float, centered: bool) -> _Call:
-    if layout.values == 1 and centered and 0 not in layout.sizes:
+    if layout.values == 1 and centered and 0 not in layout.shape:
         raise ValueError(
             f"a norm needs more than 1 value to normalize together, got shape {_checks.shape_of(x)} with 1: every "
             "result would be bias; normalize over more axes or in larger groups"
         )
-    return _Call(backend, x, layout, RowSpec(layout.values, _checks.eps(eps), centered))
+    return _Call(backend, x, layout, RowSpec(layout.shape, layout.values, _checks.eps(eps), centered))
 
 
-def _parameter(call: _Call, name: str, value: Array | None) -> Array | None:
-    """weight or bias as ``(P,)``."""
-    if value is None:
-        return None
-    _checks.same_place(name, value, call.x, call.backend)
-    _checks.floating_array(name, value, call.backend)
-    wanted = call.layout.parameters
-    if _checks.shape_of(value) != wanted:
-        raise ValueError(
-            f"{name} has shape {_checks.shape_of(value)} but x has {_checks.shape_of(call.x)}: it must be {wanted}"
-        )
-    return value if len(wanted) == 1 else call.backend.namespace(call.x).reshape(value, (-1,))
+def _check_parameters(call: _Call, **parameters: Array | None) -> None:
+    for name, value in parameters.items():
+        if value is None:
+            continue
+        _checks.same_place(name, value, call.x, call.backend)
+        _checks.floating_array(name, value, call.backend)
+        if _checks.shape_of(value) != call.layout.parameters:
+            raise ValueError(
+                f"{name} has shape {_checks.shape_of(value)} but x has {_checks.shape_of(call.x)}: it must be "
+                f"{call.layout.parameters}"
+            )
 
 
 def _laid(call: _Call, a: Array) -> Array:
-    """a of x's shape as ``(N, P, L)``."""
-    xp, order = call.backend.namespace(a), call.layout.order
-    if order != tuple(range(len(order))):
-        a = xp.permute_dims(a, order)
-    return xp.reshape(a, call.layout.shape)
+    """a, of x's shape, with its axes as the layout has them."""
+    order = call.layout.order
+    return a if order is None else call.backend.namespace(a).permute_dims(a, order)
 
 
 def _delivered(call: _Call, a: Array) -> Array:
-    """What `_laid` made, in x's shape again."""
-    xp, order = call.backend.namespace(a), call.layout.order
-    a = xp.reshape(a, call.layout.sizes)
-    return a if order == tuple(range(len(order))) else xp.permute_dims(a, tuple(map(order.index, range(len(order)))))
+    """What `_laid` made, as x has its axes."""
+    return a if call.layout.order is None else call.backend.namespace(a).permute_dims(a, call.layout.back)
 
 
 def _apply(call: _Call, weight: Array | None, bias: Array | None) -> Array:
-    weight, bias = _parameter(call, "weight", weight), _parameter(call, "bias", bias)
-    if 0 in call.layout.sizes:
+    _check_parameters(call, weight=weight, bias=bias)
+    if 0 in call.layout.shape:
         return call.x * 1
     return _delivered(call, call.backend.normalize_rows(_laid(call, call.x), weight, bias, call.spec)[0])
 
 
 def _vjp(call: _Call, weight: Array | None, bias: Array | None) -> tuple[Array, Pullback]:
-    x, backend = call.x, call.backend
-    of_rows = _parameter(call, "weight", weight), _parameter(call, "bias", bias)
-    xp, empty = backend.namespace(x), 0 in x.shape
+    _check_parameters(call, weight=weight, bias=bias)
+    x, backend, empty = call.x, call.backend, 0 in call.layout.shape
     statistics: Any = None
     with backend.no_grad():
         if empty:
             y = x * 1
         else:
-            y, statistics = backend.normalize_rows(_laid(call, x), *of_rows, call.spec)
+            y, statistics = backend.normalize_rows(_laid(call, x), weight, bias, call.spec)
             y = _delivered(call, y)
 
     def pullback(dy: Array) -> Gradients:
@@ -310,9 +306,10 @@ def _vjp(call: _Call, weight: Array | None, bias: Array | None) -> tuple[Array, 
         _checks.like_x("dy", _checks.floating_array("dy", dy, backend_for(dy, "dy")), x, backend)
         with backend.no_grad():
             if empty:
-                return Gradients(dy * 1, *(None if a is None else xp.zeros_like(a) for a in (weight, bias)), None)
-            dx, *rest, _ = backend.row_gradients(_laid(call, dy), _laid(call, x), statistics, *of_rows, call.spec)
-            dweight, dbias = (None if a is None else xp.reshape(a, call.layout.parameters) for a in rest)
-            return Gradients(_delivered(call, dx), dweight, dbias, None)
+                xp = backend.namespace(x)
+                dweight, dbias = (None if a is None else xp.zeros_like(a) for a in (weight, bias))
+                return Gradients(dy * 1, dweight, dbias, None)
+            grads = backend.row_gradients(_laid(call, dy), _laid(call, x), statistics, weight, bias, call.spec)
+            return grads._replace(x=_delivered(call, grads.x))
 
     return y, pullback

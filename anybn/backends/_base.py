@@ -256,42 +256,44 @@ class Backend:
     def normalize_rows(
         self, x: Array, weight: Array | None, bias: Array | None, spec: RowSpec
     ) -> tuple[Array, Statistics]:
-        """Normalize the rows of x, ``(N, P, L)`` and not empty, then scale and shift it by weight and bias, ``(P,)``.
+        """Normalize the rows of x, which is not empty, then scale and shift it by weight and bias, of P values each.
 
         The rows are batch norm's channels. Weight and bias can be too if each row has but one; else they are applied in
         the working dtype before the only rounding. Differentiable in x, weight and bias where the library is.
         """
-        xp, plain = self.namespace(x), Spec(1, spec.eps, relu=False)
-        if bias is None if weight is None else spec.values == x.shape[2]:
-            of_rows = (
-                None if a is None else xp.reshape(xp.broadcast_to(a, x.shape[:2]), (-1,)) for a in (weight, bias)
+        xp, plain, (samples, parameters, length) = self.namespace(x), Spec(1, spec.eps, relu=False), spec.shape
+        if bias is None if weight is None else spec.values == length:
+            weight, bias = (
+                None if a is None else xp.reshape(xp.broadcast_to(a, (samples, parameters)), (-1,))
+                for a in (weight, bias)
             )
-            y, statistics = self.train(_core.in_rows(xp, x, spec), *of_rows, None, None, plain)
-            return _core.from_rows(xp, y, x.shape), statistics
+            y, statistics = self.train(_core.in_rows(xp, x, spec), weight, bias, None, None, plain)
+            return xp.reshape(_core.from_rows(xp, y, spec), x.shape), statistics
         with np.errstate(all="ignore"):
-            wide = xp.astype(x, self.working_dtype(x))
-            xhat, statistics = self.train(_core.in_rows(xp, wide, spec), None, None, None, None, plain)
-            y = _core.scaled(xp, _core.from_rows(xp, xhat, x.shape), weight, bias)
-            return _core.rounded_to(xp, y, x.dtype), statistics
+            rows = _core.in_rows(xp, xp.astype(x, self.working_dtype(x)), spec)
+            xhat, statistics = self.train(rows, None, None, None, None, plain)
+            y = _core.scaled(xp, _core.from_rows(xp, xhat, spec), weight, bias)
+            return _core.rounded_to(xp, xp.reshape(y, x.shape), x.dtype), statistics
 
     def row_gradients(
         self, dy: Array, x: Array, statistics: Statistics, weight: Array | None, bias: Array | None, spec: RowSpec
     ) -> Gradients:
         """The gradients of `normalize_rows`, with its statistics; None for a weight or bias that was not given."""
         xp, plain, working = self.namespace(x), Spec(1, spec.eps, relu=False), self.working_dtype(x)
-        dtype, dweight, dbias = x.dtype, None, None
+        dweight = dbias = None
         with np.errstate(all="ignore"):
-            x, dy = xp.astype(x, working), xp.astype(dy, working)
-            rows, dxhat = _core.in_rows(xp, x, spec), _core.in_rows(xp, _core.scaled(xp, dy, weight, None), spec)
-            dx = self.gradients(dxhat, rows, statistics, None, None, None, plain).x
-            dx = _core.rounded_to(xp, _core.from_rows(xp, dx, x.shape), dtype)
+            rows = _core.in_rows(xp, xp.astype(x, working), spec)
+            dy = xp.reshape(xp.astype(dy, working), spec.shape)
+            dxhat = _core.in_rows(xp, _core.scaled(xp, dy, weight, None), spec)
+            dx = _core.from_rows(xp, self.gradients(dxhat, rows, statistics, None, None, None, plain).x, spec)
             if weight is not None:
                 xhat = self.evaluate(rows, statistics, None, None, None, None, plain)
-                dweight = self.sum(xp, dy * _core.from_rows(xp, xhat, x.shape), (0, 2))
-                dweight = _core.rounded_to(xp, dweight, weight.dtype)
+                dweight = self.sum(xp, dy * _core.from_rows(xp, xhat, spec), (0, 2))
+                dweight = _core.rounded_to(xp, xp.reshape(dweight, weight.shape), weight.dtype)
             if bias is not None:
-                dbias = _core.rounded_to(xp, self.sum(xp, dy, (0, 2)), bias.dtype)
-        return Gradients(dx, dweight, dbias, None)
+                dbias = self.sum(xp, dy, (0, 2))
+                dbias = _core.rounded_to(xp, xp.reshape(dbias, bias.shape), bias.dtype)
+            return Gradients(_core.rounded_to(xp, xp.reshape(dx, x.shape), x.dtype), dweight, dbias, None)
 
     # -- batch norm over a group of processes ------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from anybn import _core, _threads
 from anybn._core import Gradients, Over, Spec, Statistics
 from anybn.backends._layout import alike, as_float64, delivered, destination, parameter
 
+row_kernels = None  # the core does it: see `Backend.normalize_rows`
 VALUES = 1 << 18  # of a block: 2 MB in float64; smaller ones cost more in calls than they save in memory
 
 

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anybn._core import Gradients, Over, Spec, Statistics
-from anybn.backends import _columns, _kernels, _runs
+from anybn.backends import _columns, _kernels, _rows, _runs
 from anybn.backends._layout import Lying, alike, as_float64, delivered, destination, parameter
-from anybn.backends._sharing import share
+from anybn.backends._sharing import CLAIMS, GRAIN, share
 
+row_kernels = _rows  # see `Backend.normalize_rows`
 CACHE = 1 << 20  # bytes that a core's own cache is trusted with
 SHARED_CACHE = 1 << 26  # and that all cores' caches are
-GRAIN = 1 << 17  # bytes that are worth a claim, and with it another thread
-CLAIMS = 32  # of a call, about: enough for threads of different speed to end together
 SEGMENT = 1 << 16  # values whose sums are merged with those of others
 RUN = 256  # values of a channel side by side; fewer are columns
 WIDTH = 1024  # columns whose parameters fit the innermost cache beside one array

@@ -25,6 +25,8 @@ from numba.extending import intrinsic
 
 from anybn import _threads
 
+GRAIN = 1 << 17  # bytes that are worth a claim, and with it another thread
+CLAIMS = 32  # of a call, about: enough for threads of different speed to end together
 #: The tickets of a call: the next number, how many are done, how many go with one claim, how many there are.
 NEXT, DONE, STEP, COUNT = range(4)
 #: How long a thread stays awake for what another is to do, in looks at a number, 10 to a nanosecond, and how often it

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anybn._core import Gradients, Over, Spec, Statistics, Update
+from anybn._core import Gradients, Over, RowSpec, Spec, Statistics, Update
 from anybn.backends.numpy import kernels
 
 #: As kernels see them: 16-bit numbers as their bits.
@@ -80,6 +80,30 @@ def gradients(
         return Gradients(dx, None, None, dresidual)
     dweight, dbias = (torch.from_numpy(a).to(weight.dtype) for a in (grads.weight, grads.bias))
     return Gradients(dx, dweight, dbias, dresidual)
+
+
+def normalize_rows(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, spec: RowSpec
+) -> tuple[torch.Tensor, Statistics]:
+    y, statistics = kernels().row_kernels.normalize(_view(x), _numbers(weight), _numbers(bias), spec)
+    return _tensor(y, x.dtype), _from_views(statistics)
+
+
+def row_gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    statistics: Statistics,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    spec: RowSpec,
+) -> Gradients:
+    given = _views(statistics), _numbers(weight), _numbers(bias)
+    grads = kernels().row_kernels.gradients(_view(dy), _view(x), *given, spec)
+    dweight, dbias = (
+        None if parameter is None else torch.from_numpy(a).to(parameter.dtype)
+        for a, parameter in ((grads.weight, weight), (grads.bias, bias))
+    )
+    return Gradients(_tensor(grads.x, x.dtype), dweight, dbias, None)
 
 
 def _view(a: torch.Tensor | None) -> Any:

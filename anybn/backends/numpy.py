@@ -12,7 +12,7 @@ import array_api_compat.numpy
 import numpy as np
 
 from anybn import _core, _synchronized
-from anybn._core import Array, Gradients, Over, Spec, Statistics
+from anybn._core import Array, Gradients, Over, RowSpec, Spec, Statistics
 from anybn._synchronized import Members
 from anybn.backends._base import Backend
 from anybn.errors import BackendNotInstalled
@@ -176,6 +176,34 @@ class NumPyBackend(Backend):
             return super().gradients_over(members, dy, x, *rest)
         over = functools.partial(_synchronized.sums, self, members.group)
         return self.gradients(dy, x, statistics, weight, active, mask, spec, over)
+
+    # -- norms of rows -----------------------------------------------------------------------------------------
+
+    def normalize_rows(
+        self, x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, spec: RowSpec
+    ) -> tuple[np.ndarray, Statistics]:
+        if not ((chosen := self._kernels_for(x, None)) and chosen.row_kernels):
+            return super().normalize_rows(x, weight, bias, spec)
+        y, statistics = chosen.row_kernels.normalize(_bits(x), weight, bias, spec)
+        return y.view(x.dtype), statistics
+
+    def row_gradients(
+        self,
+        dy: np.ndarray,
+        x: np.ndarray,
+        statistics: Statistics,
+        weight: np.ndarray | None,
+        bias: np.ndarray | None,
+        spec: RowSpec,
+    ) -> Gradients:
+        if not ((chosen := self._kernels_for(x, None)) and chosen.row_kernels):
+            return super().row_gradients(dy, x, statistics, weight, bias, spec)
+        grads = chosen.row_kernels.gradients(_bits(dy), _bits(x), statistics, weight, bias, spec)
+        dweight, dbias = (
+            None if parameter is None else _core.rounded_to(array_api_compat.numpy, a, parameter.dtype)
+            for a, parameter in ((grads.weight, weight), (grads.bias, bias))
+        )
+        return Gradients(grads.x.view(x.dtype), dweight, dbias, None)
 
 
 @functools.cache

@@ -21,13 +21,13 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from anybn import _synchronized
-from anybn._core import Array, Gradients, Over, Spec, Statistics, Update
+from anybn import _core, _synchronized
+from anybn._core import Array, Gradients, Over, RowSpec, Spec, Statistics, Update
 from anybn._synchronized import Members
 from anybn.backends import _cuda, _torch_cpu, _torch_cuda, _torch_native
 from anybn.backends._base import Backend
 from anybn.backends._cuda_arrays import CudaArrays
-from anybn.backends.numpy import NumPyBackend
+from anybn.backends.numpy import NumPyBackend, kernels
 
 
 class _Namespace:
@@ -312,6 +312,34 @@ class TorchBackend(Backend):
             return _torch_cpu.gradients(dy, x, statistics, weight, active, spec, over)
         return chosen.gradients(dy, x, statistics, weight, active, spec)
 
+    # -- norms of rows -----------------------------------------------------------------------------------------
+
+    def _by_row_kernels(self, x: torch.Tensor) -> bool:
+        return self._kernels_for(x, None) is _torch_cpu and kernels().row_kernels is not None
+
+    def normalize_rows(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, spec: RowSpec
+    ) -> tuple[torch.Tensor, Statistics]:
+        if not self._by_row_kernels(x):
+            return super().normalize_rows(x, weight, bias, spec)
+        computed = _torch_cpu.normalize_rows(x, weight, bias, spec)
+        if self.records(x, weight, bias):
+            return _RecordedRows.apply(x, weight, bias, self, computed, spec), computed[1]
+        return computed
+
+    def row_gradients(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        statistics: Statistics,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        spec: RowSpec,
+    ) -> Gradients:
+        if self.records(dy, x, weight) or not self._by_row_kernels(x):
+            return super().row_gradients(dy, x, statistics, weight, bias, spec)
+        return _torch_cpu.row_gradients(dy, x, statistics, weight, bias, spec)
+
     # -- batch norm over a group of processes ------------------------------------------------------------------
 
     def all_reduce_sum(self, group: Any, array: torch.Tensor) -> torch.Tensor:
@@ -415,6 +443,33 @@ class _Recorded(torch.autograd.Function):
         has_bias, has_residual = ctx.given
         bias, residual = grads.bias if has_bias else None, grads.residual if has_residual else None
         return grads.x, grads.weight, bias, residual, None, None, None, None, None
+
+
+class _RecordedRows(torch.autograd.Function):
+    """The same of `Backend.normalize_rows`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        backend: TorchBackend,
+        computed: tuple[torch.Tensor, Statistics],
+        spec: RowSpec,
+    ) -> torch.Tensor:
+        y, statistics = computed
+        ctx.save_for_backward(x, weight, bias)
+        ctx.backend, ctx.statistics, ctx.spec = backend, statistics, spec
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x, weight, bias), backend, statistics = ctx.saved_tensors, ctx.backend, ctx.statistics
+        if torch.is_grad_enabled():
+            statistics = backend.batch_statistics(_core.in_rows(_NAMESPACE, x, ctx.spec), 1, None)
+        grads = backend.row_gradients(dy, x, statistics, weight, bias, ctx.spec)
+        return grads.x, grads.weight, grads.bias, None, None, None
 
 
 class _Summed(torch.autograd.Function):
