@@ -1,10 +1,9 @@
 """Group, layer, instance and RMS norm, for batches too small for batch norm. They keep nothing.
 
-All four are batch norm with other roles of the axes: values that are normalized together are laid out as one row of an
-array ``(1, rows, values)``, whose rows are batch norm's channels. Its core, backends and gradients do the rest, in the
-working dtype, and the weight and bias, which belong to other axes, are applied before the only rounding. Instance norm,
-and the others without weight and bias, are one call of the kernels; else arrays of the working dtype are made, which is
-exact and takes several times as long.
+All four are batch norm with other roles of the axes: values that are normalized together lie in one row, and the rows
+are batch norm's channels. What is here checks the arguments and lays x out; `Backend.normalize_rows` does the rest,
+with compiled kernels for NumPy arrays and torch's CPU tensors. Elsewhere, weights that do not belong to whole rows make
+arrays of the working dtype, which is as exact and takes several times as long, and RMS norm takes twice the memory.
 
 >>> import numpy as np
 >>> from anybn import norms
@@ -160,8 +159,7 @@ def rms_norm(x: Array, weight: Array | None = None, *, eps: float = 1e-5, axes: 
     """Divide x by its root mean square over some of its axes (Zhang & Sennrich 2019).
 
     ``y = x / sqrt(mean(x**2) + eps) * weight``; arguments, result and errors as in `layer_norm`. torch's default eps is
-    x's machine epsilon, that of most language models 1e-5 or 1e-6. It takes twice the memory of `layer_norm`: the mean
-    of x and -x together is 0 and their variance the mean square of x, so their batch norm is x's RMS norm.
+    x's machine epsilon, that of most language models 1e-5 or 1e-6.
 
     >>> import numpy as np, anybn
     >>> anybn.rms_norm(np.array([[3.0, 4.0], [30.0, 40.0]])).round(3)

@@ -57,6 +57,74 @@ def test_far_from_zero_torch_is_not_a_reference(name):
     assert errors[1] > 1000
 
 
+#: x's shape, the call, weight's shape: on either side of every decision in `backends/_rows.py`.
+ROWS = {
+    "values": ((3000, 96), lambda x, w, b: norms.layer_norm_vjp(x, w, b), (96,)),
+    "one long row": ((1, 20_000), lambda x, w, b: norms.layer_norm_vjp(x, w, b), (20_000,)),
+    "runs": ((40, 6, 700), lambda x, w, b: norms.group_norm_vjp(x, 3, w, b), (6,)),
+    "short runs": ((500, 6, 9), lambda x, w, b: norms.group_norm_vjp(x, 3, w, b), (6,)),
+    "one run": ((30, 6, 700), lambda x, w, b: norms.instance_norm_vjp(x, w, b), (6,)),
+    "axes that are moved": ((20, 50, 12), lambda x, w, b: norms.group_norm_vjp(x, 3, w, b, axis=-1), (12,)),
+}
+
+
+def in_float64(x, dy, weight, bias, groups):
+    """y, dx, dweight and dbias of rows that are a sample's groups, x being (N, C, L)."""
+    n = len(x)
+    x, dy = x.astype(np.longdouble), dy.astype(np.longdouble)
+    rows = x.reshape(n * groups, -1)
+    deviation = rows - rows[:, :1] - (rows - rows[:, :1]).mean(1, keepdims=True)
+    rstd = 1 / np.sqrt((deviation**2).mean(1, keepdims=True) + np.longdouble(1e-5))
+    xhat = deviation * rstd
+    g = (dy * weight[:, None]).reshape(rows.shape)
+    dx = (g - g.mean(1, keepdims=True) - xhat * (g * xhat).mean(1, keepdims=True)) * rstd
+    xhat = xhat.reshape(x.shape)
+    return xhat * weight[:, None] + bias[:, None], dx.reshape(x.shape), (dy * xhat).sum((0, 2)), dy.sum((0, 2))
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_rows_whatever_the_threads(name, library):
+    shape, call, parameters = ROWS[name]
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    weight, bias = (rng.uniform(0.5, 2, parameters).astype(np.float32) for _ in range(2))
+    last = name == "axes that are moved"
+    x_in, dy_in = (np.moveaxis(a, -1, 1) if last else a.reshape(*a.shape[:2], -1) for a in (x, dy))
+    groups = {"runs": 3, "short runs": 3, "axes that are moved": 3, "one run": 6}.get(name, 1)
+    expected = list(in_float64(x_in, dy_in, weight.astype(float), bias.astype(float), groups))
+    expected[:2] = [np.moveaxis(a, 1, -1) if last else a.reshape(shape) for a in expected[:2]]
+    make = np.array if library == "numpy" else torch.tensor
+    before, seen = anybn.get_num_threads(), set()
+    try:
+        for threads in (1, 2, 7):
+            anybn.set_num_threads(threads)
+            y, pullback = call(make(x), make(weight), make(bias))
+            results = [np.asarray(a) for a in (y, *pullback(make(dy))[:3])]
+            seen.add(b"".join(a.tobytes() for a in results))
+    finally:
+        anybn.set_num_threads(before)
+    assert len(seen) == 1
+    for result, exact in zip(results, expected, strict=True):
+        assert oracle.error(result, exact, "float32") <= 0.51
+
+
+def test_weight_or_bias_alone():
+    x, w, b = values((6,))
+    dy = inputs.normal(x.shape)
+    y, pullback = norms.group_norm_vjp(x, 3, w, b)
+    both = pullback(dy)
+    plain, of_plain = norms.group_norm_vjp(x, 3)
+    assert np.allclose(norms.group_norm(x, 3, w), y - b[:, None, None], rtol=1e-14, atol=1e-14)
+    assert np.allclose(norms.group_norm(x, 3, None, b), plain + b[:, None, None], rtol=1e-14, atol=1e-14)
+    of_weight, of_bias = norms.group_norm_vjp(x, 3, w)[1](dy), norms.group_norm_vjp(x, 3, None, b)[1](dy)
+    assert np.array_equal(of_weight.x, both.x)
+    assert np.array_equal(of_weight.weight, both.weight)
+    assert np.array_equal(of_bias.bias, both.bias)
+    assert np.allclose(of_bias.x, of_plain(dy).x, rtol=1e-13, atol=1e-13)
+    assert of_weight.bias is of_bias.weight is None
+
+
 def test_batches_of_one_and_autocast_dtypes():
     x = torch.randn(1, 6, 4, 5, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.ones(6, requires_grad=True)  # float32, as autocast has it
