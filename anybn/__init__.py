@@ -14,7 +14,7 @@ from anybn._moments import Moments
 from anybn._recalibrate import recalibrate
 from anybn._state import BatchNormState
 from anybn._threads import get_num_threads, set_num_threads
-from anybn.errors import BackendNotInstalled, CheckpointError, NonFiniteError, StateError
+from anybn.errors import BackendNotInstalled, CheckpointError, MemberError, NonFiniteError, StateError
 from anybn.interop import fold
 from anybn.norms import group_norm, instance_norm, layer_norm, rms_norm
 
@@ -43,6 +43,7 @@ __all__ = [
     "BatchNormState",
     "CheckpointError",
     "Gradients",
+    "MemberError",
     "Moments",
     "NonFiniteError",
     "StateError",

@@ -31,8 +31,9 @@ def accumulate(*targets: Any) -> Iterator[None]:
     """Within the ``with`` block, training calls keep their statistics; at its end they are committed once, merged.
 
     For gradient accumulation: the running statistics become those of one step with all micro-batches in one batch,
-    and ``num_batches_tracked`` goes up by one. Every call still normalizes with the statistics of its own micro-batch
-    (over its group, if it has one). After an exception in the block nothing is committed.
+    and ``num_batches_tracked`` goes up by one. Every call still normalizes with the statistics of its own micro-batch;
+    over a group with those of all members' micro-batches, so that all members commit the same. After an exception in
+    the block nothing is committed.
 
     Args:
         targets: `BatchNormState`s, layers, and torch modules, of which all anybn batch norms inside are meant.

@@ -77,7 +77,8 @@ def batch_norm(
             `anybn.distributed`. Then training is collective: every member calls it, an empty x included, statistics
             and x's gradients are those of all batches together, and all states learn the same. The gradients of weight
             and bias are this member's share, to be summed like those of every other parameter. Members that disagree in
-            channels, dtype or settings get a ValueError that names them; the engine's errors come through.
+            channels, dtype or settings get a ValueError that names them, the others of one that fails a MemberError;
+            the engine's errors come through.
         out: x's shape, dtype and device, may be x itself: filled with y and returned.
 
     Returns:
@@ -88,6 +89,7 @@ def batch_norm(
     Raises:
         TypeError, ValueError: for arguments outside of the above; fewer than 2 values per channel in training.
         NonFiniteError: see ``nonfinite``.
+        MemberError: another member of the group has raised one of these.
         StateError: a traced JAX call that would change a state not passed into it.
 
     Whatever is raised, the state is as it was.
@@ -101,7 +103,11 @@ def batch_norm(
     if compiled is not None and compiled[0]():
         options = {"mask": mask, "residual": residual, "nonfinite": nonfinite, "group": group, "out": out}
         return compiled[1](x, state, training=training, axis=axis, activation=activation, **options)
-    call = _check(x, state, training, axis, mask, residual, activation, nonfinite, group, out)
+    try:
+        call = _check(x, state, training, axis, mask, residual, activation, nonfinite, group, out)
+    except Exception as error:
+        tell(x, state, training, group, error)
+        raise
     y, statistics, running = _forward(call)
     _finish(call, statistics, running)
     return y
@@ -138,7 +144,11 @@ def batch_norm_vjp(
     >>> bool(np.abs(grads.x).max() < 1e-15)  # a constant added to y is lost in the mean
     True
     """
-    call = _check(x, state, training, axis, mask, residual, activation, nonfinite, group, out, recorded=False)
+    try:
+        call = _check(x, state, training, axis, mask, residual, activation, nonfinite, group, out, recorded=False)
+    except Exception as error:
+        tell(x, state, training, group, error)
+        raise
     backend = call.backend
     with backend.no_grad():
         if out is not None and backend.overlaps(out, x):
@@ -220,10 +230,10 @@ def _check(
     _checks.choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
     if group is not None:
         group = distributed.as_group(group)
-        if isinstance(group, distributed.AxisGroup) and backend.name != "jax":
+        if getattr(group, "library", backend.libraries[0]) not in backend.libraries:
             raise TypeError(
-                f"group is the name of a JAX axis, {group.name!r}, but x is a {backend.name} array: pass what sums its "
-                "arrays, see anybn.distributed"
+                f"group is {group.kind}, but x is a {backend.name} array: pass what sums its arrays, see "
+                "anybn.distributed"
             )
     if mask is not None:
         mask = _checks.mask(mask, x, index, backend)
@@ -259,6 +269,25 @@ def _check(
         given |= {"channels": x.shape[index], "dtype": _core.dtype_name(x.dtype), "axis": index, "training": training}
         members = Members(group, _synchronized.settings(**given, relu=spec.relu, nonfinite=nonfinite))
     return _Call(backend, x, state, before, arrays, spec, mask, residual, out, nonfinite, members, uses_batch, commits)
+
+
+def tell(x: Array, state: Any, training: bool, group: Any, error: Exception) -> None:
+    """The members of the group that wait for this call's statistics, if there are any, that it has failed."""
+    if group is None or not isinstance(state, BatchNormState) or not (training or not state.track_running_stats):
+        return
+    try:
+        group = distributed.as_group(group)
+    except TypeError:
+        return
+    if isinstance(group, distributed.AxisGroup):  # all of whose members are one program
+        return
+    like = x
+    try:
+        backend = backend_for(x)
+    except Exception:  # which may be what is wrong
+        like = next(iter(state._arrays.held().values()), np.zeros(0))
+        backend = backend_for(like)
+    _synchronized.tell(group, state.num_features, error, backend, like)
 
 
 def _count(backend: Backend, x: Array, axis: int, mask: Array | None) -> int:

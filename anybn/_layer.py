@@ -89,16 +89,24 @@ class BatchNorm:
         return _functional.batch_norm_vjp(x, self.state, mask=mask, residual=residual, out=out, **self._settings(x))
 
     def _settings(self, x: Array) -> dict[str, Any]:
-        if self._ranks:
-            if not hasattr(x, "shape"):
-                backend_for(x)  # raises
-            if len(x.shape) not in self._ranks:
-                advice = ": for one sample use x[None]" if len(x.shape) == self._ranks[0] - 1 else ""
-                shape = _checks.shape_of(x)
-                raise ValueError(f"x has shape {shape}; {type(self).__name__} needs {self._shapes}{advice}")
+        try:
+            self._check_rank(x)
+        except Exception as error:
+            _functional.tell(x, self.state, self.training, self.group, error)
+            raise
         return {
             "training": self.training, "axis": self.axis, "activation": self.activation, "group": self.group
         }  # fmt: skip
+
+    def _check_rank(self, x: Array) -> None:
+        if not self._ranks:
+            return
+        if not hasattr(x, "shape"):
+            backend_for(x)  # raises
+        if len(x.shape) not in self._ranks:
+            advice = ": for one sample use x[None]" if len(x.shape) == self._ranks[0] - 1 else ""
+            shape = _checks.shape_of(x)
+            raise ValueError(f"x has shape {shape}; {type(self).__name__} needs {self._shapes}{advice}")
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, or with False evaluation mode; returns self."""

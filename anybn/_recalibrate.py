@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from anybn import _checks, _functional
+from anybn import _checks, _functional, _synchronized, distributed
 from anybn._core import Array
 from anybn._dispatch import backend_for
 from anybn._layer import BatchNorm
@@ -21,6 +23,7 @@ def recalibrate(
     target: Any,
     batches: Any,
     *,
+    group: Any = None,
     one_pass: bool = False,
     forward: Callable[[Any, Any], Any] | None = None,
     progress: bool = False,
@@ -37,7 +40,11 @@ def recalibrate(
         batches: for a layer, an iterable of arrays of any library, or of their `Moments` (from masked data, from other
             processes); one array, a Dask array above all, is all the data. Arrays of a device without float64 are
             brought to the host. For a model, an iterable of what
-            ``forward`` takes.
+            ``forward`` takes. In a group, this member's share.
+        group: members that look at batches of their own, in any number, or none; what they have seen is merged, and all
+            of them get the same bits. What `batch_norm` takes, but for a JAX axis, and with ``rank`` and ``size``.
+            Collective: every member calls it, with the same layer or model. Without it, a process is on its own, also
+            for a layer that trains over a group.
         one_pass: for models. False is exact: as many passes over ``batches`` as there are batch norms, in the order in
             which they are called, each looking at the input of one, behind others that are done already and evaluate.
             So batches must be something that can be read again: a list, a DataLoader. A pass ends at its layer. True
@@ -56,7 +63,8 @@ def recalibrate(
 
     Raises TypeError or ValueError for arguments outside of the above and fewer than 2 values per channel,
     NonFiniteError naming the channels where the data is not finite, BackendNotInstalled without tqdm. Whatever is
-    raised, by the model too, all statistics are as they were.
+    raised, by the model too, all statistics are as they were. A member of a group that fails, in its batches or its
+    model, raises its own error, and the others MemberError, which names it, as soon as they are through with theirs.
 
     >>> import numpy as np, anybn
     >>> bn = anybn.BatchNorm(1)
@@ -68,7 +76,7 @@ def recalibrate(
     if torch is not None and isinstance(target, torch.nn.Module):
         from anybn import _recalibrate_torch
 
-        return _recalibrate_torch.recalibrate(target, batches, one_pass, forward, progress)
+        return _recalibrate_torch.recalibrate(target, batches, group, one_pass, forward, progress)
     if one_pass or forward is not None:
         raise ValueError("one_pass and forward are for models: a layer takes batches of its own input, drop them")
     if isinstance(target, BatchNorm):
@@ -84,12 +92,85 @@ def recalibrate(
         raise ValueError("target has track_running_stats=False and no statistics to set: make one with True")
     if isinstance(batches, Moments) or hasattr(batches, "shape"):
         batches = [batches]
+    everyone = Everyone(group, f"a layer of {state.num_features} channels, ddof {state.ddof}", state.running_mean)
     population = Population(state.num_features)
-    for batch in bar(batches, progress):
-        population.add(batch, axis)
+    with everyone.telling():
+        for batch in bar(batches, progress):
+            population.add(batch, axis)
+    everyone.next_layer(0)
+    population = everyone.merged(population)
     mean, var = population.statistics(state.ddof)
     state._replace_values({"running_mean": mean, "running_var": var, "num_batches_tracked": population.batches})
     return target
+
+
+class Everyone:
+    """The members of a group, with batches of their own; without a group, this process.
+
+    They meet twice per layer: to find out that nobody has failed and which layer it is, in rows of a length that never
+    changes, and to merge what they have seen of it. A member can fail before the first meeting only.
+    """
+
+    def __init__(self, group: Any, what: str, like: Array):
+        """``what`` all members are to recalibrate; ``like``: an array of the kind that an unknown group can sum."""
+        self.group = None if group is None else distributed.as_group(group)
+        self.what, self.like = zlib.crc32(what.encode()), like
+        if isinstance(self.group, distributed.AxisGroup):
+            raise TypeError(
+                f"group is {self.group.kind}, but recalibrate is not traced: merge anybn.moments over the axis, and "
+                "pass them as batches"
+            )
+        if self.group is not None and not _synchronized.has_ranks(self.group):
+            raise TypeError(
+                "group has no rank and size, by which recalibrate tells its members apart: give it both attributes"
+            )
+
+    def exchange(self, row: list[float] | np.ndarray) -> np.ndarray:
+        """Every member's row, in NumPy: ``(size, len(row))``."""
+        if self.group is None:
+            return np.array([row], np.float64)
+        return _synchronized.rows_of_all(self.group, np.asarray(row), backend_for(self.like), self.like)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """What this member does by itself: an error makes the others fail as well, at their next meeting."""
+        try:
+            yield
+        except Exception as error:
+            if self.group is not None:
+                try:
+                    self.exchange([np.nan, 0.0, 0.0])
+                except Exception as problem:
+                    error.add_note(f"the other members of the group could not be told: {problem}")
+            raise
+
+    def next_layer(self, mine: int | None) -> int | None:
+        """Which layer the members have seen, if not this one then others; None if nobody has seen any."""
+        heads = self.exchange([0.0, self.what, -1.0 if mine is None else mine])
+        _synchronized.require_presence(heads[:, 0])
+        for column, what in (heads[:, 1], "what they recalibrate"), (heads[:, 2], "which batch norm came next"):
+            seen = column[column >= 0]
+            if (seen != seen[:1]).any():
+                told = " and ".join(_synchronized.named(np.flatnonzero(column == v)) for v in dict.fromkeys(seen))
+                raise ValueError(
+                    f"{told} of the group differ in {what}: give all members the same layer or model, and the same "
+                    "options"
+                )
+        return int(seen[0]) if seen.size else None
+
+    def merged(self, population: Population) -> Population:
+        """What all members have seen of a layer."""
+        if self.group is None:
+            return population
+        moments, channels = population.moments, len(population.moments.mean)
+        rows = self.exchange(np.concatenate([[moments.count, population.batches], moments.mean, moments.m2]))
+        of_all = Population(channels)
+        with np.errstate(all="ignore"):
+            of_all.moments = _synchronized.merged_moments(
+                rows[:, 0], rows[:, 2 : 2 + channels], rows[:, 2 + channels :]
+            )
+        of_all.batches = int(rows[:, 1].sum())
+        return of_all
 
 
 class Population:

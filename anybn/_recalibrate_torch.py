@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 
-from anybn._recalibrate import Population, bar
+from anybn._recalibrate import Everyone, Population, bar
 
 Layer = torch.nn.modules.batchnorm._BatchNorm
 
@@ -22,12 +23,28 @@ class _Seen(BaseException):
 def recalibrate(
     model: torch.nn.Module,
     batches: Any,
+    group: Any,
     one_pass: bool,
     forward: Callable[[Any, Any], Any] | None,
     progress: bool,
 ) -> torch.nn.Module:
     """See `anybn.recalibrate`."""
-    layers = [m for m in model.modules() if isinstance(m, Layer) and isinstance(m.running_mean, torch.Tensor)]
+    names = {m: name for name, m in model.named_modules() if isinstance(m, Layer)}
+    layers = [m for m in names if isinstance(m.running_mean, torch.Tensor)]
+    what = f"{[(names[m], m.num_features) for m in layers]}, one pass: {one_pass}"
+    everyone = Everyone(group, what, layers[0].running_mean if layers else torch.zeros(0))
+    with everyone.telling():
+        _check(layers, batches, one_pass)
+    run = _forward if forward is None else forward
+    with _evaluating(model), _restored_on_error(layers):
+        if one_pass:
+            _in_one_pass(model, layers, batches, run, progress, everyone)
+        else:
+            _one_by_one(model, layers, batches, run, progress, everyone)
+    return model
+
+
+def _check(layers: list[Any], batches: Any, one_pass: bool) -> None:
     for layer in layers:
         if isinstance(layer, torch.nn.modules.lazy.LazyModuleMixin):
             raise ValueError("a batch norm of the model is lazy and has no channels yet: run a batch through it first")
@@ -38,15 +55,6 @@ def recalibrate(
             f"batches is an iterator, which can be read once, and {len(layers)} batch norms take as many passes: pass "
             "a list or a DataLoader, or one_pass=True, which is approximate"
         )
-    run = _forward if forward is None else forward
-    with _evaluating(model), _restored_on_error(layers):
-        if one_pass:
-            populations = _in_one_pass(model, layers, batches, run, progress)
-            for layer, population in populations.items():
-                _write(layer, population)
-        else:
-            _one_by_one(model, layers, batches, run, progress)
-    return model
 
 
 def _forward(model: torch.nn.Module, batch: Any) -> Any:
@@ -54,37 +62,54 @@ def _forward(model: torch.nn.Module, batch: Any) -> Any:
 
 
 def _in_one_pass(
-    model: torch.nn.Module, layers: list[Any], batches: Any, run: Callable[[Any, Any], Any], progress: bool
-) -> dict[Any, Population]:
-    populations: dict[Any, Population] = {}
+    model: torch.nn.Module,
+    layers: list[Any],
+    batches: Any,
+    run: Callable[[Any, Any], Any],
+    progress: bool,
+    everyone: Everyone,
+) -> None:
+    seen = {layer: Population(layer.num_features) for layer in layers}
 
     def look(layer: Any, x: torch.Tensor) -> None:
-        populations.setdefault(layer, Population(layer.num_features)).add(x, 1)
+        seen[layer].add(x, 1)
 
-    with _watching(layers, look), _without_statistics(layers):
+    with everyone.telling(), _watching(layers, look), _by_themselves(layers):
         for batch in bar(batches, progress):
             run(model, batch)
-    if not populations:
+    everyone.next_layer(0)
+    populations = {layer: everyone.merged(population) for layer, population in seen.items()}
+    reached = {layer: population for layer, population in populations.items() if population.moments.count}
+    if not reached:
         raise ValueError("no batch reached a batch norm of the model: give some, which nobody has read before")
-    return populations
+    for layer, population in reached.items():
+        _write(layer, population)
 
 
 def _one_by_one(
-    model: torch.nn.Module, layers: list[Any], batches: Any, run: Callable[[Any, Any], Any], progress: bool
+    model: torch.nn.Module,
+    layers: list[Any],
+    batches: Any,
+    run: Callable[[Any, Any], Any],
+    progress: bool,
+    everyone: Everyone,
 ) -> None:
     """A pass for the first layer called that is not done, until there is none."""
     done: list[Any] = []
     while len(done) < len(layers):
         watch = _Watch(done)
-        with _watching(layers, watch):
+        with everyone.telling(), _watching(layers, watch):
             for batch in bar(batches, progress, f"batch norm {len(done) + 1} of {len(layers)}"):
                 with suppress(_Seen):
                     run(model, batch)
                 watch.next_batch()
-        if watch.layer is None:
+        found = everyone.next_layer(None if watch.layer is None else layers.index(watch.layer))
+        if found is None:
             break
-        _write(watch.layer, watch.population)
-        done.append(watch.layer)
+        layer = layers[found]
+        population = Population(layer.num_features) if watch.layer is None else watch.population
+        _write(layer, everyone.merged(population))
+        done.append(layer)
     if not done:
         raise ValueError("no batch reached a batch norm of the model: give some, which nobody has read before")
 
@@ -139,7 +164,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     set_stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if set_stance is not None:
+        if set_stance is not None and "torch._dynamo" in sys.modules:  # else nothing has been compiled
             stack.enter_context(set_stance("force_eager"))
         try:
             model.eval()
@@ -150,16 +175,23 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_statistics(layers: list[Any]) -> Iterator[None]:
-    """Batch norms that have none normalize with the batch's, and learn nothing."""
-    held = [(layer._buffers, {name: layer._buffers[name] for name in _BUFFERS[:2]}) for layer in layers]
+def _by_themselves(layers: list[Any]) -> Iterator[None]:
+    """Batch norms without statistics normalize with the batch's, and learn nothing; without a group, with nobody
+    else's."""
+    held = [
+        (layer, {name: layer._buffers[name] for name in _BUFFERS[:2]}, vars(layer).get("group")) for layer in layers
+    ]
     try:
-        for buffers, statistics in held:
-            buffers.update(dict.fromkeys(statistics))
+        for layer, statistics, group in held:
+            layer._buffers.update(dict.fromkeys(statistics))
+            if group is not None:
+                layer.group = None
         yield
     finally:
-        for buffers, statistics in held:
-            buffers.update(statistics)
+        for layer, statistics, group in held:
+            layer._buffers.update(statistics)
+            if group is not None:
+                layer.group = group
 
 
 @contextmanager

@@ -8,6 +8,10 @@ all get the same bits. That costs ``size`` rows; torch's SyncBatchNorm gathers a
 values instead, the mean first and then the deviations from it, and so does a group that has no ranks.
 
 The gradient's sums have no such difference of large numbers, and are just summed.
+
+Engines that sum arrays of different lengths hang, crash (gloo ends the process) or return nonsense (MPI). So how long
+a row is follows from C and from what the members have agreed on before, and never from what one of them brings; and a
+member that fails before it has statistics sends a row of that length all the same, with a count that is not a number.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ import numpy as np
 
 from anybn import _core
 from anybn._core import Array, Statistics
+from anybn._moments import Moments
+from anybn.errors import MemberError
 
 if TYPE_CHECKING:
     from anybn.backends._base import Backend
@@ -76,17 +82,23 @@ def batch_statistics(backend: Backend, x: Array, axis: int, mask: Array | None, 
 
     Collective. The same on every member; differentiable in x where `Backend.all_reduce_sum` is.
 
-    Raises ValueError, on every member, if they disagree, or have 1 value per channel together.
+    Raises, on every member: ValueError if they disagree, or have 1 value per channel together; MemberError if one of
+    them has failed, which gets its own error.
     """
-    xp, working = backend.namespace(x), backend.working_dtype(x)
-    part = _own(backend, xp, x, axis, mask, working)
+    xp, working, group = backend.namespace(x), backend.working_dtype(x), members.group
+    try:
+        part = _own(backend, xp, x, axis, mask, working)
+    except Exception as error:  # out of memory
+        tell(group, x.shape[axis], error, backend, x)
+        raise
     with np.errstate(all="ignore"):
         head = _numbers(backend, xp, x, (part.count, *members.settings))
-        if hasattr(members.group, "rank") and hasattr(members.group, "size"):
-            if not backend.is_traced(head):
-                _introduce(backend, xp, (part.mean.shape[0], _core.dtype_name(x.dtype)), head, members.group)
-            if members.group.size <= MANY:
-                return _from_rows(backend, xp, head, part, members.group)
+        vectors, traced = _vectors(part), backend.is_traced(head)
+        if has_ranks(group):
+            if not traced:
+                vectors = _introduced(backend, xp, head, part, group)
+            if group.size <= MANY:
+                return _from_rows(backend, xp, head, part, vectors, group)
         return _from_sums(backend, xp, x, part, members)
 
 
@@ -97,18 +109,61 @@ def sums(backend: Backend, group: Any, dbias: Array, dweight: Array) -> tuple[Ar
     return both[0, :], both[1, :]
 
 
+def sendable(group: Any, values: np.ndarray, backend: Backend, like: Array) -> Array:
+    """NumPy's values as an array that the group sums: of its engine's library, if it has one, else beside ``like``."""
+    if hasattr(group, "from_numpy"):
+        return group.from_numpy(values)
+    device = backend.device_of(like)
+    return backend.from_numpy(values.astype("float64" if backend.has_float64(device) else "float32"), device)
+
+
+def tell(group: Any, channels: int, error: Exception, backend: Backend, like: Array) -> None:
+    """Take part in the collective of statistics in the place of a member that has failed before it, so that the others
+    need not wait for the engine's timeout. ``like``: an array of the kind that the others send, of that backend."""
+    try:
+        known = _known_to(group)
+        if has_ranks(group) and (group.size <= MANY or channels not in known):
+            length = 1 + len(Settings._fields) + known.get(channels, 0) * channels
+            rows_of_all(group, np.pad([np.nan], (0, length - 1)), backend, like)
+            return
+        group.all_reduce_sum(sendable(group, np.pad([np.nan], (0, 3 + channels)), backend, like))
+        if has_ranks(group):
+            rows_of_all(group, np.array([np.nan]), backend, like)
+    except Exception as problem:
+        error.add_note(f"the other members of the group could not be told: {problem}")
+
+
+def rows_of_all(group: Any, row: np.ndarray, backend: Backend, like: Array) -> np.ndarray:
+    """Every member's row, ``(size, len(row))``, from and to NumPy; see `sendable`."""
+    from anybn._dispatch import backend_for
+
+    rows = np.zeros((group.size, len(row)))
+    rows[group.rank] = row
+    total = group.all_reduce_sum(sendable(group, rows, backend, like))
+    return backend_for(total).to_numpy(total).astype(np.float64)
+
+
 #: More members than this take two sums of C values in place of one of ``size`` rows (benchmarks/collectives.py).
 MANY = 64
 
-_known: WeakKeyDictionary[Any, set[tuple[int, str]]] = WeakKeyDictionary()
+#: Group -> C -> how many vectors of C values the rows hold that its members agree to send.
+_known: WeakKeyDictionary[Any, dict[int, int]] = WeakKeyDictionary()
 
 
-def _known_to(group: Any) -> set[tuple[int, str]]:
-    """The channels and dtypes that a group has agreed on, remembered as long as its connections last."""
+def _known_to(group: Any) -> dict[int, int]:
+    """What a group has agreed on, remembered as long as its connections last."""
     try:
-        return _known.setdefault(getattr(group, "handle", group), set())
+        return _known.setdefault(getattr(group, "handle", group), {})
     except TypeError:  # a group that cannot be hashed, or referred to weakly, is asked every time
-        return set()
+        return {}
+
+
+def has_ranks(group: Any) -> bool:
+    return hasattr(group, "rank") and hasattr(group, "size")
+
+
+def _vectors(part: _Part) -> int:
+    return 2 if part.shift is None else 3
 
 
 def _own(backend: Backend, xp: Any, x: Array, axis: int, mask: Array | None, working: Any) -> _Part:
@@ -149,21 +204,31 @@ def _gathered(backend: Backend, xp: Any, group: Any, row: Array) -> Array:
     return backend.all_reduce_sum(group, rows)
 
 
-def _introduce(backend: Backend, xp: Any, row: tuple[int, str], head: Array, group: Any) -> None:
-    """The first time that rows of such a length go through a group, its members compare what they are about to send.
-
-    Engines that sum arrays of different lengths hang, crash (gloo ends the process) or return nonsense (MPI).
-    """
-    if row not in (known := _known_to(group)):
-        _require_agreement(backend.to_numpy(backend.detached(_gathered(backend, xp, group, head))))
-        known.add(row)
+def _padded(backend: Backend, xp: Any, row: Array, length: int) -> Array:
+    missing = length - row.shape[0]
+    if not missing:
+        return row
+    zeros = np.zeros(missing, _core.dtype_name(row.dtype))
+    return xp.concat([row, backend.from_numpy(zeros, backend.device_of(row))])
 
 
-def _from_rows(backend: Backend, xp: Any, head: Array, part: _Part, group: Any) -> Statistics:
+def _introduced(backend: Backend, xp: Any, head: Array, part: _Part, group: Any) -> int:
+    """How many vectors of C values the rows hold. Where that is to change, the members first compare their heads, in
+    rows as they have been."""
+    known, channels, k = _known_to(group), part.mean.shape[0], head.shape[0]
+    needed = _vectors(part) if group.size <= MANY else 0
+    if known.get(channels, -1) < needed:
+        row = _padded(backend, xp, head, k + known.get(channels, 0) * channels)
+        _require_agreement(backend.to_numpy(backend.detached(_gathered(backend, xp, group, row)))[:, :k])
+        known[channels] = needed
+    return known[channels]
+
+
+def _from_rows(backend: Backend, xp: Any, head: Array, part: _Part, vectors: int, group: Any) -> Statistics:
     of_channels = [part.mean, part.m2] if part.shift is None else [part.mean, part.m2, part.shift]
-    row = xp.concat([head, *of_channels])
-    rows = _gathered(backend, xp, group, row)
     k, channels = head.shape[0], part.mean.shape[0]
+    row = _padded(backend, xp, xp.concat([head, *of_channels]), k + vectors * channels)
+    rows = _gathered(backend, xp, group, row)
     if backend.is_traced(rows):
         count: Any = xp.sum(rows[:, 0])
     else:
@@ -172,7 +237,7 @@ def _from_rows(backend: Backend, xp: Any, head: Array, part: _Part, group: Any) 
         count = int(heads[:, 0].sum())
         _require_values(count, f"the {group.size} members")
     mean, m2 = rows[:, k : k + channels], rows[:, k + channels : k + 2 * channels]
-    shift = None if part.shift is None else rows[:, k + 2 * channels :]
+    shift = None if part.shift is None else rows[:, k + 2 * channels : k + 3 * channels]
     return _merged(xp, count, _Part(rows[:, 0:1], mean, shift, m2))
 
 
@@ -195,6 +260,12 @@ def _merged(xp: Any, count: Any, rows: _Part) -> Statistics:
     return Statistics(count, mean, None if rows.shift is None else shift, m2 / n, m2)
 
 
+def merged_moments(count: np.ndarray, mean: np.ndarray, m2: np.ndarray) -> Moments:
+    """Of members in rows: ``(size,)``, and ``(size, C)``; NumPy."""
+    s = _merged(np, int(count.sum()), _Part(count[:, None], mean, None, m2))
+    return Moments(int(count.sum()), s.mean, s.m2)
+
+
 def _from_sums(backend: Backend, xp: Any, x: Array, part: _Part, members: Members) -> Statistics:
     """Where there are no rows: the mean first, then the deviations from it, in two collectives."""
     group, settings = members
@@ -207,6 +278,9 @@ def _from_sums(backend: Backend, xp: Any, x: Array, part: _Part, members: Member
         count: Any = total[0]
     else:
         counted, members_found, tags, squares = backend.to_numpy(backend.detached(total[:4]))
+        if np.isnan(counted):
+            failed = _gathered(backend, xp, group, head[:1]) if has_ranks(group) else total[:1]
+            require_presence(backend.to_numpy(backend.detached(failed)))
         if members_found * squares != tags * tags:
             raise ValueError(
                 "the members of the group disagree in channels, dtype or settings; a group with rank and size would "
@@ -234,12 +308,25 @@ def _require_values(count: int, members: str) -> None:
         )
 
 
+def require_presence(counts: np.ndarray) -> None:
+    """counts: of every member, NaN where it has failed; or the sum of all of them."""
+    failed = np.flatnonzero(np.isnan(counts))
+    if failed.size:
+        who = named(failed) if counts.size > 1 else "a member"
+        raise MemberError(
+            f"{who} of the group raised an error before the collective: see what was raised there; nothing has "
+            "changed here",
+            tuple(map(int, failed)) if counts.size > 1 else (),
+        )
+
+
 def _require_agreement(heads: np.ndarray) -> None:
     """heads: of every member, its count and its settings."""
+    require_presence(heads[:, 0])
     differing = []
     for name, column in zip(Settings._fields, heads[:, 1:].T, strict=True):
         if (column != column[0]).any():
-            told = (f"{_said(name, v)} on {_members(np.flatnonzero(column == v))}" for v in dict.fromkeys(column))
+            told = (f"{_said(name, v)} on {named(np.flatnonzero(column == v))}" for v in dict.fromkeys(column))
             differing.append(f"{name} is {' and '.join(told)}")
     if differing:
         raise ValueError(f"the members of the group disagree: {'; '.join(differing)}: give all of them the same layer")
@@ -253,6 +340,6 @@ def _said(name: str, value: float) -> str:
     return f"{value:g}"
 
 
-def _members(ranks: np.ndarray) -> str:
+def named(ranks: np.ndarray) -> str:
     shown = ", ".join(map(str, ranks[:10])) + (", ..." if len(ranks) > 10 else "")
     return f"member {shown}" if len(ranks) == 1 else f"members {shown}"

@@ -10,7 +10,14 @@
 
 An object of the last kind gets an array that it may not write to and returns the sum over all members, in the array's
 library, dtype and shape, the same bits on every member. With the attributes ``rank`` and ``size`` (this member's
-number, from 0, and how many there are) statistics take one sum and errors name members; without, two sums and no names.
+number, from 0, and how many there are) statistics take one sum and errors name members; without, two sums and no names,
+and `anybn.recalibrate` refuses it.
+
+Whatever goes wrong on one member before its statistics are exchanged (a shape, a dtype, a mask, memory) is its own
+error there and `MemberError` on all others, at once, without a collective more than usual: the member that fails takes
+part and says so. What cannot be told so: an error between two calls, in the caller's own code; one in the backward
+pass; a member that calls a layer of another number of channels, or with another array library; a member that dies. Then
+the others wait as long as their engine does, or get its error, or gloo ends them. States are as before in any case.
 
 >>> import numpy as np, anybn
 >>> class Alone:  # a group of one
@@ -28,7 +35,9 @@ import atexit
 import functools
 import time
 import weakref
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
 
 from anybn._core import Array, dtype_name
 from anybn._dispatch import backend_for
@@ -50,6 +59,9 @@ class TorchGroup:
 
     Members wait for one another as long as the process group's timeout says; its errors come through as they are.
     """
+
+    library: ClassVar[str] = "torch"
+    kind: ClassVar[str] = "a torch.distributed process group"
 
     def __init__(self, process_group: Any = None):
         self.process_group = process_group
@@ -76,6 +88,13 @@ class TorchGroup:
         torch.distributed.all_reduce(sent, group=self.process_group)
         _sent.add(sent)
         return sent.clone()
+
+    def from_numpy(self, values: np.ndarray) -> Array:
+        """A tensor where the engine sums: on the CPU for gloo, on the current CUDA device for NCCL."""
+        import torch.distributed
+
+        on_host = torch.distributed.get_backend(self.process_group) != "nccl"
+        return torch.from_numpy(values).to("cpu" if on_host else f"cuda:{torch.cuda.current_device()}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchGroup:
         """A copy of a model talks to the same processes."""
@@ -119,6 +138,10 @@ class MPIGroup:
         self.communicator.Allreduce(MPI.IN_PLACE, total)
         return total
 
+    def from_numpy(self, values: np.ndarray) -> Array:
+        """What MPI sums as it is."""
+        return values
+
 
 class _Handle:
     """Lives as long as the communicator that it is an attribute of."""
@@ -133,6 +156,9 @@ def _mpi_key() -> int:
 
 class NcclGroup:
     """A ``cupy.cuda.nccl.NcclCommunicator``, on CuPy's current stream. Not yet run on GPUs."""
+
+    library: ClassVar[str] = "cupy"
+    kind: ClassVar[str] = "a CuPy NcclCommunicator"
 
     def __init__(self, communicator: Any):
         self.handle = self.communicator = communicator
@@ -150,12 +176,21 @@ class NcclGroup:
             self.communicator.allReduce(where, where, total.size, dtype, nccl.NCCL_SUM, stream)
             return total
 
+    def from_numpy(self, values: np.ndarray) -> Array:
+        """A CuPy array on the current device."""
+        import cupy
+
+        return cupy.asarray(values)
+
 
 class AxisGroup:
     """The devices, or the batch elements of ``vmap``, along named axes of JAX; within the function that has them."""
 
+    library: ClassVar[str] = "jax"
+
     def __init__(self, name: Any):
         self.name = name
+        self.kind = f"the name of a JAX axis, {name!r}"
 
     @property
     def rank(self) -> Any:

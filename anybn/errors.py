@@ -3,7 +3,7 @@
 Every message says what the argument was, what was wanted and what to do, in the same words on every backend.
 """
 
-__all__ = ["BackendNotInstalled", "CheckpointError", "NonFiniteError", "StateError"]
+__all__ = ["BackendNotInstalled", "CheckpointError", "MemberError", "NonFiniteError", "StateError"]
 
 
 class BackendNotInstalled(ImportError):
@@ -12,6 +12,17 @@ class BackendNotInstalled(ImportError):
 
 class CheckpointError(ValueError):
     """A checkpoint is truncated, damaged, foreign, newer, or has missing or extra keys; nothing was loaded."""
+
+
+class MemberError(RuntimeError):
+    """Another member of the group has failed, and raised what was wrong; ``members`` are the numbers of those that did.
+
+    Empty for a group without ``rank`` and ``size``. The state is as it was before the call.
+    """
+
+    def __init__(self, message: str, members: tuple[int, ...] = ()):
+        super().__init__(message)
+        self.members = members
 
 
 class NonFiniteError(ArithmeticError):

@@ -94,7 +94,11 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         alone = self.group is None and id(self) not in _accumulate.blocks
         y = _at_once(self, input, residual, activation) if alone else None
         if y is None:
-            self._check_input_dim(input)
+            try:
+                self._check_input_dim(input)
+            except Exception as error:
+                _functional.tell(input, ModuleState(self), self.training, self.group, error)
+                raise
             options = {"residual": residual, "activation": activation, "group": self.group}
             y = _functional.batch_norm(input, ModuleState(self), training=self.training, **options)
         return y

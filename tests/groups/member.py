@@ -14,7 +14,7 @@ from pathlib import Path
 
 import anybn
 from anybn.conformance import inputs
-from groups import CASES, Member, accuracy, cases_of, images, in_torch, trouble  # noqa: F401 cases come with them
+from groups import CASES, Member, accuracy, cases_of, images, in_torch, population, trouble  # noqa: F401 cases come with them
 
 MEMBERS = 4
 #: Seconds that gloo waits, for the pair to compile what nobody has yet.

@@ -1,8 +1,12 @@
 """Few values and bad ones, members that disagree or fail: everybody gets the error, and keeps its state."""
 
+import contextlib
+
 import numpy as np
 
 import anybn
+from anybn import _synchronized
+from anybn._dispatch import backend_for
 from anybn.conformance import inputs
 from anybn.distributed import as_group
 from groups import Counting, Nameless, case, images
@@ -98,3 +102,110 @@ def disagreement_without_names(member):
         ),
         state,
     )
+
+
+def broken(what, values):
+    """x of a member, the options and what it has to say about them."""
+    x, options, message = values, {}, ""
+    if what == "dtype":
+        x, message = values.astype(np.int32), "x has dtype int32: cast to float32"
+    elif what == "no array":
+        x, message = values.tolist(), "wrap it with np.asarray"
+    elif what == "channels":
+        x, message = values[:, :4], "x has 4 channels on axis 1 but the state has"
+    elif what == "rank":
+        x, message = values[..., 0], "BatchNorm2d needs (N, C, H, W)"
+    elif what == "mask":
+        options, message = {"mask": values[:, 0]}, "it must be bool"
+    elif what == "memory":
+        message = "no more"
+    return x, options, message
+
+
+class Full:
+    """A backend out of memory."""
+
+    def __init__(self, backend):
+        self.backend, self.found = type(backend), type(backend).batch_statistics
+
+    def __enter__(self):
+        def batch_statistics(*_):
+            raise MemoryError("no more")
+
+        self.backend.batch_statistics = batch_statistics
+
+    def __exit__(self, *_):
+        self.backend.batch_statistics = self.found
+
+
+def one_fails(member, group, call, state, message, names=True):
+    """The last member gets its own error, the others one that names it, and no state changes."""
+    before, last = inputs.state_values(state), member.size - 1
+    try:
+        call()
+    except Exception as error:
+        found, notes = error, getattr(error, "__notes__", ())
+    else:
+        found, notes = "nothing was raised", ()
+    if member.rank == last:
+        wrong = message not in str(found) or isinstance(found, anybn.MemberError) or bool(notes)
+    else:
+        named = f"member {last} of the group raised an error" if names else "a member of the group raised an error"
+        wrong = not isinstance(found, anybn.MemberError) or named not in str(found)
+        wrong = wrong or found.members != ((last,) if names else ())
+    assert member.total([float(wrong or inputs.state_values(state) != before)])[0] == 0, (found, notes)
+
+
+@case(what=["dtype", "no array", "channels", "rank", "mask", "memory"])
+def a_member_that_fails(member, what):
+    """Before the group has met such rows, and after; in a group with names, many names, and none."""
+    values = images()
+    groups = {"names": member.group, "many": Counting(member.group), "none": Nameless(member.group)}
+    for i, (kind, group) in enumerate(groups.items()):
+        few, _synchronized.MANY = _synchronized.MANY, 1 if kind == "many" else _synchronized.MANY
+        part = member.part(values)[:, : 8 - i]
+        backend = backend_for(member.array(part))
+        bn = anybn.BatchNorm2d(8 - i, group=group).to(member.array(part))  # which shows what the wrappers sum
+        for _ in range(2):
+            x, options, message = broken(what, part) if member.rank == member.size - 1 else (part, {}, "")
+            x = x if isinstance(x, list) else member.array(x)
+            options = {name: member.array(value) for name, value in options.items()}
+            with Full(backend) if message == "no more" else contextlib.nullcontext():
+                one_fails(member, group, lambda: bn(x, **options), bn.state, message, kind != "none")  # noqa: B023
+            y = bn(member.array(part))
+        whole = anybn.BatchNormState(8 - i)
+        expected = anybn.batch_norm(values[:, : 8 - i], whole, training=True)
+        assert np.array_equal(np.asarray(y), member.part(expected))
+        assert bn.state.num_batches_tracked == 2
+        _synchronized.MANY = few
+
+
+@case()
+def evaluation_asks_nobody(member):
+    """A member that fails in evaluation tells nobody, since nobody waits."""
+    group, state = Counting(member.group), anybn.BatchNormState(8)
+    try:
+        anybn.batch_norm(member.array(images().astype(int)), state, group=group)
+    except TypeError:
+        assert group.calls == 0
+
+
+@case(first=["float32", "float64"])
+def a_dtype_that_changes(member, first):
+    """Rows of float64 are longer: a member that comes with them alone is an error, not a crash of the engine."""
+    group = Counting(member.group)
+    for _ in range(2):  # the second time, both have been seen
+        for dtype in (first, "float64" if first == "float32" else "float32"):
+            state, other = anybn.BatchNormState(8), "float64" if dtype == "float32" else "float32"
+            x = member.array(member.part(images("mean 1e3, std 1", dtype)))
+            anybn.batch_norm(x, state, training=True, group=group)
+            whole = anybn.BatchNormState(8)
+            anybn.batch_norm(images("mean 1e3, std 1", dtype), whole, training=True)
+            assert np.allclose(np.asarray(state.running_var), whole.running_var, rtol=1e-12)
+            mine = member.part(images("mean 1e3, std 1", other if member.rank == 1 else dtype))
+            member.all_raise(
+                ValueError,
+                f"'{other}' on member 1",
+                lambda: anybn.batch_norm(member.array(mine), state, training=True, group=group),  # noqa: B023
+                state,
+            )
