@@ -157,6 +157,12 @@ def _check(x: Tensor, residual: Tensor | None, axis: int, channels: int) -> None
         _checks.like_x("residual", residual, x, _TORCH)
 
 
+def eagerly(function: Any) -> Any:
+    """What torch.compile ends its graph at. A group's collectives must keep their order on all members, and a compiler
+    may exchange those of parallel branches, by sizes that differ from member to member."""
+    return torch.compiler.disable(function)
+
+
 def _evaluated(x: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
     if not is_exporting():
         return evaluate(x, mean, var, *rest)
@@ -166,10 +172,11 @@ def _evaluated(x: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
 
 def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     """A module's forward pass where torch records it, for torch.compile or torch.export."""
-    if module.group is not None and (module.training or module.running_mean is None):
-        raise NotImplementedError("torch.compile cannot take a group into its graph: leave the module out of it")
-    if _accumulate.blocks and module.training:
-        raise NotImplementedError("torch.compile cannot take accumulate into its graph: leave the module out of it")
+    over_group = module.group is not None and (module.training or module.running_mean is None)
+    if over_group or (_accumulate.blocks and module.training):
+        if is_exporting():
+            raise NotImplementedError("torch.export cannot take a group or accumulate into its graph: export without")
+        return eagerly(module.forward)(x, residual, activation)
     module._check_input_dim(x)
     _check(x, residual, 1, module.num_features)
     eps, momentum = module.eps, module.momentum
@@ -209,8 +216,12 @@ def batch_norm(
     out: Tensor | None = None,
 ) -> Tensor:
     """What `anybn.batch_norm` is inside torch.compile, which cannot follow its dispatch; the state is replaced too."""
-    if mask is not None or group is not None or out is not None or nonfinite != "skip":
-        raise NotImplementedError("torch.compile cannot take mask, group, out and nonfinite into its graph: leave them")
+    if group is not None:
+        options = {"mask": mask, "residual": residual, "nonfinite": nonfinite, "group": group, "out": out}
+        call = eagerly(_functional.batch_norm)
+        return call(x, state, training=training, axis=axis, activation=activation, **options)
+    if mask is not None or out is not None or nonfinite != "skip":
+        raise NotImplementedError("torch.compile cannot take mask, out and nonfinite into its graph: leave them")
     if not isinstance(x, Tensor):
         raise NotImplementedError("torch.compile takes batch norm of torch tensors into its graph, and no other arrays")
     if type(state) is not BatchNormState:

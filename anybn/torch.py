@@ -8,6 +8,9 @@ backward, ``torch.compile(fullgraph=True)``, ``torch.export``, ``torch.jit.trace
 - A forward pass inside a backward pass is taken for recomputation (activation checkpointing): it counts no batch.
 - They are ``anybn.batch_norm``: correctly rounded, with its checks and its words for what is wrong.
 
+``torch.compile`` ends its graph at a batch norm that trains over a group, or inside `anybn.accumulate`: these run
+outside of it, in the order of the program, and ``fullgraph=True`` refuses them.
+
 What does not work is an error: ``torch.jit.script`` and ``torch.export(strict=True)``, which cannot read this code; a
 second derivative through what ``torch.compile`` has compiled, which torch refuses for everything; ``torch.func.vmap``
 in training over buffers that are not batched. CUDA graphs need a step that does not wait for the device: it is written

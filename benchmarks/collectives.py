@@ -1,6 +1,9 @@
 """What a group costs per training step: one layer at a time, at 1, 2 and 4 processes of gloo on this machine.
 
     python benchmarks/collectives.py            # prints tables and writes benchmarks/results/collectives.json
+    python benchmarks/collectives.py --on-paper # the same, from what was measured before
+
+docs/groups.md has the tables.
 
 Every process times forward and backward of `anybn.torch.BatchNorm2d` on its own batch, without a group and with one, by
 turns, and the bare collectives; medians, of the slowest process. Then, on paper, ResNet-50 on more members than there
@@ -8,6 +11,7 @@ are here: from the bytes of its 53 batch norms, and the latency and bandwidth th
 """
 
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -28,7 +32,7 @@ from anybn.conformance import inputs, oracle
 
 SHAPES = ((8, 64, 56, 56), (8, 256, 14, 14), (8, 2048, 7, 7), (8, 64, 1, 1))
 REPEATS = 20
-HEAD = 1 + len(Settings._fields)
+HEAD, HEAD_OF_SUMS = 1 + len(Settings._fields), 4
 RESULTS = Path(__file__).parent / "results" / "collectives.json"
 
 
@@ -114,62 +118,84 @@ def measured(size):
         return json.loads(Path(folder, "rows.json").read_text())
 
 
-def on_paper(members, latency_us, gigabytes_per_second, latency_grows):
-    """ResNet-50, one step: 53 collectives each way, and with many members 53 more forward.
+#: Of ResNet-50's batch norms, those whose input is there, or whose dy is, together with another one's: each stage's
+#: first block normalizes in two branches, which begin and end with it.
+PARALLEL = 4
+
+
+def on_paper(members, way, latency_us, gigabytes_per_second):
+    """ResNet-50, one step: a collective for each of 53 layers forward ("rows") or two ("sums"), and one backward.
 
     A sum of b bytes over p members in a ring moves ``2 (p - 1) / p * b`` through every member. Latency is per
     collective: measured between two members here, times log2(p), the depth of a tree of them.
     """
     channels = [c for c, _ in inputs.RESNET50]
-    each, rows = (1, members) if members <= MANY else (2, 1)
-    forward = sum(8 * rows * (HEAD + (2 if each == 1 else 3) * c) for c in channels)
-    backward = sum(8 * 2 * c for c in channels)
-    seconds = 2 * (members - 1) / members * (forward + backward) / (gigabytes_per_second * 1e9)
+    each, numbers = {"rows": (1, lambda c: members * (HEAD + 2 * c)), "sums": (2, lambda c: HEAD_OF_SUMS + 3 * c)}[way]
+    forward, backward = sum(8 * numbers(c) for c in channels), sum(8 * 2 * c for c in channels)
     collectives = (each + 1) * len(channels)
-    latency = collectives * latency_us * latency_grows
+    fused = collectives - (each + 1) * PARALLEL
+    one = latency_us * math.log2(members) / 1e3
     return {
         "members": members,
+        "way": way,
+        "taken": (way == "rows") is (members <= MANY),
         "collectives": collectives,
+        "fused_collectives": fused,
         "forward_bytes": forward,
         "backward_bytes": backward,
-        "latency_ms": latency / 1e3,
-        "transfer_ms": 1e3 * seconds,
+        "latency_ms": collectives * one,
+        "fused_latency_ms": fused * one,
+        "transfer_ms": 1e3 * 2 * (members - 1) / members * (forward + backward) / (gigabytes_per_second * 1e9),
     }
 
 
-def main():
-    record = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads in all",
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {"anybn": anybn.__version__, "python": platform.python_version(), "torch": torch.__version__},
-        "engine": "gloo, processes on one machine",
-        "measured": [measured(size) for size in (1, 2, 4)],
-    }
-    bare = record["measured"][1]["bare_all_reduce_us"]
-    latency, large = bare["8"], bare[str(1 << 23)]
-    bandwidth = (1 << 23) / ((large - latency) * 1e-6) / 1e9  # GB/s of a sum over two, which moves its bytes once
-    record["latency_us"], record["gigabytes_per_second"] = latency, bandwidth
-    record["resnet50_on_paper"] = [on_paper(p, latency, bandwidth, int(np.log2(p))) for p in (2, 8, 64, 1024)]
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-    print("| members | x of each | step alone | step in a group | collectives, bare: forward, backward |")
-    print("|---|---|---|---|---|")
+def tables(record):
+    """What docs/groups.md shows of a record."""
+    lines = ["| members | x of each | step alone | step in a group | collectives, bare: forward, backward |"]
+    lines += ["|---|---|---|---|---|"]
     for run in record["measured"]:
         for row in run["rows"]:
             us = [row[k] for k in ("step_us", "step_of_group_us", "forward_collective_us", "backward_collective_us")]
             a, b, c, d = (f"{t:.0f} us" for t in us)
-            print(f"| {row['members']} | {'x'.join(map(str, row['shape']))} | {a} | {b} | {c}, {d} |")
-    print(f"\nbetween two: {latency:.0f} us, {bandwidth:.2f} GB/s. ResNet-50, a step:\n")
-    print("| members | collectives | bytes forward | backward | latency | transfer |")
-    print("|---|---|---|---|---|---|")
+            lines.append(f"| {row['members']} | {'x'.join(map(str, row['shape']))} | {a} | {b} | {c}, {d} |")
+    latency, bandwidth = record["latency_us"], record["gigabytes_per_second"]
+    lines += ["", f"Between two: {latency:.0f} us, {bandwidth:.1f} GB/s. ResNet-50, a step:", ""]
+    lines += [
+        "| members | way | collectives | bytes forward, backward | latency | transfer | latency, branches fused |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|"]
     for p in record["resnet50_on_paper"]:
-        print(
-            f"| {p['members']} | {p['collectives']} | {p['forward_bytes'] / 1e6:.1f} MB | "
-            f"{p['backward_bytes'] / 1e6:.1f} MB | {p['latency_ms']:.0f} ms | {p['transfer_ms']:.0f} ms |"
-        )
+        way = f"**{p['way']}**" if p["taken"] else p["way"]
+        moved = f"{p['forward_bytes'] / 1e6:.1f} MB, {p['backward_bytes'] / 1e6:.1f} MB"
+        ms = [f"{p[k]:.0f} ms" for k in ("latency_ms", "transfer_ms", "fused_latency_ms")]
+        lines.append(f"| {p['members']} | {way} | {p['collectives']} | {moved} | {' | '.join(ms)} |")
+    return "\n".join(lines)
+
+
+def main(measure):
+    if measure:
+        record = {
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads in all",
+            "date": datetime.now(UTC).date().isoformat(),
+            "versions": {"anybn": anybn.__version__, "python": platform.python_version(), "torch": torch.__version__},
+            "engine": "gloo, processes on one machine",
+            "measured": [measured(size) for size in (1, 2, 4)],
+        }
+    else:
+        record = json.loads(RESULTS.read_text())
+    bare = record["measured"][1]["bare_all_reduce_us"]
+    latency, large = bare["8"], bare[str(1 << 23)]
+    bandwidth = (1 << 23) / ((large - latency) * 1e-6) / 1e9  # GB/s of a sum over two, which moves its bytes once
+    record["latency_us"], record["gigabytes_per_second"] = latency, bandwidth
+    record["resnet50_on_paper"] = [
+        on_paper(members, way, latency, bandwidth) for members in (2, 8, 64, 1024) for way in ("rows", "sums")
+    ]
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    print(tables(record))
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 4:
         member(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
     else:
-        main()
+        main(measure="--on-paper" not in sys.argv)

@@ -4,6 +4,7 @@ Processes are started once per engine, and go through all cases of the folder gr
 found. Whatever hangs is killed.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -215,8 +216,41 @@ def test_torch_modules_take_a_group():
         anybn.torch.convert(torch.nn.BatchNorm1d(3), group=3)
     anybn.torch.revert(model)
     assert not hasattr(model[0], "group")
-    with pytest.raises(Exception, match=r"torch.compile cannot take a group into its graph"):
-        torch.compile(anybn.torch.BatchNorm1d(3, group=group), backend="eager", fullgraph=True)(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where it looks at what a graph begins with
+def test_torch_compile_ends_its_graph_at_a_group():
+    torch = pytest.importorskip("torch", reason="torch: not installed")
+    from torch._dynamo.testing import CompileCounter
+
+    import anybn.torch
+
+    def step(net, state, group, x):
+        y = anybn.batch_norm(net(x), state, training=True, group=group)
+        y.square().sum().backward()
+        return y, net[0].weight.grad, net[1].running_var, state.running_var
+
+    class Counted(Alone):
+        calls = 0
+
+        def all_reduce_sum(self, array):
+            self.calls += 1
+            return array
+
+    results, counter, x = [], CompileCounter(), torch.from_numpy(inputs.normal((6, 3)))
+    for call in step, torch.compile(step, backend=counter):
+        torch.manual_seed(0)
+        group, net = Counted(), torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).double()
+        anybn.torch.convert(net, group=group)
+        results.append(call(net, anybn.BatchNormState(3, like=x), group, x))
+        assert group.calls == 1 + 2 + 2  # of one length of rows, so introduced once
+    assert counter.frame_count >= 1
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+    with pytest.raises(Exception, match="disable"):
+        torch.compile(net, backend="eager", fullgraph=True)(x)
+    with pytest.raises(Exception, match=r"torch\.export cannot take a group or accumulate"):
+        torch.export.export(net, (x,))
 
 
 def test_the_end_of_python_waits_for_torch_s_threads(monkeypatch):
@@ -272,3 +306,11 @@ def test_the_readme_s_torchrun(tmp_path):
 def test_the_readme_s_mpiexec(tmp_path):
     printed = finished([[*mpiexec(2), sys.executable, snippet("mpiexec", tmp_path)]])
     assert printed.splitlines()[-1] == "[2.2 2.3 2.4 2.5]"
+
+
+def test_the_page_shows_what_was_measured():
+    pytest.importorskip("torch", reason="torch: not installed")
+    spec = importlib.util.spec_from_file_location("collectives", HERE.parent / "benchmarks" / "collectives.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.tables(json.loads(module.RESULTS.read_text())) in (HERE.parent / "docs" / "groups.md").read_text()

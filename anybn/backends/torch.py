@@ -499,6 +499,8 @@ def differentiated(
     """The gradients in a backward pass, differentiable themselves where it is recorded."""
     x, weight, mask, active = saved
     if members is not None:
+        if is_compiling():  # a call of backward in a compiled function
+            return _torch_ops.eagerly(differentiated)(backend, dy, saved, statistics, spec, members)
         if torch.is_grad_enabled():
             statistics = _synchronized.batch_statistics(backend, x, spec.axis, mask, members)
         return backend.gradients_over(members, dy, x, statistics, weight, active, mask, spec)
@@ -516,4 +518,4 @@ def _extent(a: torch.Tensor) -> tuple[int, int]:
     return start, start + (span + 1) * a.element_size()
 
 
-from anybn import _torch_ops  # noqa: E402, F401 tells batch_norm what to be inside torch.compile
+from anybn import _torch_ops  # noqa: E402 tells batch_norm what to be inside torch.compile

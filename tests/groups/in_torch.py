@@ -131,3 +131,24 @@ def checkpointing(member):
     anybn.batch_norm(x, whole, training=True)
     assert int(bn.num_batches_tracked) == 1
     assert np.allclose(bn.running_var.numpy(), whole.running_var, rtol=1e-14)
+
+
+@case("gloo", sizes=(2,))
+def compiled(member):
+    """torch.compile ends its graph at each batch norm; members of different sizes compile different graphs."""
+    import warnings
+
+    import torch
+
+    import anybn.torch
+
+    x = torch.from_numpy(inputs.normal((ROWS, 1, 8, 8)) * 3 + 100)
+    whole, net = (anybn.torch.convert(small_net(), group=group) for group in (None, member.group))
+    whole(x).square().sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        torch.compile(net, backend="eager")(member.part(x)).square().sum().backward()
+    for (name, expected), found in zip(whole.named_parameters(), net.parameters(), strict=True):
+        assert np.allclose(member.total(found.grad.numpy()), expected.grad.numpy(), rtol=1e-9, atol=1e-9), name
+    for (name, expected), found in zip(whole.named_buffers(), net.buffers(), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-12), name
