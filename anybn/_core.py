@@ -4,7 +4,7 @@ Pure functions of arrays: no branching on values, no host copies, no in-place wr
 them, Dask keeps them lazy and ``array-api-strict`` accepts them on each of its devices.
 
 Shapes: x is ``(N, C, *spatial)`` with the channels on ``axis``; everything per channel is ``(C,)``; ``mask`` is x's
-shape with 1 on ``axis``.
+shape, or broadcasts to it, mostly with 1 on ``axis``.
 
 Precision: the *working dtype* is float64 where the device has it, else float32. Where it is wider than x, each value of
 y is computed in it and rounded once, so y is correct to half a unit in the last place, and two backends agree bit for
@@ -121,12 +121,15 @@ def along(xp: Any, channel: Array, axis: int, ndim: int) -> Array:
 
 
 def value_count(xp: Any, x: Array, axis: int, mask: Array | None, working: Any) -> int | Array:
-    """Values per channel: an int, or a 0-d integer array where a mask decides."""
+    """Values per channel: an int; where a mask decides, an integer array, 0-d, or ``(C,)`` if it has channels."""
     if mask is None:
         return math.prod(x.shape[i] for i in reduced_axes(x.ndim, axis))
-    everywhere = xp.broadcast_to(mask, tuple(1 if i == axis else size for i, size in enumerate(x.shape)))
+    channels = mask.shape[axis]
+    everywhere = xp.broadcast_to(mask, tuple(channels if i == axis else size for i, size in enumerate(x.shape)))
     integer = xp.int64 if dtype_name(working) == "float64" else xp.int32  # what has one mostly has the other
-    return xp.sum(xp.astype(everywhere, integer), dtype=integer)
+    return xp.sum(
+        xp.astype(everywhere, integer), axis=None if channels == 1 else reduced_axes(x.ndim, axis), dtype=integer
+    )
 
 
 def divisor(xp: Any, count: int | Array, working: Any) -> int | Array:

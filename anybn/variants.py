@@ -25,6 +25,7 @@ from anybn import _checks, _core, _functional
 from anybn._core import Array, Gradients, Statistics
 from anybn._dispatch import backend_for
 from anybn._state import BatchNormState
+from anybn.backends._base import Backend
 
 __all__ = ["batch_norm", "batch_norm_vjp", "renorm_limits"]
 
@@ -39,23 +40,27 @@ def batch_norm(
     virtual_batch_size: int | None = None,
     renorm: tuple[float, float] | None = None,
     axis: int = 1,
+    mask: Array | None = None,
+    residual: Array | None = None,
+    activation: str | None = None,
     nonfinite: str = "skip",
 ) -> Array:
     """`anybn.batch_norm` with separate switches; the defaults are its ``training=True``.
 
     Args:
-        x, state, axis, nonfinite: as in `anybn.batch_norm`. The batch is on axis 0, or on axis 1 where the channels are
-            on 0.
+        x, state, axis, mask, residual, activation, nonfinite: as in `anybn.batch_norm`. The batch is on axis 0, or on
+            axis 1 where the channels are on 0.
         statistics: what x is normalized with: "batch", its own, or "running", the state's from before this call, which
             are constants in the backward pass. Fine-tuning with frozen statistics is "running" and ``update=False``.
         update: whether the batch's statistics go into the running ones.
         train_weights: False makes weight and bias constants in the backward pass.
         virtual_batch_size: ghost batch norm (Hoffer, Hubara & Soudry 2017): every so many samples, in order, are
             normalized by themselves, in one call, without a loop; a divisor of N. The running statistics learn those
-            of the whole batch, from merged moments, in one step; Hoffer et al. take a step for each part.
+            of the whole batch, from merged moments, in one step; Hoffer et al. take a step for each part. Each needs 2
+            values per channel that a mask leaves.
         renorm: ``(r_max, d_max)``, batch renormalization (Ioffe 2017), with ``sigma = sqrt(var + eps)``::
 
-                y = ((x - mean) / sigma * r + d) * weight + bias
+                y = activation(((x - mean) / sigma * r + d) * weight + bias + residual)
                 r = clip(sigma / running_sigma, 1 / r_max, r_max)    constants in
                 d = clip((mean - running_mean) / running_sigma, -d_max, d_max)   the backward pass
 
@@ -71,7 +76,8 @@ def batch_norm(
     >>> variants.batch_norm(x, anybn.BatchNormState(1), virtual_batch_size=2).round(3).T
     array([[-1.,  1., -1.,  1.]])
     """
-    return _run(x, state, statistics, update, train_weights, virtual_batch_size, renorm, axis, nonfinite).y
+    options = _Options(statistics, update, train_weights, virtual_batch_size, renorm)
+    return _run(x, state, options, axis, mask, residual, activation, nonfinite).y
 
 
 def batch_norm_vjp(
@@ -84,6 +90,9 @@ def batch_norm_vjp(
     virtual_batch_size: int | None = None,
     renorm: tuple[float, float] | None = None,
     axis: int = 1,
+    mask: Array | None = None,
+    residual: Array | None = None,
+    activation: str | None = None,
     nonfinite: str = "skip",
 ) -> tuple[Array, Callable[[Array], Gradients]]:
     """`batch_norm` of this module and its gradient, for libraries without automatic differentiation.
@@ -99,28 +108,29 @@ def batch_norm_vjp(
     array([[1., 1.]])
     """
     backend = backend_for(x)
+    options = _Options(statistics, update, train_weights, virtual_batch_size, renorm)
     with backend.no_grad():
-        done = _run(x, state, statistics, update, train_weights, virtual_batch_size, renorm, axis, nonfinite)
+        done = _run(x, state, options, axis, mask, residual, activation, nonfinite)
+        active = done.y > 0 if done.call.spec.relu else None
     call, ghosts, weight = done.call, done.ghosts, done.call.arrays.weight
     xp = backend.namespace(x)
 
     def pullback(dy: Array) -> Gradients:
-        """Gradients(x, weight, bias, None) for the gradient dy of y."""
+        """Gradients(x, weight, bias, residual) for the gradient dy of y."""
         _checks.like_x("dy", _checks.floating_array("dy", dy, backend_for(dy, "dy")), x, backend)
         with backend.no_grad():
+            dparts, parts, active_parts, kept = (ghosts.split(xp, a) for a in (dy, x, active, call.mask))
             spec = call.spec._replace(axis=ghosts.axis)
-            grads = backend.gradients(
-                ghosts.split(xp, dy), ghosts.split(xp, x), done.statistics, done.weight, None, None, spec
-            )
-            dx = ghosts.joined(xp, grads.x)
+            grads = backend.gradients(dparts, parts, done.statistics, done.weight, active_parts, kept, spec)
+            dx, dresidual = (ghosts.joined(xp, a) for a in (grads.x, None if residual is None else grads.residual))
             if weight is None or not train_weights:
-                return Gradients(dx, None, None, None)
+                return Gradients(dx, None, None, dresidual)
             dweight, dbias = grads.weight, grads.bias
             if done.correction is not None:  # of the weight that was used, weight * r, and the bias, bias + weight * d
                 r, d = done.correction
                 dweight = dweight * r + dbias * d
             dweight, dbias = (_core.rounded_to(xp, ghosts.total(xp, a), weight.dtype) for a in (dweight, dbias))
-        return Gradients(dx, dweight, dbias, None)
+        return Gradients(dx, dweight, dbias, dresidual)
 
     return done.y, pullback
 
@@ -160,20 +170,28 @@ class _Ghosts(NamedTuple):
     """of these axes, with virtual before the channels, whose index is then"""
     axis: int
 
-    def split(self, xp: Any, a: Array) -> Array:
-        if self.virtual == 1:
+    def split(self, xp: Any, a: Array | None) -> Array | None:
+        """a of x's shape, or a mask that broadcasts to it."""
+        if self.virtual == 1 or a is None:
             return a
-        a = xp.permute_dims(xp.reshape(a, self.shape), self.order)
+        a = xp.permute_dims(xp.reshape(xp.broadcast_to(a, self.whole), self.shape), self.order)
         return xp.reshape(a, (*a.shape[: self.axis], -1, *a.shape[self.axis + 2 :]))
 
-    def joined(self, xp: Any, a: Array) -> Array:
+    def joined(self, xp: Any, a: Array | None) -> Array | None:
         """What `split` made, in x's shape again."""
-        if self.virtual == 1:
+        if self.virtual == 1 or a is None:
             return a
         a = xp.reshape(a, tuple(self.shape[i] for i in self.order))
         a = xp.permute_dims(a, tuple(map(self.order.index, range(len(self.order)))))
+        return xp.reshape(a, self.whole)
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """x's shape."""
+        if self.virtual == 1:
+            return self.shape
         batch = self.order[self.axis]
-        return xp.reshape(a, (*self.shape[:batch], -1, *self.shape[batch + 2 :]))
+        return (*self.shape[:batch], self.virtual * self.shape[batch + 1], *self.shape[batch + 2 :])
 
     def tiled(self, xp: Any, channel: Array) -> Array:
         """(C,) -> (virtual * C,)."""
@@ -186,20 +204,35 @@ class _Ghosts(NamedTuple):
         return channel if self.virtual == 1 else xp.sum(xp.reshape(channel, (self.virtual, -1)), axis=0)
 
     def merged(self, xp: Any, s: Statistics) -> Statistics:
-        """Of the whole batch, from those of equal parts (Chan, Golub & LeVeque 1979)."""
+        """Of the whole batch, from those of its parts (Chan, Golub & LeVeque 1979)."""
         if self.virtual == 1 or s.m2 is None:
             return s
         mean, m2 = (xp.reshape(a, (self.virtual, -1)) for a in (s.mean, s.m2))
         delta = mean - mean[:1, :]  # from the first, so that a mean far from 0 costs nothing
         if s.shift is not None:
             delta = delta + xp.reshape(s.shift, (self.virtual, -1))
-        shift = xp.mean(delta, axis=0)
         count: Any = s.count
-        of_part = count if isinstance(count, int) else count[0]  # JAX has it per channel
+        n: Any = count
+        if isinstance(count, int):
+            count *= self.virtual
+        else:  # per channel of every part: of a mask, or JAX's
+            count = xp.reshape(count, (self.virtual, -1))
+            n, count = xp.astype(count, mean.dtype), xp.sum(count, axis=0, dtype=count.dtype)[0]
+        divisor = _core.divisor(xp, count, mean.dtype)
+        shift = xp.sum(delta * n, axis=0) / divisor
         deviation = delta - shift
-        total = xp.sum(m2, axis=0) + xp.sum(deviation * deviation, axis=0) * of_part
-        count = of_part * self.virtual
-        return Statistics(count, mean[0, :], shift, total / count, total)
+        total = xp.sum(m2, axis=0) + xp.sum(deviation * deviation * n, axis=0)
+        return Statistics(count, mean[0, :], shift, total / divisor, total)
+
+
+class _Options(NamedTuple):
+    """What `anybn.batch_norm` does not have, unchecked."""
+
+    statistics: str
+    update: bool
+    train_weights: bool
+    virtual_batch_size: int | None
+    renorm: tuple[float, float] | None
 
 
 class _Done(NamedTuple):
@@ -218,20 +251,20 @@ class _Done(NamedTuple):
 def _run(
     x: Array,
     state: BatchNormState,
-    statistics: str,
-    update: bool,
-    train_weights: bool,
-    virtual_batch_size: int | None,
-    renorm: tuple[float, float] | None,
+    options: _Options,
     axis: int,
+    mask: Array | None,
+    residual: Array | None,
+    activation: str | None,
     nonfinite: str,
 ) -> _Done:
+    statistics, update, train_weights, virtual_batch_size, renorm = options
     of_batch = _checks.choice("statistics", statistics, ("batch", "running")) == "batch"
     update, train_weights = _checks.flag("update", update), _checks.flag("train_weights", train_weights)
     if not of_batch and (virtual_batch_size is not None or renorm is not None):
         raise ValueError('statistics is "running": virtual_batch_size and renorm need those of the batch, "batch"')
     call = _functional._check(
-        x, state, training=of_batch or update, axis=axis, mask=None, residual=None, activation=None,
+        x, state, training=of_batch or update, axis=axis, mask=mask, residual=residual, activation=activation,
         nonfinite=nonfinite, group=None, out=None,
     )  # fmt: skip
     if not state.track_running_stats and not (of_batch and renorm is None):
@@ -249,15 +282,17 @@ def _run(
         if arrays.running_mean is None:
             zeros = _functional._zeros(backend, x, state.num_features)
             running = Statistics(None, zeros, None, zeros)
-        y = backend.evaluate(x, running, weight, bias, None, None, spec)
+        y = backend.evaluate(x, running, weight, bias, residual, call.mask, spec)
         learnt = running
         if call.commits:
             with backend.no_grad():
-                learnt = backend.batch_statistics(backend.detached(x), spec.axis, None)
+                learnt = backend.batch_statistics(backend.detached(x), spec.axis, call.mask)
         _functional._finish(call, learnt, None)
         return _Done(call, ghosts._replace(virtual=1, axis=spec.axis), y, running, weight, None)
     correction = None
-    parts = ghosts.split(xp, x)
+    parts, kept = ghosts.split(xp, x), ghosts.split(xp, call.mask)
+    if kept is not None and ghosts.virtual > 1:
+        _enough_in_each(backend, parts, kept, ghosts, x)
     ghost_spec = spec._replace(axis=ghosts.axis)
     if renorm is not None or ghosts.virtual > 1:
         # In the working dtype: gradients are summed over the parts, and corrected, before they are rounded.
@@ -265,12 +300,12 @@ def _run(
         weight, bias = (None if a is None else ghosts.tiled(xp, xp.astype(a, working)) for a in (weight, bias))
     if renorm is not None:
         with backend.no_grad():
-            of_parts = backend.batch_statistics(backend.detached(parts), ghosts.axis, None)
+            of_parts = backend.batch_statistics(backend.detached(parts), ghosts.axis, kept)
             correction = _correction(xp, ghosts, of_parts, arrays, spec.eps, _limits(renorm))
         r, d = correction
         bias = d if weight is None else weight * d + bias
         weight = r if weight is None else weight * r
-    y, used = backend.train(parts, weight, bias, None, None, ghost_spec)
+    y, used = backend.train(parts, weight, bias, ghosts.split(xp, residual), kept, ghost_spec)
     with backend.no_grad(), np.errstate(all="ignore"):
         learnt = ghosts.merged(xp, Statistics(*map(backend.detached, used)))
     _functional._finish(call, learnt, None)
@@ -302,6 +337,18 @@ def _ghosts(x: Array, axis: int, virtual_batch_size: int | None) -> _Ghosts:
     position = order.index(channels)
     order.insert(position, batch)
     return _Ghosts(virtual, split, tuple(order), position)
+
+
+def _enough_in_each(backend: Backend, parts: Array, mask: Array, ghosts: _Ghosts, x: Array) -> None:
+    if backend.is_traced(mask):
+        return
+    xp, working = backend.namespace(x), backend.working_dtype(x)
+    least = int(xp.min(_core.value_count(xp, parts, ghosts.axis, mask, working)))
+    if least < 2:
+        raise ValueError(
+            f"a virtual batch has {least} unmasked values per channel, x has shape {_checks.shape_of(x)}; each needs "
+            "more than 1: use a larger virtual_batch_size"
+        )
 
 
 def _limits(renorm: Any) -> tuple[Any, Any]:

@@ -16,11 +16,14 @@ OPTIONS = {
 }
 
 
-def by_hand(torch, x, weight, bias, options, mean, var, eps=1e-5):
+def by_hand(torch, x, weight, bias, options, mean, var, mask, residual, activation, eps=1e-5):
     """Ioffe's formulas and a loop over the virtual batches, as anyone would write them."""
-    parts = []
-    for part in x.split(options.get("virtual_batch_size", len(x))):
-        m, v = part.mean((0, 2)), part.var((0, 2), correction=0)
+    parts, size = [], options.get("virtual_batch_size", len(x))
+    mask = x[:, 0] == x[:, 0] if mask is None else mask
+    for part, keep in zip(x.split(size), mask[:, None].split(size), strict=True):
+        n = keep.sum()
+        m = (part * keep).sum((0, 2)) / n
+        v = ((part - m[:, None]).square() * keep).sum((0, 2)) / n
         if options.get("statistics") == "running":
             m, v = mean, var
         y = (part - m[:, None]) / torch.sqrt(v + eps)[:, None]
@@ -31,26 +34,34 @@ def by_hand(torch, x, weight, bias, options, mean, var, eps=1e-5):
             d = ((m - mean) / running).clamp(-d_max, d_max).detach()
             y = y * r[:, None] + d[:, None]
         parts.append(y * weight[:, None] + bias[:, None])
-    return torch.cat(parts)
+    y = torch.cat(parts) if residual is None else torch.cat(parts) + residual
+    return (y.relu() if activation else y) * mask[:, None]
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_torch_to_second_order(name):
+def test_torch_to_second_order(name, fused):
+    """As it is, by kernels; and with mask, residual and relu."""
     torch = pytest.importorskip("torch", reason="torch: not installed")
     rng = np.random.default_rng(0)
     x = torch.tensor(rng.standard_normal(SHAPE) * 2 + 1, requires_grad=True)
     weight, bias = (torch.tensor(rng.uniform(0.5, 2, 3), requires_grad=True) for _ in range(2))
+    extra = {"mask": None, "residual": None, "activation": None}
+    if fused:
+        residual = torch.tensor(rng.standard_normal(SHAPE), requires_grad=True)
+        extra = {"mask": torch.tensor(rng.random((8, 5)) < 0.8), "residual": residual, "activation": "relu"}
     state = anybn.BatchNormState(3, dtype="float64")
     mean, var = (torch.tensor(a, dtype=torch.float64) for a in ([0.5, 1, 1.5], [2, 4, 8]))
     state.running_mean, state.running_var = mean.clone(), var.clone()
     state.weight, state.bias = weight, bias
     results = []
     for y in (
-        variants.batch_norm(x, state, **OPTIONS[name]),
-        by_hand(torch, x, weight, bias, OPTIONS[name], mean, var),
+        variants.batch_norm(x, state, **OPTIONS[name], **extra),
+        by_hand(torch, x, weight, bias, OPTIONS[name], mean, var, **extra),
     ):
-        first = torch.autograd.grad((y**3).sum(), (x, weight, bias), create_graph=True)
-        results.append((y, *first, *torch.autograd.grad(sum((g**2).sum() for g in first), (x, weight, bias))))
+        given = [a for a in (x, weight, bias, extra["residual"]) if a is not None]
+        first = torch.autograd.grad((y**3).sum(), given, create_graph=True)
+        results.append((y, *first, *torch.autograd.grad(sum((g**2).sum() for g in first), given)))
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)  # two derivatives in torch's own rounding
 
@@ -73,20 +84,25 @@ def test_torch_weights_that_are_not_trained():
     assert np.allclose(ours.running_var.numpy(), alone.running_var, rtol=1e-12)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ["ghost", "renorm", "both"])
-def test_jax_under_jit(name):
+def test_jax_under_jit(name, masked):
     jax = pytest.importorskip("jax", reason="jax: not installed")
     x, dy = (jax.numpy.asarray(inputs.normal(SHAPE, seed=s) + 1, "float32") for s in (0, 1))
-    state = anybn.BatchNormState(3, like=x)
+    state, mask = anybn.BatchNormState(3, like=x), None
+    if masked:
+        mask = np.random.default_rng(1).random((8, 5)) < 0.8
 
     @jax.jit
-    def step(x, state):
-        y, pull = jax.vjp(lambda x: variants.batch_norm(x, state.copy(), **OPTIONS[name]), x)
-        variants.batch_norm(x, state, **OPTIONS[name])
+    def step(x, mask, state):
+        options = OPTIONS[name] | ({"mask": mask, "activation": "relu"} if masked else {})
+        y, pull = jax.vjp(lambda x: variants.batch_norm(x, state.copy(), **options), x)
+        variants.batch_norm(x, state, **options)
         return y, pull(dy)[0], state
 
-    y, dx, after = step(x, state)
-    expected, pullback = variants.batch_norm_vjp(np.asarray(x), reference := state.copy(), **OPTIONS[name])
+    y, dx, after = step(x, mask, state)
+    options = OPTIONS[name] | ({"mask": mask, "activation": "relu"} if masked else {})
+    expected, pullback = variants.batch_norm_vjp(np.asarray(x), reference := state.copy(), **options)
     grads = pullback(np.asarray(dy))
     assert oracle.error(y, expected, "float32", np.abs(expected).max()) <= 4
     assert oracle.error(dx, grads.x, "float32", np.abs(grads.x).max()) <= 4

@@ -107,6 +107,79 @@ def test_batch_renormalization(target: Target, limits: tuple[float, float], virt
     assert oracle.error(after["running_var"], expected_var, "float32") <= limit
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"statistics": "running"},
+        {"virtual_batch_size": 4},
+        {"renorm": (1.2, 0.3)},
+        {"virtual_batch_size": 4, "renorm": (1.2, 0.3), "axis": -1},
+    ],
+    ids=str,
+)
+def test_mask_residual_and_activation(target: Target, options: dict[str, Any], masked: bool) -> None:
+    """relu(bn(x) + residual) of the positions that count, part by part, and running statistics of all of them."""
+    state, values, dy = prepared(target)
+    before, limit, axis = held(target, state), bar(target, "float32"), options.get("axis", 1)
+    rng = np.random.default_rng(5)
+    residual, mask = rng.standard_normal(values.shape).astype(np.float32), None
+    if masked:
+        mask = rng.random((12, 5, 4)) < np.linspace(0.3, 0.9, 12)[:, None, None]  # parts of different counts
+        values[~np.broadcast_to(mask[:, None], values.shape)] = np.nan
+
+    def placed(a: np.ndarray) -> Any:
+        return target.array(np.ascontiguousarray(np.moveaxis(a, 1, axis)))
+
+    given = {"residual": placed(residual), "activation": "relu"}
+    if mask is not None:
+        given["mask"] = target.array(mask)
+    y, pullback = variants.batch_norm_vjp(placed(values), state, **options, **given)
+    grads = pullback(placed(dy))
+    y, dx, dresidual = (np.moveaxis(target.numpy(a), axis, 1) for a in (y, grads.x, grads.residual))
+    dweight: Any = 0
+    dbias: Any = 0
+    size: Any = 0, 0
+    step = options.get("virtual_batch_size", 12)
+    for i in range(0, 12, step):
+        of = slice(i, i + step)
+        part, keep = values[of], None if mask is None else mask[of]
+        weight, bias = before["weight"], before["bias"]
+        r: Any = 1
+        d: Any = 0
+        mean: Any = before["running_mean"]
+        var, count = before["running_var"], None
+        if options.get("statistics") != "running":
+            s = oracle.statistics(part, mask=keep)
+            mean, var, count = s.mean, s.var(), s.count
+        if "renorm" in options:
+            (r_max, d_max), root = options["renorm"], np.sqrt(before["running_var"] + oracle.LONG(1e-5))
+            r = np.clip(np.sqrt(var + oracle.LONG(1e-5)) / root, 1 / oracle.LONG(r_max), r_max)
+            d = np.clip((mean.origin + mean.offset - before["running_mean"]) / root, -d_max, d_max)
+            weight, bias = weight * r, bias + weight * d
+        expected = oracle.normalize(
+            part, mean, var, weight=weight, bias=bias, residual=residual[of], relu=True, mask=keep
+        )
+        largest = 1 if target.has_float64 else 8  # the terms of y, without a wider dtype
+        assert oracle.error(y[of], expected, "float32", largest) <= limit
+        g = oracle.gradients(dy[of], part, mean, var, count=count, weight=weight, active=expected > 0, mask=keep)
+        slope = 1 if target.has_float64 else np.maximum(1, g.x_size)
+        assert oracle.error(dx[of], g.x, "float32", slope) <= limit
+        assert oracle.error(dresidual[of], g.residual, "float32") <= limit
+        dweight, dbias = dweight + g.weight * r + g.bias * d, dbias + g.bias
+        size = size[0] + g.weight_size * r + g.bias_size * np.abs(d), size[1] + g.bias_size
+    if target.has_float64:
+        size = (1, 1)
+    assert oracle.error(target.numpy(grads.weight), dweight, "float32", size[0]) <= limit
+    assert oracle.error(target.numpy(grads.bias), dbias, "float32", size[1]) <= limit
+    whole, after = oracle.statistics(values, mask=mask), held(target, state)
+    expected_var = oracle.running(before["running_var"], whole.var(1), 0.1)
+    assert oracle.error(after["running_var"], expected_var, "float32") <= limit
+    expected_mean = oracle.running(before["running_mean"], whole.mean.origin + whole.mean.offset, 0.1)
+    assert oracle.error(after["running_mean"], expected_mean, "float32") <= limit
+
+
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize("update", [True, False])
 @pytest.mark.parametrize("train_weights", [True, False])
@@ -144,9 +217,16 @@ def test_errors_and_empty(target: Target) -> None:
         ({"renorm": (2, -1)}, ValueError, "d_max is -1; it must be 0 or more"),
         ({"renorm": 3}, TypeError, r"renorm is 3; it must be a pair \(r_max, d_max\)"),
         ({"update": 1}, TypeError, "update is 1, a int; it must be True or False"),
+        ({"activation": "gelu"}, ValueError, "activation is 'gelu'; it must be one of None, 'relu'"),
+        ({"residual": target.array(values[:1])}, ValueError, "residual has shape"),
+        ({"mask": target.array(values > 0)}, ValueError, "x's shape without the channel axis"),
     ):
         with pytest.raises(error, match=message):
             variants.batch_norm(x, state, **options)
+    late = target.array(np.arange(12)[:, None, None] > 8)
+    if not target.backend.is_traced(late):
+        with pytest.raises(ValueError, match="a virtual batch has 0 unmasked values per channel"):
+            variants.batch_norm(x, state, mask=late, virtual_batch_size=6)
     with pytest.raises(ValueError, match="virtual batches of 1 have 1 value per channel"):
         variants.batch_norm(target.array(values[:, :, 0, 0].copy()), state, virtual_batch_size=1)
     bare = anybn.BatchNormState(3, track_running_stats=False)
