@@ -34,7 +34,6 @@ from __future__ import annotations
 import atexit
 import functools
 import time
-import weakref
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -84,10 +83,10 @@ class TorchGroup:
     def all_reduce_sum(self, array: Array) -> Array:
         import torch.distributed
 
-        sent = array.detach().clone()
-        torch.distributed.all_reduce(sent, group=self.process_group)
-        _sent.add(sent)
-        return sent.clone()
+        _pause_at_exit()
+        total = array.detach().clone()
+        torch.distributed.all_reduce(total, group=self.process_group)
+        return total
 
     def from_numpy(self, values: np.ndarray) -> Array:
         """A tensor where the engine sums: on the CPU for gloo, on the current CUDA device for NCCL."""
@@ -104,16 +103,14 @@ class TorchGroup:
         return f"TorchGroup({self.process_group or ''})"
 
 
-#: Tensors that threads of torch's still hold, though the sums have arrived.
-_sent: weakref.WeakSet[Any] = weakref.WeakSet()
+@functools.cache
+def _pause_at_exit() -> None:
+    """Threads of torch's that still hold what a collective had when Python ends abort the process.
 
-
-@atexit.register
-def _wait_until_released() -> None:
-    """A thread that lets go of a tensor after Python has ended aborts the process (pytorch/pytorch#190489)."""
-    deadline = time.monotonic() + 10
-    while _sent and time.monotonic() < deadline:
-        time.sleep(0.001)
+    They need the interpreter's lock to let go of a tensor or of backward's context (pytorch/pytorch#190489), and get it
+    while this waits. DistributedDataParallel's collectives are helped too.
+    """
+    atexit.register(time.sleep, 0.1)
 
 
 class MPIGroup:
