@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from anybn._core import Array, Statistics
 from anybn._moments import Moments
 from anybn.backends._base import Backend
@@ -66,7 +68,7 @@ def accumulate(*targets: Any) -> Iterator[None]:
         if (seen := pending[key]) is not None:
             backend, moments = seen.backend, seen.moments
             with backend.no_grad():
-                statistics = Statistics(moments.count, moments.mean, None, moments.var(), moments.m2)
+                statistics = Statistics(moments.count, moments.mean, moments.shift, moments.var(), moments.m2)
             state._commit(backend, seen.x, statistics, None, seen.nonfinite, *state._beside(backend, seen.x))
 
 
@@ -80,11 +82,9 @@ def keeps(state: Any, backend: Backend, x: Array, statistics: Statistics, nonfin
     key = id(owner(state))
     if key not in blocks:
         return False
-    count, mean = statistics.count, statistics.mean
+    s = statistics
     with backend.no_grad():
-        if statistics.shift is not None:
-            mean = mean + statistics.shift
-        new = Moments(*(backend.detached(a) for a in (count, mean, statistics.m2)))  # type: ignore[arg-type]
+        new = Moments(*(backend.detached(a) for a in (s.count, s.mean, s.m2, s.shift)))  # type: ignore[arg-type]
         before = blocks[key]
         if before is not None:
             new = _beside(before, backend, x) + new
@@ -99,9 +99,14 @@ def _beside(before: _Pending, backend: Backend, x: Array) -> Moments:
     if backend.holds(moments.mean, device):
         return moments
     count = moments.count if isinstance(moments.count, int) else int(before.backend.to_numpy(moments.count).flat[0])
-    arrays = (before.backend.to_numpy(a).astype("float64") for a in (moments.mean, moments.m2))
+    mean, m2, shift = (
+        np.zeros(1) if a is None else before.backend.to_numpy(a).astype("float64")
+        for a in (moments.mean, moments.m2, moments.shift)
+    )
     dtype = "float64" if backend.has_float64(device) else "float32"
-    return Moments(count, *(backend.from_numpy(a.astype(dtype), device) for a in arrays))
+    there = mean.astype(dtype)
+    rest = shift + (mean - there)
+    return Moments(count, *(backend.from_numpy(a.astype(dtype), device) for a in (there, m2, rest)))
 
 
 def _states(target: Any) -> list[Any]:

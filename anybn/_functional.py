@@ -193,12 +193,13 @@ def moments(x: Array, *, axis: int = 1, mask: Array | None = None) -> Moments:
         zeros = _zeros(backend, x, x.shape[index])
         return Moments(0, zeros, zeros)
     statistics = backend.batch_statistics(x, index, mask)
-    mean, count = statistics.mean, cast(Any, statistics.count)
-    if statistics.shift is not None:
-        mean = mean + statistics.shift
+    mean, shift, count = statistics.mean, statistics.shift, cast(Any, statistics.count)
+    if shift is not None:
+        mean = statistics.mean + shift
+        shift = shift - (mean - statistics.mean)
     if getattr(count, "ndim", 0):
         count = count[0]
-    return Moments(count if backend.is_traced(x) else int(count), mean, statistics.m2)
+    return Moments(count if backend.is_traced(x) else int(count), mean, statistics.m2, shift)
 
 
 def _zeros(backend: Backend, x: Array, size: int) -> Array:

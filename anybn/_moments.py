@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from array_api_compat import array_namespace
@@ -20,6 +20,8 @@ class Moments:
         count: values per channel, an int, or a 0-d array where a mask was counted lazily.
         mean: ``(C,)``, float64 where the library and device have it, else float32.
         m2: ``(C,)``, ``sum((x - mean)**2)``.
+        shift: ``(C,)``, what rounding took from the mean, which is ``mean + shift``; None for nothing. Without it,
+            parts whose mean is 1e6 and deviation 1 merge to 11 of 16 digits.
 
     Tiles, threads, ranks, chunks and micro-batches all merge the same way, in any grouping.
 
@@ -36,6 +38,7 @@ class Moments:
     count: int | Array
     mean: Array
     m2: Array
+    shift: Array | None = field(default=None, repr=False)
 
     def var(self, ddof: int = 0) -> Array:
         """``m2 / (count - ddof)``, shape ``(C,)``; NaN where there are not more than ddof values."""
@@ -46,7 +49,7 @@ class Moments:
     def merge(self, other: Moments) -> Moments:
         """The moments of both parts together (Chan, Golub & LeVeque 1979); also ``self + other``.
 
-        ``delta = other.mean - mean``, ``n = count + other.count``::
+        ``delta = other.mean - mean``, ``n = count + other.count``, in twice the digits where the means need them::
 
             mean + delta * other.count / n        m2 + other.m2 + delta**2 * count * other.count / n
 
@@ -57,20 +60,18 @@ class Moments:
                 f"other has {other.mean.shape[0]} channels, these moments have {self.mean.shape[0]}: "
                 "merge moments of the same channels"
             )
+        for nothing, part in (other, self), (self, other):
+            if isinstance(nothing.count, int) and nothing.count == 0:
+                return part
         xp = array_namespace(self.mean, other.mean)
         count = self.count + other.count
-        if isinstance(count, int):
-            if count == 0:
-                return self
-            fraction: Any = other.count / count
-        else:
-            fraction = other.count / divisor(xp, count, self.mean.dtype)
-        delta = other.mean - self.mean
-        return Moments(
-            count,
-            self.mean + delta * fraction,
-            self.m2 + other.m2 + delta * delta * (fraction * self.count),
-        )
+        fraction: Any = other.count / (count if isinstance(count, int) else divisor(xp, count, self.mean.dtype))
+        shift, other_shift = (0.0 if part.shift is None else part.shift for part in (self, other))
+        delta = (other.mean - self.mean) + (other_shift - shift)
+        step = delta * fraction + shift
+        mean = self.mean + step
+        m2 = self.m2 + other.m2 + delta * delta * (fraction * self.count)
+        return Moments(count, mean, m2, step - (mean - self.mean))
 
     __add__ = merge
 

@@ -162,13 +162,12 @@ class Everyone:
         """What all members have seen of a layer."""
         if self.group is None:
             return population
-        moments, channels = population.moments, len(population.moments.mean)
-        rows = self.exchange(np.concatenate([[moments.count, population.batches], moments.mean, moments.m2]))
-        of_all = Population(channels)
+        moments = population.moments
+        vectors = moments.mean, moments.m2, np.zeros_like(moments.mean) if moments.shift is None else moments.shift
+        rows = self.exchange(np.concatenate([[moments.count, population.batches], *vectors]))
+        of_all = Population(len(moments.mean))
         with np.errstate(all="ignore"):
-            of_all.moments = _synchronized.merged_moments(
-                rows[:, 0], rows[:, 2 : 2 + channels], rows[:, 2 + channels :]
-            )
+            of_all.moments = _synchronized.merged_moments(rows[:, 0], *np.split(rows[:, 2:], 3, axis=1))
         of_all.batches = int(rows[:, 1].sum())
         return of_all
 
@@ -198,6 +197,8 @@ class Population:
     def statistics(self, ddof: int) -> tuple[np.ndarray, np.ndarray]:
         """(mean, variance). Raises ValueError or NonFiniteError if there are none to be had."""
         count, mean, var = self.moments.count, self.moments.mean, self.moments.var(ddof)
+        if self.moments.shift is not None:
+            mean = mean + self.moments.shift
         if count < 2:
             raise ValueError(
                 f"batches gave {count} values per channel; a variance needs more than 1: give more data, and an "
@@ -217,10 +218,11 @@ def _on_host(moments: Moments) -> Moments:
     """In NumPy, in one transfer, or one computation of what is lazy."""
     backend = backend_for(moments.mean)
     xp = backend.namespace(moments.mean)
-    count = moments.count
-    rows = [moments.mean, moments.m2] + ([] if isinstance(count, int) else [xp.ones_like(moments.m2) * count])
-    mean, m2, *counted = backend.to_numpy(backend.detached(xp.stack(rows))).astype(np.float64)
-    return Moments(int(counted[0][0]) if counted else count, mean, m2)
+    count, shift = moments.count, moments.shift
+    rows = [moments.mean, moments.m2, xp.zeros_like(moments.mean) if shift is None else shift]
+    rows += [] if isinstance(count, int) else [xp.ones_like(moments.m2) * count]
+    mean, m2, shift, *counted = backend.to_numpy(backend.detached(xp.stack(rows))).astype(np.float64)
+    return Moments(int(counted[0][0]) if counted else count, mean, m2, shift)
 
 
 def bar(batches: Iterable[Any], progress: bool, description: str = "recalibrate") -> Iterator[Any]:

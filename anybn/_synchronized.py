@@ -260,10 +260,10 @@ def _merged(xp: Any, count: Any, rows: _Part) -> Statistics:
     return Statistics(count, mean, None if rows.shift is None else shift, m2 / n, m2)
 
 
-def merged_moments(count: np.ndarray, mean: np.ndarray, m2: np.ndarray) -> Moments:
+def merged_moments(count: np.ndarray, mean: np.ndarray, m2: np.ndarray, shift: np.ndarray) -> Moments:
     """Of members in rows: ``(size,)``, and ``(size, C)``; NumPy."""
-    s = _merged(np, int(count.sum()), _Part(count[:, None], mean, None, m2))
-    return Moments(int(count.sum()), s.mean, s.m2)
+    s = _merged(np, int(count.sum()), _Part(count[:, None], mean, shift, m2))
+    return Moments(int(count.sum()), s.mean, s.m2, s.shift)
 
 
 def _from_sums(backend: Backend, xp: Any, x: Array, part: _Part, members: Members) -> Statistics:

@@ -147,6 +147,24 @@ def test_an_axis_is_jax_s_alone():
         anybn.batch_norm(inputs.normal((4, 3)), anybn.BatchNormState(3), training=True, group="devices")
 
 
+def test_torch_s_processes_sum_tensors():
+    group, state = anybn.distributed.TorchGroup(), anybn.BatchNormState(3)
+    message = "group is a torch.distributed process group, but x is a numpy array: pass what sums its arrays"
+    with pytest.raises(TypeError, match=message):
+        anybn.batch_norm(inputs.normal((4, 3)), state, training=True, group=group)
+
+
+def test_recalibrate_takes_a_group_of_processes():
+    state = anybn.BatchNormState(3)
+    with pytest.raises(TypeError, match="group is the name of a JAX axis, 'devices', but recalibrate is not traced"):
+        anybn.recalibrate(state, [inputs.normal((4, 3))], group="devices")
+    with pytest.raises(TypeError, match="group is 3, a int; it must be a torch"):
+        anybn.recalibrate(state, [inputs.normal((4, 3))], group=3)
+    whole = anybn.recalibrate(anybn.BatchNormState(3), [inputs.normal((4, 3))])
+    anybn.recalibrate(state, [inputs.normal((4, 3))], group=Alone())
+    assert inputs.state_values(state) == inputs.state_values(whole)
+
+
 class Broken:
     rank, size = 0, 2
 

@@ -47,6 +47,16 @@ def test_uneven_batches(library, mean, ddof):
     assert bn.training
 
 
+@pytest.mark.parametrize("row", list(inputs.ROWS))
+def test_float64(row):
+    """However far the mean is from 0, variances of parts merge to float64's own accuracy."""
+    values = inputs.ROWS[row](inputs.normal((162, 3, 5)))
+    state, expected = anybn.recalibrate(anybn.BatchNormState(3), uneven(values)), oracle.statistics(values)
+    mean, var = expected.mean.origin + expected.mean.offset, expected.var(1)
+    assert oracle.error(state.running_mean, mean, "float64", np.abs(values).max()) <= 1
+    assert oracle.error(state.running_var, var, "float64", var) <= 2
+
+
 def test_other_sources():
     """Channels last, masked parts as moments, parts of different libraries, one array."""
     values = data()

@@ -105,6 +105,25 @@ def test_second_order():
     assert np.allclose(found, wanted, rtol=1e-4, atol=1e-5), (found, wanted)
 
 
+def test_accumulate():
+    """Micro-batches on each device: one commit, from all of them on all devices."""
+    x = (inputs.normal((16, 9, 8)) + 1e3).astype(np.float32)
+    mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def step(x, state):
+        with anybn.accumulate(state):
+            for part in (x[:1], x[1:]):
+                anybn.batch_norm(part, state, training=True, axis=-1, group="devices")
+        return state
+
+    part, whole = P("devices"), P()
+    state = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(part, whole), out_specs=whole))(x, fresh())
+    s = oracle.statistics(x, -1)
+    var = oracle.running(np.ones(8), s.var(ddof=1), 0.1)
+    assert oracle.error(np.asarray(state.running_var), var, "float32") <= 2
+    assert state.num_batches_tracked == 1
+
+
 def test_collectives():
     """XLA is left with one sum forward, and at most as many backward as y's gradient has inputs from the group."""
     x = jnp.ones((16, 9, 8), jnp.float32)

@@ -155,10 +155,10 @@ def recalibrate_a_model_fails_together(member):
 MICRO_BATCHES = (slice(0, 5), slice(5, 7), slice(7, ROWS))
 
 
-@case(row=["N(0, 1)", "mean 1e6, std 1"])
-def accumulate(member, row):
+@case(dtype=["float32", "float64"])
+def accumulate(member, dtype):
     """One commit per step, from all micro-batches of all members; y and dx from the micro-batch of all members."""
-    x, dy = images(row), inputs.normal((ROWS, 8, 9, 7), 1).astype(np.float32)
+    x, dy = images("mean 1e6, std 1", dtype), inputs.normal((ROWS, 8, 9, 7), 1).astype(dtype)
     bn = anybn.BatchNorm(8, group=member.group)
     for step in range(2):
         with anybn.accumulate(bn):
@@ -171,14 +171,16 @@ def accumulate(member, row):
                 of_all = oracle.gradients(dy[rows], x[rows], s.mean, s.var(), count=s.count)
                 for found, whole in ((y, expected), (dx, of_all.x)):
                     part = np.array_split(whole, member.size)[member.rank]
-                    assert oracle.error(np.asarray(found), part, "float32") <= 0.500001
+                    # of float64, by the size of what was subtracted, as everywhere
+                    bar, size = (0.500001, 1) if dtype == "float32" else (2, 5)
+                    assert oracle.error(np.asarray(found), part, dtype, size) <= bar
         assert bn.state.num_batches_tracked == step + 1
     s, mean, var = oracle.statistics(x), np.zeros(8), np.ones(8)
     for _ in range(2):
         mean = oracle.running(mean, s.mean.origin + s.mean.offset, 0.1)
         var = oracle.running(var, s.var(ddof=1), 0.1)
-    assert oracle.error(np.asarray(bn.state.running_mean), mean, "float32") <= 1e-3
-    assert oracle.error(np.asarray(bn.state.running_var), var, "float32") <= 1e-3
+    assert oracle.error(np.asarray(bn.state.running_mean), mean, dtype) <= (1e-3 if dtype == "float32" else 2)
+    assert oracle.error(np.asarray(bn.state.running_var), var, dtype) <= (1e-3 if dtype == "float32" else 2)
     same_bits(member, bn.state)
 
 
