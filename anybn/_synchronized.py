@@ -68,7 +68,7 @@ class Members(NamedTuple):
     settings: Settings
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Of one member, or of all in rows."""
 
     count: Any
@@ -85,21 +85,39 @@ def batch_statistics(backend: Backend, x: Array, axis: int, mask: Array | None, 
     Raises, on every member: ValueError if they disagree, or have 1 value per channel together; MemberError if one of
     them has failed, which gets its own error.
     """
-    xp, working, group = backend.namespace(x), backend.working_dtype(x), members.group
+    return over_all(backend, own(backend, x, axis, mask, members), members)
+
+
+def own(backend: Backend, x: Array, axis: int, mask: Array | None, members: Members) -> Part:
+    """This member's part; if it cannot be had, the others are told."""
     try:
-        part = _own(backend, xp, x, axis, mask, working)
+        if 0 in x.shape:  # a sum of nothing, that depends on x: so the backward pass asks this member too
+            xp, working = backend.namespace(x), backend.working_dtype(x)
+            nothing = xp.sum(xp.astype(x, working), axis=_core.reduced_axes(x.ndim, axis))
+            return Part(0, nothing, None if _core.is_wide(working, x) else nothing, nothing)
+        statistics = backend.batch_statistics(x, axis, mask)
     except Exception as error:  # out of memory
-        tell(group, x.shape[axis], error, backend, x)
+        tell(members.group, x.shape[axis], error, backend, x)
         raise
+    count: Any = statistics.count
+    if getattr(count, "ndim", 0):
+        count = count[0]
+    assert statistics.m2 is not None
+    return Part(count, statistics.mean, statistics.shift, statistics.m2)
+
+
+def over_all(backend: Backend, part: Part, members: Members) -> Statistics:
+    """The statistics of all members' parts. Collective."""
+    group, xp = members.group, backend.namespace(part.mean)
     with np.errstate(all="ignore"):
-        head = _numbers(backend, xp, x, (part.count, *members.settings))
+        head = _numbers(backend, xp, part.mean, (part.count, *members.settings))
         vectors, traced = _vectors(part), backend.is_traced(head)
         if has_ranks(group):
             if not traced:
                 vectors = _introduced(backend, xp, head, part, group)
             if group.size <= MANY:
                 return _from_rows(backend, xp, head, part, vectors, group)
-        return _from_sums(backend, xp, x, part, members)
+        return _from_sums(backend, xp, part, members)
 
 
 def sums(backend: Backend, group: Any, dbias: Array, dweight: Array) -> tuple[Array, Array]:
@@ -162,31 +180,17 @@ def has_ranks(group: Any) -> bool:
     return hasattr(group, "rank") and hasattr(group, "size")
 
 
-def _vectors(part: _Part) -> int:
+def _vectors(part: Part) -> int:
     return 2 if part.shift is None else 3
 
 
-def _own(backend: Backend, xp: Any, x: Array, axis: int, mask: Array | None, working: Any) -> _Part:
-    if 0 in x.shape:  # a sum of nothing, that depends on x: so the backward pass asks this member too
-        nothing = xp.sum(xp.astype(x, working), axis=_core.reduced_axes(x.ndim, axis))
-        shift = None if _core.is_wide(working, x) else nothing
-        return _Part(0, nothing, shift, nothing)
-    statistics = backend.batch_statistics(x, axis, mask)
-    count: Any = statistics.count
-    if getattr(count, "ndim", 0):
-        count = count[0]
-    assert statistics.m2 is not None
-    return _Part(count, statistics.mean, statistics.shift, statistics.m2)
-
-
-def _numbers(backend: Backend, xp: Any, x: Array, values: tuple[Any, ...]) -> Array:
-    """Numbers, and 0-d arrays, as one array beside x in the working dtype."""
-    working, device = backend.working_dtype(x), backend.device_of(x)
-    dtype = _core.dtype_name(working)
+def _numbers(backend: Backend, xp: Any, like: Array, values: tuple[Any, ...]) -> Array:
+    """Numbers, of which the first may be a 0-d array, as one array beside another and in its dtype."""
+    dtype, device = _core.dtype_name(like.dtype), backend.device_of(like)
 
     def one(value: Any) -> Array:
         if hasattr(value, "ndim"):
-            return xp.reshape(xp.astype(value, working), (1,))
+            return xp.reshape(xp.astype(value, like.dtype), (1,))
         return backend.from_numpy(np.array([value], dtype), device)
 
     first, *rest = values
@@ -212,7 +216,7 @@ def _padded(backend: Backend, xp: Any, row: Array, length: int) -> Array:
     return xp.concat([row, backend.from_numpy(zeros, backend.device_of(row))])
 
 
-def _introduced(backend: Backend, xp: Any, head: Array, part: _Part, group: Any) -> int:
+def _introduced(backend: Backend, xp: Any, head: Array, part: Part, group: Any) -> int:
     """How many vectors of C values the rows hold. Where that is to change, the members first compare their heads, in
     rows as they have been."""
     known, channels, k = _known_to(group), part.mean.shape[0], head.shape[0]
@@ -224,7 +228,7 @@ def _introduced(backend: Backend, xp: Any, head: Array, part: _Part, group: Any)
     return known[channels]
 
 
-def _from_rows(backend: Backend, xp: Any, head: Array, part: _Part, vectors: int, group: Any) -> Statistics:
+def _from_rows(backend: Backend, xp: Any, head: Array, part: Part, vectors: int, group: Any) -> Statistics:
     of_channels = [part.mean, part.m2] if part.shift is None else [part.mean, part.m2, part.shift]
     k, channels = head.shape[0], part.mean.shape[0]
     row = _padded(backend, xp, xp.concat([head, *of_channels]), k + vectors * channels)
@@ -238,10 +242,10 @@ def _from_rows(backend: Backend, xp: Any, head: Array, part: _Part, vectors: int
         _require_values(count, f"the {group.size} members")
     mean, m2 = rows[:, k : k + channels], rows[:, k + channels : k + 2 * channels]
     shift = None if part.shift is None else rows[:, k + 2 * channels : k + 3 * channels]
-    return _merged(xp, count, _Part(rows[:, 0:1], mean, shift, m2))
+    return _merged(xp, count, Part(rows[:, 0:1], mean, shift, m2))
 
 
-def _merged(xp: Any, count: Any, rows: _Part) -> Statistics:
+def _merged(xp: Any, count: Any, rows: Part) -> Statistics:
     """Chan, Golub & LeVeque 1979, all members at once, with deviations from the mean of one of them.
 
     Twice: the first mean is right up to its rounding, the deviations from it give the rest and the squares. A channel
@@ -262,15 +266,15 @@ def _merged(xp: Any, count: Any, rows: _Part) -> Statistics:
 
 def merged_moments(count: np.ndarray, mean: np.ndarray, m2: np.ndarray, shift: np.ndarray) -> Moments:
     """Of members in rows: ``(size,)``, and ``(size, C)``; NumPy."""
-    s = _merged(np, int(count.sum()), _Part(count[:, None], mean, shift, m2))
+    s = _merged(np, int(count.sum()), Part(count[:, None], mean, shift, m2))
     return Moments(int(count.sum()), s.mean, s.m2, s.shift)
 
 
-def _from_sums(backend: Backend, xp: Any, x: Array, part: _Part, members: Members) -> Statistics:
+def _from_sums(backend: Backend, xp: Any, part: Part, members: Members) -> Statistics:
     """Where there are no rows: the mean first, then the deviations from it, in two collectives."""
     group, settings = members
     tag = float(hash(settings) % 2**16)  # equal on all members if and only if members * sum(tag**2) == sum(tag)**2
-    head = _numbers(backend, xp, x, (part.count, 1.0, tag, tag * tag))
+    head = _numbers(backend, xp, part.mean, (part.count, 1.0, tag, tag * tag))
     own = head[0]
     total = backend.all_reduce_sum(group, xp.concat([head, part.mean * own]))
     traced = backend.is_traced(total)

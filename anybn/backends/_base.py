@@ -301,6 +301,10 @@ class Backend:
         """The sum of the members' arrays. Differentiable where the library is: its derivative is the same sum."""
         return group.all_reduce_sum(array)
 
+    def statistics_over(self, members: Members, x: Array, axis: int, mask: Array | None) -> Statistics:
+        """`batch_statistics` of all members of a group. x may be empty."""
+        return _synchronized.batch_statistics(self, x, axis, mask, members)
+
     def train_over(
         self,
         members: Members,
@@ -313,7 +317,7 @@ class Backend:
         out: Array | None = None,
     ) -> tuple[Array, Statistics]:
         """`train`, with the statistics of all members of a group. x may be empty."""
-        statistics = _synchronized.batch_statistics(self, x, spec.axis, mask, members)
+        statistics = self.statistics_over(members, x, spec.axis, mask)
         return self.evaluate(x, statistics, weight, bias, residual, mask, spec, out), statistics
 
     def gradients_over(
