@@ -11,13 +11,15 @@
 An object of the last kind gets an array that it may not write to and returns the sum over all members, in the array's
 library, dtype and shape, the same bits on every member. With the attributes ``rank`` and ``size`` (this member's
 number, from 0, and how many there are) statistics take one sum and errors name members; without, two sums and no names,
-and `anybn.recalibrate` refuses it.
+and `anybn.recalibrate` refuses it. Arrays are beside x; where there is no x, what the object's ``from_numpy(values)``
+makes of float64 values, or without such a method an array beside the state.
 
 Whatever goes wrong on one member before its statistics are exchanged (a shape, a dtype, a mask, memory) is its own
 error there and `MemberError` on all others, at once, without a collective more than usual: the member that fails takes
 part and says so. What cannot be told so: an error between two calls, in the caller's own code; one in the backward
-pass; a member that calls a layer of another number of channels, or with another array library; a member that dies. Then
-the others wait as long as their engine does, or get its error, or gloo ends them. States are as before in any case.
+pass; an interrupt; a member that calls a layer of another number of channels, or with another array library; a member
+that dies. Then the others wait as long as their engine does, or get its error, or gloo ends them. States are as before
+in any case.
 
 >>> import numpy as np, anybn
 >>> class Alone:  # a group of one
