@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from anybn.backends import _cuda
-from anybn.backends._cuda_plan import TYPES, Launch
+from anybn.backends._cuda_plan import TYPES, Device, Launch
 from anybn.conformance import inputs, oracle
 
 RESULT = Path(__file__).parent / "results" / "gpu.jsonl"
@@ -48,6 +48,9 @@ MATRICES = ((256, 1024), (8192, 256), (8192, 4096), (65536, 1024), (1_000_000, 6
 EPS = 1e-5
 #: Of y and dx, in eps of the dtype.
 BAR = {"float16": 0.51, "bfloat16": 0.51, "float32": 2.0, "float64": 2.0}
+
+#: As it is planned for a GPU of this size, which any GPU can do: groups of blocks and two passes for small arrays.
+SMALL = Device(multiprocessors=4, shared_bytes=24 * 1024, capability=(8, 0))
 
 Run = Callable[[], Any]
 
@@ -85,31 +88,44 @@ def on_torch_stream(launched: list[Launch] | None = None) -> _cuda.Gpu:
     return found._replace(launch=launch)
 
 
-def call(op: str, shape: tuple[int, int, int], launched: list[Launch] | None = None, **fields: Any) -> None:
-    """`_cuda.call` with tensors for pointers."""
+def call(
+    op: str,
+    shape: tuple[int, int, int],
+    launched: list[Launch] | None = None,
+    device: Device | None = None,
+    **fields: Any,
+) -> None:
+    """`_cuda.call` with tensors for pointers, as planned for this device, or for the one that is there."""
     dtype = str(fields["x"].dtype).removeprefix("torch.")
     plain = {name: a.data_ptr() if hasattr(a, "data_ptr") else a for name, a in fields.items() if a is not None}
-    _cuda.call(op, on_torch_stream(launched), shape, dtype, **plain)
+    gpu = on_torch_stream(launched)
+    _cuda.call(op, gpu if device is None else gpu._replace(device=device), shape, dtype, **plain)
 
 
 # -- every kernel, on small arrays -------------------------------------------------------------------------------------
 
 
 def check_kernels(quick: bool) -> None:
-    """Training and backward at odd shapes, in every dtype, aligned or not, against long double; twice the same bits."""
+    """Training and backward at odd shapes, in every dtype, aligned or not, as planned for this GPU and for a small one,
+    against long double; twice the same bits. Every family of kernels must have run."""
     import torch
 
     shapes = [(4, 3, 49), (3, 5, 64), (2, 2, 1156), (5, 1, 31), (64, 68, 1), (301, 3, 1), (2, 1023, 1)]
+    shapes += [(2, 37, 16), (64, 12, 49), (5, 2, 8192), (5, 2, 4099), (1501, 68, 1)]
     if not quick:
         shapes += [(8, 2, 65536), (64, 1, 12544), (70001, 5, 1), (3, 70001, 2), (513, 257, 49)]
-    for dtype, shape, offset in itertools.product(TYPES, shapes, (0, 1)):
+        shapes += [(1, 1, 2_000_003), (40_000, 96, 1)]  # groups of blocks on an H200
+    launched: list[Launch] = []
+    for dtype, shape, offset, device in itertools.product(TYPES, shapes, (0, 1), (None, SMALL)):
+        if device is not None and np.prod(shape) > 200_000:
+            continue
         rng = np.random.default_rng(0)
         x, dy = (rng.standard_normal(shape) + mean for mean in (1e3, 0))
         tensors = [torch.empty(a.size + offset, dtype=getattr(torch, dtype), device="cuda")[offset:] for a in (x, dy)]
         for tensor, a in zip(tensors, (x, dy), strict=True):
             tensor.copy_(torch.from_numpy(a.reshape(-1)))
         x, dy = (tensor.cpu().double().numpy().reshape(shape) for tensor in tensors)
-        first, second = _outputs(shape, *tensors), _outputs(shape, *tensors)
+        first, second = (_outputs(shape, *tensors, launched, device) for _ in range(2))
         for name, a in first.items():
             assert torch.equal(a.view(torch.uint8), second[name].view(torch.uint8)), f"{name} differs from run to run"
         found = oracle.statistics(x)
@@ -121,7 +137,10 @@ def check_kernels(quick: bool) -> None:
             "dx": oracle.error(_numpy(first["dx"], shape), gradients.x, dtype, size),
         }
         assert np.abs(mean - x.mean((0, 2))).max() < 1e-6
-        assert all(error <= BAR[dtype] for error in errors.values()), f"{dtype} {shape}: {errors}"
+        assert all(error <= BAR[dtype] for error in errors.values()), f"{dtype} {shape} on {device}: {errors}"
+    families = {launch.kernel.partition("<")[0] for launch in launched}
+    missing = {"train", "backward", "train_group", "backward_group", "sums", "gradient_sums"} - families
+    assert not missing, f"{', '.join(missing)}: not run"
     print(f"kernels: {len(shapes)} shapes in {len(TYPES)} dtypes are right, twice to the same bits")
 
 
@@ -129,14 +148,16 @@ def _numpy(a: Any, shape: tuple[int, ...]) -> np.ndarray:
     return a.cpu().double().numpy().reshape(shape)
 
 
-def _outputs(shape: tuple[int, int, int], x: Any, dy: Any) -> dict[str, Any]:
+def _outputs(
+    shape: tuple[int, int, int], x: Any, dy: Any, launched: list[Launch], device: Device | None
+) -> dict[str, Any]:
     import torch
 
     y, dx = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
     mean, shift, var, m2 = torch.full((4, shape[1]), torch.nan, dtype=torch.float64, device="cuda")
     kept = {"mean": mean, "var": var} | ({"shift": shift} if x.dtype == torch.float64 else {})
-    call("train", shape, x=x, y=y, m2=m2, eps=EPS, **kept)
-    call("backward", shape, x=x, dy=dy, y=dx, eps=EPS, training=1, **kept)
+    call("train", shape, launched, device, x=x, y=y, m2=m2, eps=EPS, **kept)
+    call("backward", shape, launched, device, x=x, dy=dy, y=dx, eps=EPS, training=1, **kept)
     return {"y": y, "dx": dx, "mean": mean, "var": var, "m2": m2}
 
 

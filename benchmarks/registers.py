@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from anybn.backends._cuda import OPTIONS, SOURCE
+from anybn.backends._cuda import OPTIONS, source
 from anybn.backends._cuda_plan import TYPES, kernels
 
 RESULT = Path(__file__).parent / "results" / "registers.json"
@@ -82,9 +82,7 @@ def _nvrtc(names: Sequence[str], architecture: str) -> tuple[dict[str, str], str
         from cupy.cuda import compiler as cupy_compiler
 
     log = io.StringIO()
-    program = cupy_compiler._NVRTCProgram(
-        SOURCE.read_text(), "batchnorm.cu", name_expressions=tuple(names), method="cubin"
-    )
+    program = cupy_compiler._NVRTCProgram(source(), "batchnorm.cu", name_expressions=tuple(names), method="cubin")
     options = (*OPTIONS, *CUPY_OPTIONS, "--ptxas-options=-v", f"-arch=sm_{architecture}")
     try:
         _, mangled = program.compile((*options, "--device-as-default-execution-space"), log)
@@ -97,10 +95,10 @@ def _nvcc(names: Sequence[str], architecture: str) -> tuple[dict[str, str], str]
     """By explicit instantiation, and told apart by demangling."""
     table = "\n".join(f"template __global__ void {name}(const Call);" for name in names if "<" in name)
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernels.cu"
-        source.write_text(f"{SOURCE.read_text()}\n{table}\n")
+        file = Path(folder) / "kernels.cu"
+        file.write_text(f"{source()}\n{table}\n")
         command = ["nvcc", *OPTIONS, *CUPY_OPTIONS, f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
-        done = subprocess.run([*command, "-o", f"{folder}/out", str(source)], capture_output=True, text=True)
+        done = subprocess.run([*command, "-o", f"{folder}/out", str(file)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     functions = [function for function, *_ in _read(done.stderr)]

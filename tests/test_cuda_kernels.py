@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_cpu.simulator import CONSUMER, H200, SCHEDULES, Guarded, Module, gpu, module, needs_compiler
+from cuda_cpu.simulator import CONSUMER, H200, SCHEDULES, Grouped, Guarded, Module, gpu, module, needs_compiler
 
 from anybn.backends import _cuda
 from anybn.backends._cuda_plan import CLUSTERS, TYPES, Device, Launch, kernels, plan
@@ -29,6 +29,11 @@ SHAPES: tuple[Shape, ...] = (
     (1, 3, 97),
     (5, 1, 31),
     (2, 1023, 2),
+    (2, 37, 16),  # tiny channels, several of which a block takes
+    (3, 300, 4),
+    (19, 32, 49),  # planes that are taken as rows
+    (9, 44, 6),
+    (12, 70, 2),
     (9, 7, 1),  # rows
     (64, 68, 1),
     (301, 3, 1),
@@ -40,7 +45,7 @@ LARGE: tuple[Shape, ...] = ((1, 1, 8192), (1, 1, 8196), (1, 1, 4099), (131, 68, 
 DEVICES = {
     "one launch": H200,
     "without clusters": CONSUMER,
-    "half kept": Device(multiprocessors=1, shared_bytes=10 * 1024, capability=(9, 0)),
+    "half kept": Device(multiprocessors=1, shared_bytes=10 * 1024, capability=(9, 0), cooperative=False),
     "two passes": Device(multiprocessors=4, shared_bytes=1, capability=(8, 0)),
 }
 
@@ -52,10 +57,10 @@ def bar(dtype: str) -> float:
 class Run:
     """One operation, on guarded arrays that are ``offset`` values off alignment.
 
-    Not ``exact``, as it is for many values, although there are few.
+    ``exact`` as it is for channels like these of which there are many, although there are few.
     """
 
-    def __init__(self, device: Device = H200, schedule: int = 0, offset: int = 0, exact: int = 0):
+    def __init__(self, device: Device = H200, schedule: int = 0, offset: int = 0, exact: int | None = None):
         self.device, self.schedule, self.offset, self.exact = device, schedule, offset, exact
         self.launched: list[Launch] = []
         self.arrays: dict[str, Guarded] = {}
@@ -71,7 +76,8 @@ class Run:
         before = {name: inside[name].array.tobytes() for name in inside if name in given}
         running = gpu(self.device, self.schedule, self.launched)
         pointers = {name: a.pointer for name, a in inside.items()}
-        _cuda.call(op, running, like.shape, like.dtype.name, exact=self.exact, **pointers, **settings)
+        exact = like.size // channels <= _cuda.FEW_IN_A_CHANNEL if self.exact is None else self.exact
+        _cuda.call(op, running, like.shape, like.dtype.name, exact=exact, **pointers, **settings)
         for name, a in inside.items():
             a.check()
             assert name not in given or a.array.tobytes() == before[name], f"{op} wrote to {name}"
@@ -159,14 +165,65 @@ def test_clusters(dtype: str, shape: Shape, cluster: int) -> None:
     assert results[0] == results[1] == results[2]
 
 
+GROUPED = {
+    "all is kept": Grouped(multiprocessors=5, shared_bytes=100 * 1024, capability=(8, 0)),
+    "some is kept": Grouped(multiprocessors=5, shared_bytes=44 * 1024, capability=(8, 0)),
+}
+#: With several tiles for a group, the last one of rows not whole, on one device or the other.
+FOR_GROUPS: tuple[Shape, ...] = (
+    (2, 3, 8192),
+    (2, 3, 8196),
+    (5, 3, 4099),
+    (1501, 172, 1),
+    (1501, 53, 1),
+    (371, 12, 49),
+)
+
+
+@pytest.mark.parametrize("device", GROUPED)
+@pytest.mark.parametrize("shape", FOR_GROUPS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups(dtype: str, shape: Shape, device: str) -> None:
+    results = []
+    for schedule in SCHEDULES:
+        run = Run(GROUPED[device], schedule)
+        trained = check_train(run, shape, dtype, "mean 1e3, std 1", affine=True, residual=True, relu=True)
+        differentiated = check_backward(run, shape, dtype, "mean 1e3, std 1", training=True, relu=True)
+        names = [launch.kernel.partition("<")[0] for launch in run.launched]
+        groups = [launch for launch in run.launched if launch.cooperative]
+        assert "train_group" in names
+        assert "backward_group" in names
+        assert all(launch.grid[1] > 1 for launch in groups)
+        results.append([a.tobytes() for a in (*trained.values(), *differentiated.values())])
+    assert results[0] == results[1] == results[2]
+
+
+def test_groups_that_are_not_resident_take_two_passes() -> None:
+    """As the driver reckons, where it has less room than the plan supposes."""
+    run = Run(GROUPED["all is kept"])
+    x = problem((2, 3, 8192), "float32")["x"]
+    for room, kernels_run in ((8, ["sums", "finish_train", "evaluate"]), (9, ["clear_barriers", "train_group"])):
+        launched: list[Launch] = []
+        device = gpu(run.device, launched=launched)._replace(resident=lambda launch, room=room: room)
+        inside = {name: Guarded(a) for name, a in {"x": x, "y": np.full_like(x, np.nan)}.items()}
+        inside |= {name: Guarded(np.full(3, np.nan)) for name in statistics_of("float32")}
+        pointers = {name: a.pointer for name, a in inside.items()}
+        _cuda.call("train", device, x.shape, "float32", **pointers, eps=1e-5)
+        assert [launch.kernel.partition("<")[0] for launch in launched] == kernels_run
+        statistics = oracle.statistics(x)
+        expected = oracle.normalize(x, statistics.mean, statistics.var())
+        assert oracle.error(inside["y"].array, expected, "float32") <= 2
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_kernel_has_run(dtype: str) -> None:
     """What is planned for these shapes and devices is all there is."""
     small = itertools.product(SHAPES, DEVICES.values())
     large = (((n * size, *rest), device) for (n, *rest), (size, device) in itertools.product(LARGE, CLUSTERED.items()))
+    groups = itertools.product(FOR_GROUPS, GROUPED.values())
     planned = [
         launch.kernel
-        for shape, device in (*small, *large)
+        for shape, device in (*small, *large, *groups)
         for op in ("train", "backward", "evaluate", "commit")
         for launch in plan(op, shape, dtype, device).launches
     ]
@@ -400,12 +457,15 @@ def test_sizes_at_which_squares_leave_float32(scale: float, eps: float) -> None:
         assert oracle.error(found["m2"] / statistics.m2, np.ones(3), "float32") <= 2
 
 
-@pytest.mark.parametrize("device", [*DEVICES, *CLUSTERED])
+@pytest.mark.parametrize("device", [*DEVICES, *CLUSTERED, *GROUPED])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_in_place(dtype: str, device: Any) -> None:
     """y may be x or the residual, whichever block of a channel is the first to write."""
+    on: Device
     if device in DEVICES:
-        on, shapes = DEVICES[device], [(6, 3, 49), (2, 4, 640), (300, 5, 1)]
+        on, shapes = DEVICES[device], [(6, 3, 49), (2, 4, 640), (300, 5, 1), (19, 32, 49)]
+    elif device in GROUPED:
+        on, shapes = GROUPED[device], [(2, 3, 8192), (1501, 53, 1)]
     else:
         on, shapes = CLUSTERED[device], [(n * device, *rest) for n, *rest in LARGE]
     for shape, target, schedule in itertools.product(shapes, ("x", "residual"), SCHEDULES):
@@ -413,7 +473,8 @@ def test_in_place(dtype: str, device: Any) -> None:
         given = {name: data[name] for name in ("x", "residual", "weight", "bias")}
         run = Run(on, schedule)
         expected = run("train", data["x"], given, {"y": None, **statistics_of(dtype)}, eps=1e-5)
-        assert device in DEVICES or run.launched[0].cluster == device
+        assert device not in CLUSTERED or run.launched[0].cluster == device
+        assert device not in GROUPED or run.launched[1].cooperative
         inside = {name: Guarded(a) for name, a in given.items()}
         per_channel = {name: Guarded(np.full(shape[1], np.nan)) for name in statistics_of(dtype)}
         pointers = {name: a.pointer for name, a in (inside | per_channel).items()}
@@ -465,7 +526,7 @@ def test_nan_is_shown_and_stays_in_its_channel() -> None:
 
 def test_the_argument_has_the_fields_of_the_struct() -> None:
     """By name, order and offset: `_cuda.CALL` is struct Call."""
-    source = _cuda.SOURCE.read_text()
+    source = _cuda.source()
     struct = source[source.index("struct Call {") : source.index("};", source.index("struct Call {"))]
     names = []
     for line in struct.splitlines()[1:]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ DEVICES = {
     "H200": Device(multiprocessors=132, shared_bytes=227 * 1024, capability=(9, 0)),
     "RTX 4060": Device(multiprocessors=24, shared_bytes=99 * 1024, capability=(8, 9)),
     "T4": Device(multiprocessors=40, shared_bytes=64 * 1024, capability=(7, 5)),
+    "T4, not cooperative": Device(multiprocessors=40, shared_bytes=64 * 1024, capability=(7, 5), cooperative=False),
 }
 OPS = ("train", "statistics", "evaluate", "backward", "gradients", "commit")
 SHAPES = (
@@ -24,6 +26,11 @@ SHAPES = (
     (10_000_000, 1, 1),
     (70_000, 3, 7),  # N, C past 65535
     (3, 70_000, 7),
+    (300, 70_000, 7),
+    (2, 70_000, 16),
+    (256, 512, 49),
+    (64, 4, 225),
+    (64, 3, 226),
     (3, 70_000, 1),
     (70_000, 70_000, 1),  # past 2^31 and 2^32 values
     (2**21, 1024, 1),
@@ -39,38 +46,60 @@ def check(made: Plan, shape: tuple[int, int, int], dtype: str, device: Device, a
     n, channels, length = shape
     for launch in made.launches:
         assert launch.kernel in kernels(dtype)
-        (grid_x, grid_y), (width, height) = launch.grid, launch.block
+        (grid_x, grid_y), (block_x, block_y) = launch.grid, launch.block
         assert 1 <= grid_x <= 2**31 - 1
         assert 1 <= grid_y <= 65535
-        assert 32 <= width * height <= 512
-        assert width * height % 32 == 0
+        assert 32 <= block_x * block_y <= 512
+        assert block_x * block_y % 32 == 0
         assert launch.shared_bytes <= max(device.shared_bytes, 48 * 1024)
         assert launch.cluster in device.clusters
         assert grid_x % launch.cluster == 0
         name, _, arguments = launch.kernel.rstrip(">").partition("<")
+        assert launch.cooperative == name.endswith("_group")
         if name == "commit":
             assert launch.grid == (1, 1)
             continue
-        if name.startswith("finish"):
-            assert width == 32
-            assert grid_x * height >= channels
+        if name == "clear_barriers":
+            assert grid_x == made.launches[1].grid[0]
             continue
-        assert width * height <= (512 if launch.cluster > 1 or name in ("train", "backward") else 256)
+        if name.startswith("finish"):
+            assert block_x == 32
+            assert grid_x * block_y >= channels
+            continue
+        keeps = name.startswith(("train", "backward"))
+        assert block_x * block_y <= (512 if keeps else 256)
         _, vector, rows, *cluster = arguments.split(", ")
+        vector, rows = int(vector), rows == "true"
         assert cluster in ([], [str(launch.cluster)])
-        assert rows == ("true" if length == 1 else "false")
-        assert (channels if length == 1 else length) % int(vector) == 0
-        assert alignment % (int(vector) * TYPES[dtype][1]) == 0
-        assert width & (width - 1) == 0  # or lanes of a warp that hold one channel are not what is shuffled
-        columns = width * int(vector) if length == 1 else 1
-        assert length == 1 or width == 1
-        assert (grid_x // launch.cluster - 1) * columns < channels <= grid_x // launch.cluster * columns
-        positions = n if length == 1 else n * length // int(vector)
-        assert grid_y == 1 or grid_y <= positions
-        kept = launch.keep * columns * max(1, 1 if length == 1 else int(vector)) * TYPES[dtype][1]
-        assert launch.shared_bytes >= kept * (2 if name == "backward" else 1)
+        assert rows or length > 1
+        assert (channels * length if rows else length) % vector == 0
+        assert alignment % (vector * TYPES[dtype][1]) == 0
+        # A warp's threads share columns where there are no more than 32, which is what is shuffled.
+        assert launch.width <= block_x
+        assert block_x > 32 or (launch.width == block_x and block_x & (block_x - 1) == 0)
+        columns = launch.width * (vector if rows else 1)
+        in_a_tile, rest = divmod(columns, length if rows else 1)
+        assert rest == 0
+        tiles = -(-channels // in_a_tile)
+        assert launch.cooperative or grid_x == tiles * launch.cluster
+        positions = n if rows else n * length // vector
+        assert grid_y <= positions
+        arrays = 2 if name.startswith("backward") else 1
+        sets = block_y if block_x > 32 else block_x * block_y // 32
+        scratch = columns * sets * TYPES[dtype][2] * (name not in ("evaluate", "gradients"))
+        kept = launch.keep * block_x * vector * TYPES[dtype][1] * arrays
+        assert launch.shared_bytes >= scratch + in_a_tile * 40 * (arrays == 2) + kept
+        if launch.cooperative:
+            assert device.cooperative
+            assert grid_x <= tiles
+            assert 8 * grid_x <= 16 * channels  # barriers lie before the sums
+            resident = min(512 // (block_x * block_y), (device.shared_bytes + 1024) // (launch.shared_bytes + 1024))
+            assert grid_x * grid_y <= resident * device.multiprocessors
+            assert 4 * launch.keep * grid_y >= positions
+            assert made.parts == grid_y
     if made.launches[0].kernel.startswith(("sums", "gradient_sums")):
         assert made.launches[0].grid[1] == made.parts
+    if made.launches[0].kernel.startswith(("sums", "gradient_sums", "clear")):
         assert made.scratch_bytes == channels * (made.parts * TYPES[dtype][2] + 16)
     else:
         assert made.scratch_bytes == 0
@@ -100,26 +129,56 @@ def test_an_h200_reads_resnet50_once(dtype: str) -> None:
     """Training, channels first, 16 bits: all that is read is kept, in clusters that fill the device."""
     for batch, (channels, size) in itertools.product((32, 64, 256), RESNET50):
         (launch,) = plan("train", (batch, channels, size * size), dtype, DEVICES["H200"]).launches[:1]
-        if size == 112 and batch > 32:
-            continue  # a channel of 64 x 112 x 112 is larger than a cluster
+        if size == 112 and batch > 64:  # a channel of 64 x 112 x 112 is larger than a cluster
+            _, launch = plan("train", (batch, channels, size * size), dtype, DEVICES["H200"]).launches
+            assert launch.kernel.startswith("train_group")
+            assert launch.grid[0] * launch.grid[1] > 250
+            assert launch.keep * launch.grid[1] >= batch * size * size // 8
+            continue
         assert launch.kernel.startswith("train")
         assert launch.grid[0] >= 132 or launch.cluster == 8 or batch == 32
-        vector = int(launch.kernel.split(", ")[1])
-        assert launch.keep * launch.cluster >= batch * size * size // vector
+        _, vector, rows, _ = launch.kernel.split(", ")
+        assert (vector, rows) == (("4", "true") if size == 7 else ("8" if size > 14 else "4", "false"))
+        assert launch.keep * launch.cluster >= (batch if size == 7 else batch * size * size // int(vector))
 
 
-def test_what_does_not_fit_takes_two_passes() -> None:
-    kernels_of = lambda *arguments: [re.sub("<.*", "", launch.kernel) for launch in plan(*arguments).launches]  # noqa: E731
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_h200_keeps_channels_last(dtype: str) -> None:
+    """Of training, what tiles of 128 bytes times the rows need: all of it up to 30 MB."""
+    for batch, (channels, size) in itertools.product((32, 64, 256), RESNET50):
+        rows = batch * size * size
+        if rows * 128 > 29e6:
+            continue
+        launch = plan("train", (rows, channels, 1), dtype, DEVICES["H200"]).launches[-1]
+        assert launch.kernel.startswith("train")
+        assert launch.keep * (launch.grid[1] if launch.cooperative else launch.cluster) >= rows
+
+
+def names(*arguments: Any) -> list[str]:
+    return [re.sub("<.*", "", launch.kernel) for launch in plan(*arguments).launches]
+
+
+def test_what_does_not_fit_a_block_takes_groups_or_two_passes() -> None:
     for device in DEVICES.values():
-        huge = (256, 64, 112 * 112), "float32", device
-        assert kernels_of("train", *huge) == ["sums", "finish_train", "evaluate"]
-        assert kernels_of("backward", *huge) == ["gradient_sums", "finish_backward", "gradients"]
-        assert kernels_of("evaluate", *huge) == ["evaluate"]
-        assert kernels_of("gradients", *huge) == ["gradients"]
+        large, huge = (256, 64, 112 * 112), (1, 1, 10**9)
+        for dtype, itemsize in (("bfloat16", 2), ("float32", 4)):
+            kept = device.multiprocessors * device.shared_bytes / (256 * 112 * 112 * itemsize)
+            assert kept > 0.3 or kept < 0.24  # no matter of a few bytes
+            expected = (
+                ["clear_barriers", "train_group"]
+                if device.cooperative and kept > 0.25
+                else names("train", huge, dtype, device)
+            )
+            assert names("train", large, dtype, device) == expected
+        assert names("train", huge, "float32", device) == ["sums", "finish_train", "evaluate"]
+        assert names("backward", huge, "float32", device) == ["gradient_sums", "finish_backward", "gradients"]
+        assert names("evaluate", huge, "float32", device) == ["evaluate"]
+        assert names("gradients", huge, "float32", device) == ["gradients"]
+        assert names("statistics", huge, "float32", device) == ["sums", "finish_train"]
         small = (8, 64, 49), "float32", device
-        assert kernels_of("train", *small) == ["train"]
-        assert kernels_of("backward", *small) == ["backward"]
-        assert kernels_of("statistics", *small) == ["sums", "finish_train"]
+        assert names("train", *small) == ["train"]
+        assert names("backward", *small) == ["backward"]
+        assert names("statistics", *small) == ["sums", "finish_train"]
 
 
 def test_parts_fill_the_device_and_none_is_empty() -> None:
@@ -132,7 +191,7 @@ def test_parts_fill_the_device_and_none_is_empty() -> None:
 def test_the_widest_vector_that_shape_and_pointers_allow() -> None:
     vectors = {
         (length, alignment): tiling((2, 3, length), "bfloat16", alignment).vector
-        for length in (8, 12, 49)
+        for length in (8, 12, 227)
         for alignment in (16, 8, 2)
     }
     assert list(vectors.values()) == [8, 4, 1, 4, 4, 1, 1, 1, 1]

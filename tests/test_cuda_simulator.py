@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from cuda_cpu.simulator import H200, SCHEDULES, Guarded, Module, SimulatorError, gpu, needs_compiler
+from cuda_cpu.simulator import H200, SCHEDULES, Grouped, Guarded, Module, SimulatorError, gpu, needs_compiler
 
 from anybn.backends import _cuda
 from anybn.backends._cuda_plan import Launch
@@ -12,12 +14,14 @@ from anybn.backends._cuda_plan import Launch
 needs_compiler()
 
 
-def run(body: str, schedule: int = 0, shared_bytes: int = 1024, block: int = 64, cluster: int = 1) -> np.ndarray:
+def run(
+    body: str, schedule: int = 0, shared_bytes: int = 1024, block: int = 64, cluster: int = 1, **how: Any
+) -> np.ndarray:
     """64 floats that a kernel with this body has written to, after ones."""
     source = "struct Call { float* p; };\n__global__ void kernel(const Call c) { float* p = c.p; " + body + " }"
     out = Guarded(np.ones(64, np.float32))
     arguments = np.array(out.pointer, np.uint64)
-    launch = Launch("kernel", (cluster, 1), (block, 1), shared_bytes, cluster)
+    launch = Launch("kernel", (cluster, 1), (block, 1), shared_bytes, cluster)._replace(**how)
     Module(["kernel"], source).run(launch, arguments, schedule)
     out.check()
     return out.array
@@ -77,42 +81,98 @@ def test_shuffles_and_shared_memory_of_a_cluster() -> None:
         assert run(body, schedule, cluster=4)[:5].tolist() == [1, 11, 21, 31, 1]
 
 
+NOBODY_COMES = r"divergent barrier: threads wait at .*a barrier of blocks"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_barrier_of_blocks_in_global_memory(schedule: int) -> None:
+    """In a cooperative launch; in any other, the blocks may come one after the other."""
+    body = """
+        unsigned long long* barrier = reinterpret_cast<unsigned long long*>(p + 62);
+        if (threadIdx.x == 0) {
+          p[blockIdx.x] = 10 * blockIdx.x;
+          arrive(barrier);
+          await(barrier, {blocks});
+          p[8 + blockIdx.x] = p[3 - blockIdx.x];
+        }
+    """
+    zero = "if (threadIdx.x == 0 && blockIdx.x == 0) p[62] = p[63] = 0; __syncthreads();"
+    grid = {"grid": (4, 1), "cooperative": True}
+    if schedule == 0:  # where the first block is the first to run
+        found = run(zero + body.replace("{blocks}", "4"), schedule, **grid)
+        assert found[8:12].tolist() == [30, 20, 10, 0]
+        with pytest.raises(SimulatorError, match=NOBODY_COMES):
+            run(zero + body.replace("{blocks}", "4"), schedule, grid=(4, 1))
+    with pytest.raises(SimulatorError, match=NOBODY_COMES):
+        run(body.replace("{blocks}", "1ull << 63"), schedule, **grid)
+
+
 @pytest.mark.parametrize(("block", "shared_bytes"), [(2048, 0), (48, 0), (64, 228 * 1024)])
 def test_launches_that_no_gpu_takes(block: int, shared_bytes: int) -> None:
     with pytest.raises(SimulatorError, match="no GPU takes"):
         run("", block=block, shared_bytes=shared_bytes)
 
 
-#: What is taken out of batchnorm.cu, and how the simulator answers.
-FAULTS = {
-    "__syncthreads();\n  for (int t = thread; t < columns; t += threads) {\n    for (int w": "a barrier after the sums",
-    "__syncthreads();\n  if (part.has_channel()) normalize_part(part, kept": "a barrier after the coefficients",
+#: What is taken out of batchnorm.cu, of the kernel of a cluster of two and of that of groups, and what it is.
+OF_CLUSTERS = {
+    "__syncthreads();\n  if (span == 1)": "a barrier after the sums",
+    "__syncthreads();\n  apply_part<Op>(part, kept": "a barrier after the coefficients",
     "if (cluster > 1) cluster_sync();\n  for": "the barrier of the cluster before its sums are read",
     "if (cluster > 1) cluster_sync();  // the others": "the barrier of the cluster before a block ends",
 }
+OF_GROUPS = {
+    "group_sync(c.barriers + blockIdx.x, round + 1);": "the barrier of a group",
+    "__syncthreads();\n  if (threadIdx.x == 0 && threadIdx.y == 0) {\n    arrive": "a barrier before a block counts",
+    "await(barrier, static_cast<unsigned long long>(times * gridDim.y));": "the wait for the others of a group",
+    "__syncthreads();\n}\n\n/// Groups of gridDim.y": "a barrier after the first thread has waited",
+    "__syncthreads();\n    apply_part<Op>(part, kept": "a barrier after the coefficients",
+    "__syncthreads();\n}\n\n/// A block's shared memory": "a barrier after the columns of a channel",
+    "if (threadIdx.x == 0) c.barriers[blockIdx.x] = 0;": "the start of a barrier at 0",
+}
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=FAULTS.get)
-def test_barriers_of_the_kernels_are_needed(fault: str) -> None:
-    source = _cuda.SOURCE.read_text()
-    assert fault in source
-    broken = Module(["train<float, 1, false, 2>"], source.replace(fault, fault.partition(";")[2]))
-    x = np.random.default_rng(0).standard_normal((33, 4, 49)).astype(np.float32)
+def without(fault: str) -> str:
+    source = _cuda.source()
+    assert source.count(fault) == 1
+    return source.replace(fault, fault.partition(";")[2])
+
+
+@pytest.mark.parametrize("fault", OF_CLUSTERS, ids=OF_CLUSTERS.get)
+def test_barriers_of_a_cluster_are_needed(fault: str) -> None:
+    broken = Module(["train<float, 1, false, 2>"], without(fault))
+
+    def on_two_blocks(launch: Launch, record: np.ndarray, schedule: int) -> None:
+        """The launch, on clusters of two."""
+        kernel = launch.kernel[: launch.kernel.rindex(",")] + ", 2>"
+        grid = launch.grid[0] // launch.cluster * 2, 1
+        broken.run(launch._replace(kernel=kernel, grid=grid, cluster=2), record, schedule)
+
+    assert not all(unharmed(gpu(H200), on_two_blocks, (7, 4, 251))), "no schedule has shown the fault"
+
+
+@pytest.mark.parametrize("fault", OF_GROUPS, ids=OF_GROUPS.get)
+def test_barriers_of_a_group_are_needed(fault: str) -> None:
+    broken = Module(["clear_barriers", "train_group<float, 2, true>"], without(fault))
+    device = gpu(Grouped(multiprocessors=3, shared_bytes=60 * 1024, capability=(8, 0)))
+    found = [good for shape in ((601, 20, 1), (371, 2, 49)) for good in unharmed(device, broken.run, shape)]
+    assert not all(found), "no schedule has shown the fault"
+
+
+def unharmed(right: _cuda.Gpu, run: Any, shape: tuple[int, int, int]) -> list[bool]:
+    """Whether y is right under each schedule, with broken kernels."""
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     results = []
-    for schedule in SCHEDULES:
-        y, statistics = np.full_like(x, np.nan), np.full((3, 4), np.nan)
+    for schedule in range(20):  # most of them shuffled: some faults show in few orders
+        y, statistics = np.full_like(x, np.nan), np.full((3, shape[1]), np.nan)
         mean, var, m2 = (row.ctypes.data for row in statistics)
         fields = {"x": x.ctypes.data, "y": y.ctypes.data, "mean": mean, "var": var, "m2": m2, "eps": 1e-5}
-        right = gpu(H200)
         _cuda.call("train", right, x.shape, "float32", **fields)
         expected = y.copy()
-        wrong = right._replace(launch=lambda launch, record, s=schedule: broken.run(two_blocks(launch), record, s))
-        _cuda.call("train", wrong, x.shape, "float32", **fields)
+        wrong = right._replace(launch=lambda launch, record, s=schedule: run(launch, record, s))
+        y.fill(np.nan)
+        try:
+            _cuda.call("train", wrong, x.shape, "float32", **fields)
+        except SimulatorError:
+            y.fill(np.nan)
         results.append(np.array_equal(y, expected))
-    assert not all(results), "no schedule has shown the fault"
-
-
-def two_blocks(launch: Launch) -> Launch:
-    """The launch, on clusters of two."""
-    kernel = launch.kernel[: launch.kernel.rindex(",")] + ", 2>"
-    return launch._replace(kernel=kernel, grid=(launch.grid[0] // launch.cluster * 2, 1), cluster=2)
+    return results

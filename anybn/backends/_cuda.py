@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,14 @@ import numpy as np
 from anybn.backends._cuda_plan import TYPES, Device, Launch, alignment_of, plan
 
 SOURCE = Path(__file__).with_name("batchnorm.cu")
+
+
+@functools.cache
+def source() -> str:
+    """batchnorm.cu with its files in their places: CuPy finds what it has compiled by the text that it is given."""
+    return re.sub(r'#include "(\w+\.cuh)"', lambda found: SOURCE.with_name(found[1]).read_text(), SOURCE.read_text())
+
+
 #: Contraction would break what is computed with its rounding errors.
 OPTIONS = ("--std=c++17", "--fmad=false")
 
@@ -25,9 +34,9 @@ OPTIONS = ("--std=c++17", "--fmad=false")
 _POINTERS = (
     *("x", "residual", "dy", "active", "y", "dresidual", "weight", "bias", "mean", "shift", "var", "m2"),
     *("dweight", "dbias", "running_mean", "running_var", "new_running_mean", "new_running_var"),
-    *("counter", "partials", "corrections"),
+    *("counter", "partials", "corrections", "barriers"),
 )
-_INTEGERS = ("n", "channels", "length", "parts", "keep", "ddof")
+_INTEGERS = ("n", "channels", "length", "parts", "keep", "width", "ddof")
 _FLAGS = ("weight_type", "running_type", "relu", "propagate", "cumulative", "training", "exact")
 CALL = np.dtype(
     [
@@ -38,9 +47,9 @@ CALL = np.dtype(
     ],
     align=True,
 )
-#: Up to so many values of x, sums are taken in float64, value by value, even where that is slow: rounding errors do not
-#: average out in few values, and the time is that of the launch.
-FEW = 1 << 15
+#: Up to so many values of x, or so many of a channel, sums are taken in float64, value by value, even where that is
+#: slow: rounding errors do not average out in few values, and the time is that of the launch, or of memory.
+FEW, FEW_IN_A_CHANNEL = 1 << 15, 64
 #: The enumeration of batchnorm.cu.
 PARAMETER_TYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 
@@ -51,6 +60,8 @@ class Gpu(NamedTuple):
     device: Device
     launch: Callable[[Launch, np.ndarray], None]
     """run a kernel on the stream, with a `CALL` record as its argument"""
+    resident: Callable[[Launch], int]
+    """how many blocks of a launch the device can have at once"""
     scratch: Callable[[int], tuple[int, Any]]
     """so many bytes of the device: their address, a multiple of 16, and what keeps them while work is being queued"""
 
@@ -90,9 +101,12 @@ def call(
         op = "gradients"
     itemsize = TYPES[dtype][1]
     like_x = [fields.get(name, 0) for name in ("x", "residual", "dy", "y", "dresidual")]
-    made = plan(op, shape, dtype, gpu.device, alignment_of([*like_x, fields.get("active", 0) * itemsize], itemsize))
+    alignment = alignment_of([*like_x, fields.get("active", 0) * itemsize], itemsize)
+    made = plan(op, shape, dtype, gpu.device, alignment)
+    if any(launch.cooperative and math.prod(launch.grid) > gpu.resident(launch) for launch in made.launches):
+        made = plan(op, shape, dtype, gpu.device._replace(cooperative=False), alignment)
     record = np.zeros((), CALL)
-    record["exact"] = math.prod(shape) <= FEW
+    record["exact"] = math.prod(shape) <= FEW or shape[0] * shape[2] <= FEW_IN_A_CHANNEL
     for name, value in fields.items():
         record[name] = value
     record["n"], record["channels"], record["length"] = shape
@@ -101,9 +115,10 @@ def call(
     memory = None
     if made.scratch_bytes:
         address, memory = gpu.scratch(made.scratch_bytes)
-        record["corrections"], record["partials"] = address, address + 16 * shape[1]
+        record["corrections"] = record["barriers"] = address
+        record["partials"] = address + 16 * shape[1]
     for launch in made.launches:
-        record["keep"] = launch.keep
+        record["keep"], record["width"] = launch.keep, launch.width
         gpu.launch(launch, record)
     del memory  # whoever gets it next is behind us on the stream
 
@@ -128,7 +143,10 @@ def device(ordinal: int) -> Device:
 
     found = cupy.cuda.runtime.getDeviceProperties(ordinal)
     return Device(
-        found["multiProcessorCount"], found["sharedMemPerBlockOptin"], (int(found["major"]), int(found["minor"]))
+        multiprocessors=found["multiProcessorCount"],
+        shared_bytes=found["sharedMemPerBlockOptin"],
+        capability=(int(found["major"]), int(found["minor"])),
+        cooperative=bool(found["cooperativeLaunch"]),
     )
 
 
@@ -137,10 +155,21 @@ def function(ordinal: int, kernel: str) -> Any:
     """A kernel, compiled for the device with this ordinal, which must be the current one. CuPy keeps it on disk."""
     import cupy
 
-    module = cupy.RawModule(code=SOURCE.read_text(), options=OPTIONS, name_expressions=(kernel,))
+    module = cupy.RawModule(code=source(), options=OPTIONS, name_expressions=(kernel,))
     compiled = module.get_function(kernel)
     compiled.max_dynamic_shared_size_bytes = device(ordinal).shared_bytes
     return compiled.kernel
+
+
+@functools.cache
+def resident(ordinal: int, launch: Launch) -> int:
+    """How many blocks of a launch the device has room for at once, as the driver reckons."""
+    from cupy_backends.cuda.api import driver
+
+    compiled = function(ordinal, launch.kernel)
+    threads = math.prod(launch.block)
+    blocks = driver.occupancyMaxActiveBlocksPerMultiprocessor(compiled.ptr, threads, launch.shared_bytes)
+    return blocks * device(ordinal).multiprocessors
 
 
 def gpu(ordinal: int, stream: int, scratch: Callable[[int], tuple[int, Any]]) -> Gpu:
@@ -149,6 +178,7 @@ def gpu(ordinal: int, stream: int, scratch: Callable[[int], tuple[int, Any]]) ->
 
     def run(launch: Launch, record: np.ndarray) -> None:
         kernel = function(ordinal, launch.kernel)
-        kernel((*launch.grid, 1), (*launch.block, 1), (record,), launch.shared_bytes, on_stream)
+        how = {"enable_cooperative_groups": True} if launch.cooperative else {}
+        kernel((*launch.grid, 1), (*launch.block, 1), (record,), launch.shared_bytes, on_stream, **how)
 
-    return Gpu(device(ordinal), run, scratch)
+    return Gpu(device(ordinal), run, lambda launch: resident(ordinal, launch), scratch)

@@ -1,10 +1,11 @@
 """Which kernels of batchnorm.cu run a call, and how they are launched: a pure function of shape, dtype and device.
 
-An array lies in memory as ``(n, channels, length)``: *planes*, or, where length is 1, *rows* of channels.
+An array lies in memory as ``(n, channels, length)``: *planes*, or, where length is 1, *rows* of channels. Planes of a
+length that no vector divides are treated as rows as well, of ``channels * length`` columns: 7x7 above all.
 
-A channel whose block, or whose cluster of blocks, can hold it in shared memory takes one launch that reads x once. So
-does one of which half can be held, where there are channels enough to keep every multiprocessor busy. All else takes
-two passes over x, which any number of blocks can share.
+Channels that a block, or a cluster of blocks, can hold in shared memory take one launch that reads x once. Channels
+that need more blocks than a cluster has take a cooperative launch, whose groups of blocks hold one tile of channels
+after the other, or at least a quarter of it. All else takes two passes over x, which any number of blocks can share.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ VECTORS = {
 CLUSTERS = (1, 2, 4, 8)
 
 WARP = 32
-MOST_THREADS = 512  # of a block, as batchnorm.cu is compiled
+MOST_THREADS = 512  # of a block, as batchnorm.cu is compiled: with up to 128 registers, which is all there are
 STREAMING_THREADS = 256  # of a block that keeps nothing: more blocks are resident, and fewer wait at a barrier
 RESERVED = 1024  # bytes of shared memory that every block costs beside its own
 PER_CHANNEL = 40  # bytes of `Gradient`, the larger of what a block keeps per channel
 MOST_BLOCKS = 2**31 - 1, 65535  # of a grid, in x and y
+TINY_THREADS = 128  # of a block with several tiny channels
+MOST_TOGETHER = 225  # vectors that whole channels of a row fill: 15x15 in vectors of 4
 
 
 class Device(NamedTuple):
@@ -51,6 +54,8 @@ class Device(NamedTuple):
     shared_bytes: int
     """that a block can have at most, if it asks"""
     capability: tuple[int, int]
+    cooperative: bool = True
+    """can launch a grid all of whose blocks are resident at once"""
 
     @property
     def clusters(self) -> tuple[int, ...]:
@@ -66,74 +71,119 @@ class Launch(NamedTuple):
     cluster: int = 1
     keep: int = 0
     """positions per block that stay in shared memory"""
+    width: int = 0
+    """threads of a block along channels that have something to do, of block[0]"""
+    cooperative: bool = False
+    """the blocks wait for one another, so all must be resident at once"""
 
 
 class Plan(NamedTuple):
     launches: tuple[Launch, ...]
     parts: int = 1
-    """into which `sums` and `gradient_sums` cut every channel"""
+    """into which kernels that write partial sums cut every channel"""
     scratch_bytes: int = 0
-    """for their results, and for those of `finish_backward`"""
+    """for these sums, and before them 16 per channel for `finish_backward` or barriers"""
 
 
 class Tiling(NamedTuple):
-    """How blocks cover an array: `block` threads, (along channels, along positions)."""
+    """How blocks cover an array: threads along channels, each with a vector of columns or of one, and positions."""
 
     arguments: str
     """of the templates"""
     vector: int
+    itemsize: int
+    span: int
+    """columns of a channel: neighbours in rows, of which one channel has so many"""
     width: int
-    """threads along channels; `columns` channels in a block"""
+    """threads along channels"""
     columns: int
+    """in a block"""
     tiles: int
     positions: int
     """vectors of a channel, or rows"""
-    position_bytes: int
-    """of a block's vectors at one position"""
     unroll: int
     """positions that a thread takes at a time"""
 
     def block(self, threads: int) -> tuple[int, int]:
-        """A block of at most so many threads, and no more than have something to do."""
-        useful = -(-self.positions // self.unroll) * self.width
-        threads = min(threads, max(WARP, 1 << (useful - 1).bit_length()))
+        """A block of at most so many threads, and no more than have something to do; whole warps."""
+        useful = -(-self.positions // self.unroll)
+        if self.width > WARP:
+            height = 1 << (min(threads // self.width, useful, 8).bit_length() - 1)
+            return -(-self.width // (WARP // height)) * (WARP // height), height
+        threads = min(threads, max(WARP, 1 << (useful * self.width - 1).bit_length()))
         return self.width, threads // self.width
 
+    def position_bytes(self, block: tuple[int, int]) -> int:
+        """Of a block's vectors at one position."""
+        return block[0] * self.vector * self.itemsize
+
     def scratch(self, block: tuple[int, int], sums_bytes: int) -> int:
-        """Shared memory before what is kept: sums per warp and channel, and a channel's coefficients; 16 | result."""
-        warps = block[0] * block[1] // WARP
-        return -(-self.columns * (warps * sums_bytes + PER_CHANNEL) // 16) * 16
+        """Shared memory before what is kept: sums of a block's columns, as often as it has threads for each that do not
+        share a warp; and a channel's coefficients; 16 | result."""
+        sets = block[1] if block[0] > WARP else block[0] * block[1] // WARP
+        return -(-self.columns * (sets * sums_bytes) // 16) * 16 + self.coefficients()
+
+    def coefficients(self) -> int:
+        return -(-self.columns // self.span * PER_CHANNEL // 16) * 16
 
 
-def tiling(shape: tuple[int, int, int], dtype: str, alignment: int) -> Tiling:
+def tiling(shape: tuple[int, int, int], dtype: str, alignment: int, row_bytes: int = 256) -> Tiling:
+    """row_bytes: the most that a tile of rows takes of each, where a channel is one column."""
     n, channels, length = shape
     name, itemsize, _ = TYPES[dtype]
-    rows = length == 1
-    along = channels if rows else length
-    vector = next(v for v in VECTORS[dtype, rows] if along % v == 0 and alignment % (v * itemsize) == 0)
-    width = min(WARP, 1 << (channels // vector - 1).bit_length()) if rows else 1
-    columns = width * vector if rows else 1
+
+    def widest(rows: bool) -> int:
+        along = channels * length if rows else length
+        return next(v for v in VECTORS[dtype, rows] if along % v == 0 and alignment % (v * itemsize) == 0)
+
+    rows, vector, span, width = length == 1, widest(length == 1), 1, 1
+    together = length // math.gcd(length, widest(True))  # vectors, at least, that hold whole channels of a row
+    if rows:
+        width = min(WARP, row_bytes // (vector * itemsize), _power_of_2(channels // vector))
+    elif vector < widest(True) and n >= 8 and together <= MOST_TOGETHER and channels * length >= WARP * widest(True):
+        # Up to a warp, a power of two, so that a warp's threads can share columns.
+        rows, vector, span = True, widest(True), length
+        width = WARP if WARP % together == 0 else -(-(WARP + 1) // together) * together
+    unroll = 2 if vector >= 8 else 4 if vector >= 4 else 8
+    positions = n if rows else n * (length // vector)
+    if not rows and positions < WARP:  # several tiny channels, with a thread for each vector
+        width, unroll = min(WARP, TINY_THREADS // _power_of_2(positions), _power_of_2(channels)), 1
+    columns = width * vector if rows else width
     return Tiling(
         arguments=f"{name}, {vector}, {str(rows).lower()}",
         vector=vector,
+        itemsize=itemsize,
+        span=span,
         width=width,
         columns=columns,
-        tiles=-(-channels // columns),
-        positions=n if rows else n * (length // vector),
-        position_bytes=width * vector * itemsize,
-        unroll=2 if vector >= 8 else 4 if vector >= 4 else 8,
+        tiles=-(-channels // (columns // span)),
+        positions=positions,
+        unroll=unroll,
     )
 
 
+def _tiling_of_groups(shape: tuple[int, int, int], dtype: str, alignment: int) -> Tiling:
+    """As wide as a line of the cache, so that more is kept of each tile; float64 without vectors, which spill."""
+    return tiling(shape, dtype, 8 if dtype == "float64" else alignment, row_bytes=128)
+
+
+def _power_of_2(n: int) -> int:
+    """The least that is not less than n."""
+    return 1 << (n - 1).bit_length()
+
+
 def kernels(dtype: str) -> list[str]:
-    """Every kernel for values of dtype, with its template arguments, and `commit`."""
+    """Every kernel for values of dtype, with its template arguments, and those that are for all."""
     name = TYPES[dtype][0]
     shapes = [f"{name}, {v}, {str(rows).lower()}" for rows in (False, True) for v in VECTORS[dtype, rows]]
+    plain = "sums", "evaluate", "gradient_sums", "gradients"
+    of_groups = [s for s in shapes if s != "double, 2, false"]
     return [
         *(f"{kernel}<{s}, {c}>" for kernel in ("train", "backward") for s in shapes for c in CLUSTERS),
-        *(f"{kernel}<{s}>" for kernel in ("sums", "evaluate", "gradient_sums", "gradients") for s in shapes),
+        *(f"{kernel}<{s}>" for kernel in ("train_group", "backward_group") for s in of_groups),
+        *(f"{kernel}<{s}>" for kernel in plain for s in shapes),
         *(f"{kernel}<{name}>" for kernel in ("finish_train", "finish_backward")),
-        "commit",
+        *("clear_barriers", "commit"),
     ]
 
 
@@ -146,9 +196,13 @@ def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, align
         return Plan((Launch("commit", (1, 1), (MOST_THREADS, 1)),))
     tiles = tiling(shape, dtype, alignment)
     if op in ("train", "backward"):
-        single = _one_launch(op, tiles, dtype, device)
+        single = (
+            _by_cluster(op, tiles, dtype, device)
+            or _by_group(op, _tiling_of_groups(shape, dtype, alignment), shape[1], dtype, device)
+            or _by_cluster(op, tiles, dtype, device, whole=False)
+        )
         if single is not None:
-            return Plan((single,))
+            return single
     name, channels, sums_bytes = TYPES[dtype][0], shape[1], TYPES[dtype][2]
     block = tiles.block(STREAMING_THREADS)
     parts = _parts(tiles, block, 4 * device.multiprocessors)
@@ -165,13 +219,13 @@ def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, align
         finish = "finish_backward" if first == "gradient_sums" else "finish_train"
         shared = tiles.scratch(block, sums_bytes)
         launches = [
-            Launch(f"{first}<{tiles.arguments}>", (tiles.tiles, parts), block, shared),
+            Launch(f"{first}<{tiles.arguments}>", (tiles.tiles, parts), block, shared, width=tiles.width),
             Launch(f"{finish}<{name}>", (-(-channels // 4), 1), (WARP, 4)),
         ]
         scratch_bytes = channels * (parts * sums_bytes + 16)
     if last is not None:
         grid = tiles.tiles, _parts(tiles, block, 8 * device.multiprocessors)
-        launches.append(Launch(f"{last}<{tiles.arguments}>", grid, block, tiles.columns * PER_CHANNEL))
+        launches.append(Launch(f"{last}<{tiles.arguments}>", grid, block, tiles.coefficients(), width=tiles.width))
     return Plan(tuple(launches), parts, scratch_bytes)
 
 
@@ -181,34 +235,64 @@ def _parts(tiles: Tiling, block: tuple[int, int], blocks: int) -> int:
     return max(1, min(-(-blocks // tiles.tiles), most, MOST_BLOCKS[1]))
 
 
-def _one_launch(op: str, tiles: Tiling, dtype: str, device: Device) -> Launch | None:
-    """`train` or `backward`, if that is the better way."""
-    arrays = 1 if op == "train" else 2
-    bytes_kept = arrays * tiles.position_bytes
+def _room(op: str, tiles: Tiling, dtype: str, device: Device, blocks: int) -> tuple[tuple[int, int], int, int, int]:
+    """Of so many blocks to a multiprocessor: the block, its scratch, bytes kept per position, positions it can keep."""
+    block = tiles.block(MOST_THREADS // blocks)  # so that the registers suffice as well
+    scratch = tiles.scratch(block, TYPES[dtype][2])
+    position_bytes = (1 if op == "train" else 2) * tiles.position_bytes(block)
+    shared_bytes = (device.shared_bytes + RESERVED) // blocks - RESERVED
+    return block, scratch, position_bytes, max(0, shared_bytes - scratch) // position_bytes
+
+
+def _by_cluster(op: str, tiles: Tiling, dtype: str, device: Device, whole: bool = True) -> Plan | None:
+    """`train` or `backward`, if that is the better way; not whole: where half of every channel can be kept."""
 
     def launch(cluster: int, blocks: int) -> Launch | None:
-        """Of so many blocks to a multiprocessor, each of which keeps at least half of its share; None if it cannot."""
-        block = tiles.block(MOST_THREADS // blocks)  # so that the registers suffice as well
-        scratch = tiles.scratch(block, TYPES[dtype][2])
+        """Of so many blocks to a multiprocessor, each of which keeps its share; None if it cannot."""
+        block, scratch, position_bytes, room = _room(op, tiles, dtype, device, blocks)
         share = -(-tiles.positions // cluster)
-        room = (device.shared_bytes + RESERVED) // blocks - RESERVED
-        keep = min(share, (room - scratch) // bytes_kept)
+        keep = min(share, room)
         if 2 * keep < share or (cluster > 1 and share < block[1] * tiles.unroll):  # or there are threads without work
             return None
-        grid, shared = (tiles.tiles * cluster, 1), scratch + keep * bytes_kept
-        return Launch(f"{op}<{tiles.arguments}, {cluster}>", grid, block, shared, cluster, keep)
+        if whole and keep < share:
+            return None
+        grid, shared = (tiles.tiles * cluster, 1), scratch + keep * position_bytes
+        return Launch(f"{op}<{tiles.arguments}, {cluster}>", grid, block, shared, cluster, keep, tiles.width)
 
-    # Best: all is kept by two blocks to a multiprocessor, so that one reads while the other writes, and all are busy.
-    for cluster in device.clusters:
+    # Best: two blocks to a multiprocessor, so that one reads while the other writes, and all are busy.
+    for cluster in device.clusters if whole else ():
         made = launch(cluster, 2)
-        if made is not None and made.keep * cluster >= tiles.positions and made.grid[0] >= device.multiprocessors:
-            return made
-    # Else all of it, or at least half where that leaves nobody idle: the more blocks the better.
+        if made is not None and made.grid[0] >= device.multiprocessors:
+            return Plan((made,))
+    # Else the more blocks the better; if only half is kept, where that leaves nobody idle.
     for cluster in reversed(device.clusters):
         made = launch(cluster, 1)
-        if made is not None and (made.keep * cluster >= tiles.positions or made.grid[0] >= 2 * device.multiprocessors):
-            return made
+        if made is not None and (whole or made.grid[0] >= 2 * device.multiprocessors):
+            return Plan((made,))
     return None
+
+
+def _by_group(op: str, tiles: Tiling, channels: int, dtype: str, device: Device) -> Plan | None:
+    """`train_group` or `backward_group`, if a tile or at least a quarter of it can be kept."""
+    # Two blocks to a multiprocessor, as above, unless they have many columns, of each of which every block adds up what
+    # all the others of its group have.
+    blocks = 2 if tiles.columns == 1 else 1
+    block, scratch, position_bytes, room = _room(op, tiles, dtype, device, blocks)
+    resident = blocks * device.multiprocessors
+    if not device.cooperative or 4 * resident * room < tiles.positions:
+        return None
+    needed = min(-(-tiles.positions // room), resident)  # blocks for a tile
+    rounds = -(-tiles.tiles // (resident // needed))
+    groups = -(-tiles.tiles // rounds)
+    parts = min(resident // groups, _parts(tiles, block, tiles.tiles * resident))
+    keep = min(room, -(-tiles.positions // parts))
+    name, grid = f"{op}_group<{tiles.arguments}>", (groups, parts)
+    shared = scratch + keep * position_bytes
+    launches = (
+        Launch("clear_barriers", (groups, 1), (WARP, 1)),
+        Launch(name, grid, block, shared, keep=keep, width=tiles.width, cooperative=True),
+    )
+    return Plan(launches, parts, channels * (parts * TYPES[dtype][2] + 16))
 
 
 def alignment_of(pointers: Sequence[int], itemsize: int) -> int:

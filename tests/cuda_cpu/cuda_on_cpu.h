@@ -1,11 +1,11 @@
 // CUDA on the CPU, as much of it as batchnorm.cu uses: so that g++ compiles that file as it is, and tests run it.
 //
 // Every CUDA thread is a fiber, a stack of its own that runs until it waits at a barrier. A block runs as far as it can
-// before another one of its cluster does. The order of threads and of blocks is the *schedule*: forward, backward, or
+// before another one of its cluster does, or, in a cooperative launch, another one of the grid. The order of threads and of blocks is the *schedule*: forward, backward, or
 // shuffled by a seed. A kernel that is right gives the same bits under each. What this finds:
 //
 //   - a missing barrier: under some schedule a thread reads what is not there yet,
-//   - a barrier that not all threads reach: nobody can go on,
+//   - a barrier that not all threads or blocks reach: nobody can go on,
 //   - shared memory that nobody wrote, or whose block is gone: it is NaN before a block starts and after it ends,
 //   - writes beyond the shared memory of a block: what lies behind it has changed,
 //   - vectors loaded or stored where they are not aligned: -fsanitize=alignment calls the handler below.
@@ -69,6 +69,8 @@ struct Fiber {
   bool started = false, done = false;
   Barrier* waits_at = nullptr;
   uint64_t generation = 0;
+  const unsigned long long* counter = nullptr;  // in global memory, which it waits to see at `wanted`
+  unsigned long long wanted = 0;
   ucontext_t start;
   jmp_buf resume;
 };
@@ -77,7 +79,7 @@ constexpr size_t STACK = 64 << 10, GUARD = 256;
 constexpr unsigned char POISON = 0xFF;  // a NaN in every floating-point type
 
 inline dim3 grid_dim, block_dim;
-inline std::vector<Block> cluster;
+inline std::vector<Block> cluster;  // or the grid of a cooperative launch: blocks that run at the same time
 inline std::vector<Fiber> fibers;
 inline std::vector<void*> stacks;
 inline Fiber* current = nullptr;
@@ -107,6 +109,13 @@ inline void wait(Barrier& barrier) {
   switch_to_scheduler();
 }
 
+inline void wait_for(const unsigned long long* counter, unsigned long long wanted) {
+  current->counter = counter;
+  current->wanted = wanted;
+  switch_to_scheduler();
+  current->counter = nullptr;
+}
+
 inline void run_fiber() {
   kernel(arguments);
   current->done = true;
@@ -114,6 +123,7 @@ inline void run_fiber() {
 }
 
 inline bool can_run(const Fiber& fiber) {
+  if (fiber.counter) return *fiber.counter >= fiber.wanted;
   return !fiber.done && (!fiber.waits_at || fiber.waits_at->generation != fiber.generation);
 }
 
@@ -132,7 +142,7 @@ inline void run(Fiber& fiber, void* stack) {
 inline std::string who_waits() {
   std::string names;
   for (const Fiber& fiber : fibers) {
-    const std::string name = fiber.done ? "the end" : fiber.waits_at->name;
+    const std::string name = fiber.done ? "the end" : fiber.counter ? "a barrier of blocks" : fiber.waits_at->name;
     if (names.find(name) == std::string::npos) names += (names.empty() ? "" : " and ") + name;
   }
   return names;
@@ -145,18 +155,22 @@ void arrange(Order& order, unsigned schedule, std::mt19937& random) {
   if (schedule > 1) std::shuffle(order.begin(), order.end(), random);
 }
 
-/// Runs the threads of a block until all of them wait for another block, or are done. Returns whether any has run.
+/// Runs the threads of a block until all of them wait for another block, or are done; where threads are shuffled, some of
+/// them, and no further than to their next barrier, so that other blocks come in between. Returns whether any has run.
 inline bool run_block(unsigned rank, unsigned schedule, std::mt19937& random) {
   const size_t threads = fibers.size() / cluster.size(), first = rank * threads;
   std::vector<unsigned> order(threads);
+  const bool shuffled = schedule > 1;
   bool any = false;
-  for (bool moved = true; moved && failure.empty();) {
+  for (bool moved = true; moved && failure.empty() && !(shuffled && any);) {
     moved = false;
+    size_t turns = shuffled ? 1 + random() % threads : threads;
     arrange(order, schedule, random);
     for (unsigned thread : order) {
-      if (!can_run(fibers[first + thread])) continue;
+      if (!turns || !can_run(fibers[first + thread])) continue;
       run(fibers[first + thread], stacks[first + thread]);
       moved = any = true;
+      --turns;
     }
   }
   return any;
@@ -198,8 +212,11 @@ inline void prepare_cluster(uint64_t first, unsigned size, size_t shared_bytes) 
   cluster_barrier = {"the barrier of the cluster", size * threads, 0, 0};
   cluster.assign(size, {});
   fibers.assign(size * threads, {});
-  while (stacks.size() < fibers.size()) {
-    stacks.push_back(mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  if (stacks.size() < fibers.size()) {
+    const size_t more = fibers.size() - stacks.size();
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    char* memory = static_cast<char*>(mmap(nullptr, more * STACK, PROT_READ | PROT_WRITE, flags, -1, 0));
+    for (size_t i = 0; i < more; ++i) stacks.push_back(memory + i * STACK);
   }
   for (unsigned rank = 0; rank < size; ++rank) {
     Block& block = cluster[rank];
@@ -230,7 +247,7 @@ struct FlushToZero {
 
 /// Runs a kernel, or of its blocks the last ones alone; returns 0, or 1 with what went wrong.
 inline int launch(void (*function)(const void*), const unsigned* grid, const unsigned* block, unsigned cluster_size,
-                  size_t shared_bytes, unsigned schedule, uint64_t last, const void* args, char* error,
+                  bool cooperative, size_t shared_bytes, unsigned schedule, uint64_t last, const void* args, char* error,
                   size_t error_size) {
   const FlushToZero flush;
   kernel = function;
@@ -244,6 +261,7 @@ inline int launch(void (*function)(const void*), const unsigned* grid, const uns
   } else if (grid[0] % cluster_size) {
     fail("the grid is not made of whole clusters");
   }
+  if (cooperative) cluster_size = blocks;
   std::mt19937 random(schedule);
   for (uint64_t first = blocks - min(last, blocks); first < blocks && failure.empty(); first += cluster_size) {
     prepare_cluster(first, cluster_size, shared_bytes);
@@ -303,6 +321,8 @@ inline double of_rank(const double* p, int rank) {
   memcpy(&v, simulator::cluster[rank].shared.data() + offset, sizeof v);
   return v;
 }
+inline void arrive(unsigned long long* barrier) { ++*barrier; }
+inline void await(const unsigned long long* barrier, unsigned long long blocks) { simulator::wait_for(barrier, blocks); }
 inline float half_to_float(unsigned short bits) {
   _Float16 v;
   memcpy(&v, &bits, sizeof v);

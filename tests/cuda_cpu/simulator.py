@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -34,16 +35,16 @@ class SimulatorError(RuntimeError):
 class Module:
     """Kernels of a source, by name with template arguments."""
 
-    def __init__(self, names: Sequence[str], source: str = _cuda.SOURCE.read_text(), argument: str = "Call"):
+    def __init__(self, names: Sequence[str], source: str = _cuda.source(), argument: str = "Call"):
         entries = "\n".join(
             f'extern "C" void entry{i}(const void* c) {{ {name}(*static_cast<const {argument}*>(c)); }}'
             for i, name in enumerate(names)
         )
         launch = """
             extern "C" int launch(void (*f)(const void*), const unsigned* grid, const unsigned* block, unsigned cluster,
-                                  size_t shared, unsigned schedule, uint64_t last, const void* args, char* error,
-                                  size_t size) {
-              return simulator::launch(f, grid, block, cluster, shared, schedule, last, args, error, size);
+                                  bool cooperative, size_t shared, unsigned schedule, uint64_t last, const void* args,
+                                  char* error, size_t size) {
+              return simulator::launch(f, grid, block, cluster, cooperative, shared, schedule, last, args, error, size);
             }"""
         self._library = ctypes.CDLL(str(_compiled(f'#include "{HEADER}"\n{source}\n{entries}\n{launch}')))
         self._entries = {name: getattr(self._library, f"entry{i}") for i, name in enumerate(names)}
@@ -57,6 +58,7 @@ class Module:
             grid,
             block,
             launch.cluster,
+            launch.cooperative,
             ctypes.c_size_t(launch.shared_bytes),
             schedule,
             ctypes.c_uint64(last),
@@ -90,10 +92,27 @@ H200 = Device(multiprocessors=132, shared_bytes=227 * 1024, capability=(9, 0))
 CONSUMER = Device(multiprocessors=34, shared_bytes=99 * 1024, capability=(8, 9))
 
 
+class Grouped(Device):
+    """A device that has no block for a channel alone."""
+
+    @property
+    def clusters(self) -> tuple[int, ...]:
+        return ()
+
+
 @functools.cache
 def module(dtype: str) -> Module:
     """All kernels for a dtype."""
     return Module(kernels(dtype))
+
+
+def resident(device: Device, launch: Launch) -> int:
+    """Blocks that the device has room for at once, by shared memory and by the registers that 512 threads take all of.
+
+    Every block costs 1 KB of shared memory beside its own, and a multiprocessor has that much more than a block can.
+    """
+    by_memory = (device.shared_bytes + 1024) // (launch.shared_bytes + 1024)
+    return device.multiprocessors * min(by_memory, 512 // math.prod(launch.block))
 
 
 def gpu(device: Device = H200, schedule: int = 0, launched: list[Launch] | None = None) -> _cuda.Gpu:
@@ -103,7 +122,10 @@ def gpu(device: Device = H200, schedule: int = 0, launched: list[Launch] | None 
 
     def run(launch: Launch, record: np.ndarray) -> None:
         assert launch.shared_bytes <= max(device.shared_bytes, 48 * 1024), f"no room for {launch} on {device}"
-        assert launch.cluster in device.clusters
+        assert launch.cluster in (1, *device.clusters)
+        if launch.cooperative:
+            assert device.cooperative
+            assert math.prod(launch.grid) <= resident(device, launch), f"not all blocks of {launch} are resident"
         _, _, arguments = launch.kernel.partition("<")
         module(dtype_of.get(arguments.rstrip(">").split(",")[0], "float32")).run(launch, record, schedule)
         for memory in memories:
@@ -115,7 +137,7 @@ def gpu(device: Device = H200, schedule: int = 0, launched: list[Launch] | None 
         memories.append(Guarded(np.full(nbytes, 0xFF, np.uint8)))
         return memories[-1].pointer, memories[-1]
 
-    return _cuda.Gpu(device, run, scratch)
+    return _cuda.Gpu(device, run, lambda launch: resident(device, launch), scratch)
 
 
 class Guarded:
