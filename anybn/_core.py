@@ -175,6 +175,23 @@ def batch_statistics(
     return Statistics(count, mean, shift, m2 / n, m2)
 
 
+def statistics_of_sums(
+    sums: Callable[[Array], tuple[Array, Array]], origin: Array, count: int, wide: bool
+) -> Statistics:
+    """`batch_statistics` from ``sums(origin)``, which are ``sum(x - origin)`` and ``sum((x - origin)**2)`` per channel.
+
+    They are taken from a value of each channel; where the working dtype is not wide, again from the mean.
+    """
+    shift = None
+    s1, s2 = sums(origin)
+    mean = origin + s1 / count
+    if not wide:
+        s1, s2 = sums(mean)
+        shift = s1 / count
+    m2 = s2 - s1 * (s1 / count)
+    return Statistics(count, mean, shift, m2 / count, m2)
+
+
 def centered(xp: Any, x: Array, statistics: Statistics, axis: int) -> Array:
     """``(x - mean) - shift`` in the working dtype. Never ``x - (mean + shift)``: that rounds the mean away."""
     deviation = xp.astype(x, statistics.mean.dtype) - along(xp, statistics.mean, axis, x.ndim)

@@ -84,16 +84,8 @@ def batch_statistics(x: np.ndarray, axis: int) -> Statistics:
 
 
 def _statistics(x: np.ndarray, count: int, sums: Callable[[np.ndarray], Any]) -> Statistics:
-    """From ``sums(origin)``, which gives ``sum(x - origin)`` and ``sum((x - origin)**2)``."""
     origin = as_float64(x[0, :, 0] if x.ndim == 3 else x[0])
-    shift = None
-    s1, s2 = sums(origin)
-    mean = origin + s1 / count
-    if x.dtype == np.float64:
-        s1, s2 = sums(mean)
-        shift = s1 / count
-    m2 = s2 - s1 * (s1 / count)
-    return Statistics(count, mean, shift, m2 / count, m2)
+    return _core.statistics_of_sums(sums, origin, count, x.dtype != np.float64)
 
 
 def train(

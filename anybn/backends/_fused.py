@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from anybn import _core
 from anybn._core import Gradients, Over, Spec, Statistics
 from anybn.backends import _columns, _kernels, _rows, _runs
 from anybn.backends._layout import Lying, alike, as_float64, delivered, destination, parameter
@@ -133,20 +134,14 @@ def batch_statistics(x: np.ndarray, axis: int) -> Statistics:
     """Mean and variance of every channel."""
     how, x, _ = alike(x, axis)
     plan = plan_of(how, x.itemsize, 1)
-    x, count, shift = how.flat(x), how.outer * how.inner, None
+    x = how.flat(x)
 
-    def sums(origin: np.ndarray) -> np.ndarray:
+    def sums(origin: np.ndarray) -> Any:
         return _summed(plan, plan.kernels.sum_parts, x, origin)
 
     with np.errstate(all="ignore"):
         origin = as_float64(x[plan.first])
-        s1, s2 = sums(origin)
-        mean = origin + s1 / count
-        if x.dtype == np.float64:
-            s1, s2 = sums(mean)
-            shift = s1 / count
-        m2 = s2 - s1 * (s1 / count)
-        return Statistics(count, mean, shift, m2 / count, m2)
+        return _core.statistics_of_sums(sums, origin, how.outer * how.inner, x.dtype != np.float64)
 
 
 def _summed(plan: Plan, kernel: Any, *arguments: Any) -> np.ndarray:
