@@ -31,25 +31,27 @@ class Statistics(NamedTuple):
         return self.m2 / LONG(self.count - ddof)
 
 
-def channels_last(x: np.ndarray, axis: int) -> np.ndarray:
-    """(N, C, H, W) -> (N * H * W, C)."""
-    return np.moveaxis(np.asarray(x), axis, -1).reshape(-1, x.shape[axis])
+def channels_first(x: np.ndarray, axis: int) -> np.ndarray:
+    """(N, C, H, W) -> (C, N * H * W)."""
+    return np.moveaxis(np.asarray(x), axis, 0).reshape(x.shape[axis], -1)
 
 
 def selected(x: np.ndarray, axis: int, mask: np.ndarray | None) -> np.ndarray:
-    """The values that count, as (count, C) in long double."""
-    rows = channels_last(x, axis).astype(LONG)
+    """The values that count, as (C, count) in long double."""
+    values = channels_first(x, axis).astype(LONG)
     if mask is None:
-        return rows
+        return values
     shape = [size for i, size in enumerate(x.shape) if i != axis % x.ndim]
-    return rows[np.broadcast_to(mask, shape).reshape(-1)]
+    return values[:, np.broadcast_to(mask, shape).reshape(-1)]
 
 
 def statistics(x: np.ndarray, axis: int = 1, mask: np.ndarray | None = None) -> Statistics:
-    rows = selected(x, axis, mask)
-    shifted = rows - rows[:1]
-    offset = shifted.mean(0)
-    return Statistics(len(rows), Mean(rows[0], offset), ((shifted - offset) ** 2).sum(0))
+    values = selected(x, axis, mask)
+    origin = values[:, :1].copy()
+    values -= origin
+    offset = values.mean(1, keepdims=True)
+    values -= offset
+    return Statistics(values.shape[1], Mean(origin[:, 0], offset[:, 0]), np.square(values, out=values).sum(1))
 
 
 def along(values: Any, x: np.ndarray, axis: int) -> np.ndarray:
@@ -161,4 +163,5 @@ def error(value: Any, reference: Any, dtype: str, size: Any = 1) -> float:
     assert value.shape == reference.shape, f"{value.shape} for {reference.shape}"
     if not value.size:
         return 0.0
-    return float(np.max(np.abs(value - reference) / np.maximum(size, np.abs(reference)))) / EPS[dtype]
+    difference = np.abs((value - reference).astype(float))  # what comes after the subtraction cancels nothing
+    return float(np.max(difference / np.maximum(size, np.abs(reference.astype(float))))) / EPS[dtype]

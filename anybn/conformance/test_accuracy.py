@@ -1,5 +1,7 @@
 """y, running_var and m2 at the accuracy bar, on the inputs that break batch norms."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -8,10 +10,8 @@ from anybn.conformance import inputs, oracle
 from anybn.conformance.targets import Target, bar
 
 
-def train_and_evaluate(target: Target, values: np.ndarray, layout: str, dtype: str) -> None:
-    """One training step and one evaluation with what it left, each held to the bar."""
-    values = inputs.cast(values, dtype)
-    x, axis = inputs.LAYOUTS[layout](target, values)
+def train(target: Target, values: np.ndarray, x: Any, axis: int, layout: str, dtype: str) -> anybn.BatchNormState:
+    """One training step on x, which holds the values, held to the bar."""
     state = anybn.BatchNormState(values.shape[1], momentum=1.0, like=x)
     statistics = oracle.statistics(values)
     limit = bar(target, dtype)
@@ -32,10 +32,18 @@ def train_and_evaluate(target: Target, values: np.ndarray, layout: str, dtype: s
     relative_m2 = target.numpy(moments.m2).astype(oracle.LONG) / statistics.m2
     assert oracle.error(relative_m2, np.ones_like(relative_m2), unit) <= limit
     assert int(moments.count) == statistics.count
+    return state
+
+
+def train_and_evaluate(target: Target, values: np.ndarray, layout: str, dtype: str) -> None:
+    """One training step and one evaluation with what it left, each held to the bar."""
+    values = inputs.cast(values, dtype)
+    x, axis = inputs.LAYOUTS[layout](target, values)
+    state = train(target, values, x, axis, layout, dtype)
 
     y = anybn.batch_norm(x, state, axis=axis)
-    expected = oracle.normalize(values, running_mean, running_var)
-    assert oracle.error(target.numpy(y), inputs.in_layout(expected, layout), dtype) <= limit
+    expected = oracle.normalize(values, target.numpy(state.running_mean), target.numpy(state.running_var))
+    assert oracle.error(target.numpy(y), inputs.in_layout(expected, layout), dtype) <= bar(target, dtype)
 
 
 @pytest.mark.parametrize("layout", inputs.LAYOUTS)
@@ -68,7 +76,8 @@ def test_quick(target: Target, row: str) -> None:
 
 @pytest.mark.parametrize("shape", inputs.HUGE_SHAPES, ids=str)
 def test_ten_million_values_in_one_channel(target: Target, shape: tuple[int, ...]) -> None:
-    train_and_evaluate(target, inputs.normal(shape) + 100, "NCHW", "float32")
+    values = inputs.cast(inputs.normal(shape) + 100, "float32")
+    train(target, values, target.array(values), 1, "NCHW", "float32")
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (7, 1), (2, 3, 1), (5, 1, 3, 3), (3, 1023, 7), (2, 3, 2, 2, 5), (1, 4, 101)])
