@@ -57,6 +57,8 @@ class Spec(NamedTuple):
     axis: int
     eps: float
     relu: bool
+    differentiates_residual: bool = True
+    """False: there is no residual, or nobody asks for its gradient, which is None then"""
 
 
 class RowSpec(NamedTuple):
@@ -276,7 +278,7 @@ def gradients(
     where the last two terms are how x acts through the batch statistics, absent when ``statistics.count`` is None; over
     a group of processes their sums are those of all members, which ``over`` makes of this one's. dbias and dweight stay
     its own, like every gradient of a replicated parameter. ``active`` is ``y > 0`` under relu. The gradient of the
-    residual is dy behind the relu.
+    residual is dy behind the relu, where ``spec`` asks for it.
     """
     axis, ndim, axes, working = spec.axis, x.ndim, reduced_axes(x.ndim, spec.axis), statistics.mean.dtype
     sum = native_sum if is_wide(working, x) else sum
@@ -296,15 +298,11 @@ def gradients(
         dx = dx - along(xp, sum_dy / n, axis, ndim) - xhat * along(xp, sum_dy_xhat / n, axis, ndim)
         if mask is not None:
             dx = xp.where(mask, dx, xp.zeros_like(dx))
-    dx = dx * along(xp, scale_of(xp, statistics, weight, spec.eps), axis, ndim)
+    dx = rounded_to(xp, dx * along(xp, scale_of(xp, statistics, weight, spec.eps), axis, ndim), x.dtype)
+    dresidual = rounded_to(xp, dy, x.dtype) if spec.differentiates_residual else None
     if weight is None:
-        return Gradients(rounded_to(xp, dx, x.dtype), None, None, rounded_to(xp, dy, x.dtype))
-    return Gradients(
-        rounded_to(xp, dx, x.dtype),
-        rounded_to(xp, dweight, weight.dtype),
-        rounded_to(xp, dbias, weight.dtype),
-        rounded_to(xp, dy, x.dtype),
-    )
+        return Gradients(dx, None, None, dresidual)
+    return Gradients(dx, rounded_to(xp, dweight, weight.dtype), rounded_to(xp, dbias, weight.dtype), dresidual)
 
 
 def updated_running_statistics(

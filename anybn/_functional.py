@@ -163,9 +163,9 @@ def batch_norm_vjp(
         owner = backend_for(dy, "dy")
         _checks.like_x("dy", _checks.floating_array("dy", dy, owner), call.x, backend)
         with backend.no_grad():
-            rest = dy, call.x, statistics, weight, active, call.mask, call.spec
-            grads = backend.gradients(*rest) if members is None else backend.gradients_over(members, *rest)
-        return grads if residual is not None else grads._replace(residual=None)
+            spec = call.spec._replace(differentiates_residual=residual is not None)
+            rest = dy, call.x, statistics, weight, active, call.mask, spec
+            return backend.gradients(*rest) if members is None else backend.gradients_over(members, *rest)
 
     return y, pullback
 

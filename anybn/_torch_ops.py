@@ -76,21 +76,39 @@ def backward(
     of_batch: bool,
     axis: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias); the latter two of no use without weight. of_batch: the statistics are x's own."""
+    differentiates_residual: bool = False,  # left out by what torch has compiled and kept on disk before there was this
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias, dresidual); empty are those of a weight that is None and of a residual that is not asked
+    for, which is to be asked for behind a relu only. of_batch: the statistics are x's own."""
     count = x.numel() // x.shape[axis] if of_batch else None
-    grads = _TORCH.gradients(
-        dy, x, _statistics(x, rows, count), weight, active, None, Spec(axis, eps, active is not None)
-    )
-    none = rows.new_empty(0)
-    return grads.x, none if weight is None else grads.weight, none.clone() if weight is None else grads.bias
+    spec = Spec(axis, eps, active is not None, differentiates_residual)
+    dx, *others = _TORCH.gradients(dy, x, _statistics(x, rows, count), weight, active, None, spec)
+    dweight, dbias, dresidual = (rows.new_empty(0) if a is None else a for a in others)
+    if differentiates_residual and dresidual.stride() != dx.stride():  # it may lie like dy
+        dresidual = torch.empty_like(dx).copy_(dresidual)
+    return dx, dweight, dbias, dresidual
 
 
 @backward.register_fake
-def _(dy: Tensor, x: Tensor, rows: Tensor, weight: Any, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    dy: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    weight: Any,
+    active: Any,
+    of_batch: Any,
+    axis: Any,
+    eps: Any,
+    residual: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = rows.new_empty(0)
     like = none if weight is None else weight
-    return torch.empty_like(x), torch.empty_like(like), torch.empty_like(like)
+    return (
+        torch.empty_like(x),
+        torch.empty_like(like),
+        torch.empty_like(like),
+        torch.empty_like(x if residual else none),
+    )
 
 
 @torch.library.custom_op("anybn::commit", mutates_args=("running_mean", "running_var", "batches"))
@@ -114,34 +132,36 @@ def _(*_: Any) -> None:
 
 
 def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, residual, ctx.axis, ctx.eps, relu = inputs
+    x, weight, bias, _, ctx.axis, ctx.eps, relu = inputs
     y, rows = output
-    ctx.has_bias, ctx.has_residual, ctx.of_batch = bias is not None, residual is not None, True
+    ctx.has_bias, ctx.of_batch = bias is not None, True
     ctx.save_for_backward(x, rows, weight, y if relu else None)
 
 
 def _setup_evaluate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, mean, var, weight, bias, residual, ctx.axis, ctx.eps, relu = inputs
+    x, mean, var, weight, bias, _, ctx.axis, ctx.eps, relu = inputs
     zeros = torch.zeros_like(mean)
-    ctx.has_bias, ctx.has_residual, ctx.of_batch = bias is not None, residual is not None, False
+    ctx.has_bias, ctx.of_batch = bias is not None, False
     ctx.save_for_backward(x, torch.stack((mean, zeros, var, zeros)), weight, output if relu else None)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Of x, weight, bias and residual."""
+def _gradients(ctx: Any, dy: Tensor, of_residual: bool) -> tuple[Tensor | None, ...]:
+    """Of x, weight, bias and, if that is wanted, residual."""
     x, rows, weight, y = ctx.saved_tensors
     active = None if y is None else y > 0
-    dx, dweight, dbias = backward(dy, x, rows, weight, active, ctx.of_batch, ctx.axis, ctx.eps)
-    dresidual = None if not ctx.has_residual else dy if active is None else torch.where(active, dy, 0)
+    how = ctx.of_batch, ctx.axis, ctx.eps, of_residual and active is not None
+    dx, dweight, dbias, dresidual = backward(dy, x, rows, weight, active, *how)
+    if active is None or not of_residual:
+        dresidual = dy if of_residual else None
     return dx, dweight if weight is not None else None, dbias if ctx.has_bias else None, dresidual
 
 
 def _backward_of_train(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return *_gradients(ctx, dy), None, None, None
+    return *_gradients(ctx, dy, ctx.needs_input_grad[3]), None, None, None
 
 
 def _backward_of_evaluate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx, *others = _gradients(ctx, dy)
+    dx, *others = _gradients(ctx, dy, ctx.needs_input_grad[5])
     return dx, None, None, *others, None, None, None
 
 

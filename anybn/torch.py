@@ -320,10 +320,10 @@ class _Recorded(torch.autograd.function._SingleLevelFunction):  # Function minus
             count = x.numel() // len(mean) if len(rows) > 2 else None
             statistics = Statistics(count, mean, shift if x.dtype is _FLOAT64 else None, *rest[:2])
         active = None if y is None else y > 0
-        grads = differentiated(_TORCH, dy, (x, weight, None, active), statistics, Spec(1, eps, relu))
         _, _, wants_bias, wants_residual, _ = ctx.needs_input_grad
-        bias, residual = grads.bias if wants_bias else None, grads.residual if wants_residual else None
-        return grads.x, grads.weight, bias, residual, None
+        spec = Spec(1, eps, relu, wants_residual)
+        grads = differentiated(_TORCH, dy, (x, weight, None, active), statistics, spec)
+        return grads.x, grads.weight, grads.bias if wants_bias else None, grads.residual, None
 
 
 def _running_dtype(device: torch.device) -> torch.dtype:

@@ -120,9 +120,9 @@ def batch_norm_vjp(
         _checks.like_x("dy", _checks.floating_array("dy", dy, backend_for(dy, "dy")), x, backend)
         with backend.no_grad():
             dparts, parts, active_parts, kept = (ghosts.split(xp, a) for a in (dy, x, active, call.mask))
-            spec = call.spec._replace(axis=ghosts.axis)
+            spec = call.spec._replace(axis=ghosts.axis, differentiates_residual=residual is not None)
             grads = backend.gradients(dparts, parts, done.statistics, done.weight, active_parts, kept, spec)
-            dx, dresidual = (ghosts.joined(xp, a) for a in (grads.x, None if residual is None else grads.residual))
+            dx, dresidual = (ghosts.joined(xp, a) for a in (grads.x, grads.residual))
             if weight is None or not train_weights:
                 return Gradients(dx, None, None, dresidual)
             dweight, dbias = grads.weight, grads.bias

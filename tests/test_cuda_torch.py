@@ -93,6 +93,31 @@ def test_kernels_do_the_work(launched: Arrays, relu: bool) -> None:
     assert launched.names() == ["train", "backward", "evaluate", "sums", "finish_train"]
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_the_gradient_of_a_residual_is_written_if_it_is_wanted(launched: Arrays, given: bool, wanted: bool) -> None:
+    """Behind a relu, where it is not dy itself: a whole array otherwise written for nobody."""
+    x = torch.from_numpy(inputs.normal((8, 3, 14, 14))).float().requires_grad_()
+    residual = torch.from_numpy(inputs.normal((8, 3, 14, 14), 1)).float().requires_grad_(wanted) if given else None
+    records = []
+    gpu = launched.gpu
+
+    def listening(a: torch.Tensor) -> _cuda.Gpu:
+        found = gpu(a)
+        return found._replace(
+            launch=lambda launch, record: (records.append(record.copy()), found.launch(launch, record))
+        )
+
+    launched.gpu = listening  # type: ignore[method-assign]
+    y = anybn.batch_norm(x, anybn.BatchNormState(3), training=True, residual=residual, activation="relu")
+    dy = torch.from_numpy(inputs.normal(y.shape, 2)).float()
+    y.backward(dy)
+    assert launched.names() == ["train", "backward"]
+    assert bool(records[1]["dresidual"]) == (given and wanted)
+    if given and wanted:
+        assert torch.equal(residual.grad, torch.where(y > 0, dy, 0))
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("relu", [False, True])
 def test_first_and_second_order(launched: Arrays, training: bool, relu: bool) -> None:

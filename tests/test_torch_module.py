@@ -525,6 +525,34 @@ def test_compiles_with_dynamic_shapes():
     run_compiled("aot_eager", True, dynamic=True)
 
 
+def test_what_compiles_gives_the_gradient_of_a_residual_in_one_operation():
+    """And does not compute it again: dy is behind the relu already where dx is computed."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from anybn import _torch_ops
+
+    operations = []
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            operations.append(operation.overloadpacket.__name__)
+            return operation(*args, **(kwargs or {}))
+
+    x, residual = (torch.from_numpy(inputs.normal((4, 3, 5), seed)) for seed in (0, 1))
+    for wanted in (True, False):
+        given = x.clone().requires_grad_(), residual.clone().requires_grad_(wanted)
+        y, _ = _torch_ops.train(given[0], None, None, given[1], 1, 1e-5, True)
+        operations.clear()
+        with Listening():
+            y.backward(torch.ones_like(y))
+        assert operations.count("backward") == 1
+        assert "where" not in operations
+        if wanted:
+            assert torch.equal(given[1].grad, (y > 0).double())
+        else:
+            assert given[1].grad is None
+
+
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own use of it
 def test_compiles_with_inductor():

@@ -279,7 +279,8 @@ class Backend:
         self, dy: Array, x: Array, statistics: Statistics, weight: Array | None, bias: Array | None, spec: RowSpec
     ) -> Gradients:
         """The gradients of `normalize_rows`, with its statistics; None for a weight or bias that was not given."""
-        xp, plain, working = self.namespace(x), Spec(1, spec.eps, relu=False), self.working_dtype(x)
+        xp, working = self.namespace(x), self.working_dtype(x)
+        plain = Spec(1, spec.eps, relu=False, differentiates_residual=False)
         dweight = dbias = None
         with np.errstate(all="ignore"):
             rows = _core.in_rows(xp, xp.astype(x, working), spec)

@@ -122,14 +122,15 @@ class CudaArrays:
             given = dy
             how, x, (dy, active) = self._arranged(x, spec.axis, dy, active)
             dx = self.beside(x)
-            dresidual = None if active is None else self.beside(x)
+            wanted = spec.differentiates_residual
+            dresidual = self.beside(x) if wanted and active is not None else None
             dweight = dbias = None
             if weight is not None:
                 dweight, dbias = self.per_channel(x, 2, how.channels, weight.dtype)
             arrays = {"dy": dy, "x": x, "y": dx, "active": active, "dresidual": dresidual, "weight": weight}
             arrays |= {"dweight": dweight, "dbias": dbias, **_known(statistics)}
             self._call("backward", x, how[1:], arrays, eps=spec.eps, training=statistics.count is not None)
-            return Gradients(dx, dweight, dbias, given if dresidual is None else dresidual)
+            return Gradients(dx, dweight, dbias, given if wanted and dresidual is None else dresidual)
 
     def updated_running_statistics(self, statistics: Statistics, update: Update) -> tuple[Array, Array]:
         """By a launch of its own. The count is an int."""

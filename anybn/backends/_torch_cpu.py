@@ -75,7 +75,9 @@ def gradients(
     given = _views(statistics), _numbers(weight), _view(active)
     grads = kernels().gradients(_view(dy), _view(x), *given, spec, over)
     dx = _tensor(grads.x, x.dtype)
-    dresidual = dy if active is None else torch.where(active, dy, torch.zeros((), dtype=dy.dtype))
+    dresidual = dy if spec.differentiates_residual else None
+    if dresidual is not None and active is not None:
+        dresidual = torch.where(active, dy, torch.zeros((), dtype=dy.dtype))
     if weight is None:
         return Gradients(dx, None, None, dresidual)
     dweight, dbias = (torch.from_numpy(a).to(weight.dtype) for a in (grads.weight, grads.bias))

@@ -85,10 +85,10 @@ def gradients(
         spec.eps,
         [True, affine, affine],
     )
-    dx = dx.movedim(1, spec.axis)
+    dx, dresidual = dx.movedim(1, spec.axis), dy if spec.differentiates_residual else None
     if weight is None:
-        return Gradients(dx, None, None, dy)
-    return Gradients(dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dy)
+        return Gradients(dx, None, None, dresidual)
+    return Gradients(dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dresidual)
 
 
 def _kept(x: torch.Tensor) -> torch.dtype:

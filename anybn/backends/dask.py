@@ -132,7 +132,9 @@ class DaskBackend(Backend):
         if statistics.count is not None:
             dy, x, active, mask = again(channel, dy, x, active, mask)
         dx = _blockwise(_dx_of_chunk, x, axis, x.dtype, dy, x, active, mask, *channel, spec=spec)
-        dresidual = _blockwise(_where_kept, x, axis, x.dtype, dy, active, mask)
+        dresidual = None
+        if spec.differentiates_residual:
+            dresidual = _blockwise(_where_kept, x, axis, x.dtype, dy, active, mask)
         if weight is None:
             return Gradients(dx, None, None, dresidual)
         return Gradients(dx, dweight.astype(weight.dtype), dbias.astype(weight.dtype), dresidual)
@@ -268,7 +270,7 @@ def _sums_of_chunk(
     spec: Spec,
 ) -> np.ndarray:
     """dweight and dbias of this chunk, in float64, as of a weight in float64."""
-    axis, statistics = spec.axis, Statistics(None, mean, shift, var)
+    axis, statistics, spec = spec.axis, Statistics(None, mean, shift, var), spec._replace(differentiates_residual=False)
     found = np.zeros(x.shape[axis], _SUMS)
     grads = _NUMPY.gradients(dy, x, statistics, np.ones_like(mean), active, mask, spec)
     found["dweight"], found["dbias"] = grads.weight, grads.bias

@@ -164,7 +164,9 @@ class NumPyBackend(Backend):
         if not (x.size and chosen):
             return super().gradients(dy, x, statistics, weight, active, mask, spec)
         grads = chosen.gradients(_bits(dy), _bits(x), statistics, weight, active, spec, over)
-        dresidual = dy if active is None else np.where(active, dy, np.zeros((), dy.dtype))
+        dresidual = dy if spec.differentiates_residual else None
+        if dresidual is not None and active is not None:
+            dresidual = np.where(active, dy, np.zeros((), dy.dtype))
         if weight is None:
             return Gradients(grads.x.view(x.dtype), None, None, dresidual)
         dweight, dbias = (_core.rounded_to(array_api_compat.numpy, a, weight.dtype) for a in (grads.weight, grads.bias))

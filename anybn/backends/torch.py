@@ -454,15 +454,15 @@ class _Recorded(torch.autograd.Function):
         active = y > 0 if spec.relu else None
         ctx.save_for_backward(x, weight, mask, active)
         ctx.backend, ctx.statistics, ctx.spec, ctx.members = backend, statistics, spec, members
-        ctx.given = bias is not None, residual is not None
+        ctx.has_bias = bias is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = differentiated(ctx.backend, dy, ctx.saved_tensors, ctx.statistics, ctx.spec, ctx.members)
-        has_bias, has_residual = ctx.given
-        bias, residual = grads.bias if has_bias else None, grads.residual if has_residual else None
-        return grads.x, grads.weight, bias, residual, None, None, None, None, None
+        spec = ctx.spec._replace(differentiates_residual=ctx.needs_input_grad[3])
+        grads = differentiated(ctx.backend, dy, ctx.saved_tensors, ctx.statistics, spec, ctx.members)
+        bias = grads.bias if ctx.has_bias else None
+        return grads.x, grads.weight, bias, grads.residual, None, None, None, None, None
 
 
 class _RecordedRows(torch.autograd.Function):
