@@ -1,7 +1,7 @@
 """All that needs a CUDA GPU, in one command: tests, streams and graphs, memory checks, the benchmark.
 
     python benchmarks/gpu.py                        # everything, in under nine minutes
-    python benchmarks/gpu.py --part kernels streams # some of: kernels streams tests sanitizer calls bench compile
+    python benchmarks/gpu.py --part kernels streams # some of the parts, which --help names
     python benchmarks/gpu.py --part bench --dtype bfloat16 --layout nchw --op train --batch 64
 
 It needs a GPU, torch for CUDA, CuPy, NumPy, array-api-compat, and pytest for ``tests``; where anybn is not installed,
@@ -13,8 +13,10 @@ benchmark appends to benchmarks/results/gpu.jsonl row by row:
 
 Times are medians over replays of a CUDA graph that works through buffers larger than the L2 cache; ``copy_us`` is a
 device copy of x. Every result is checked against float64, and one that is wrong is no row. The shapes are ResNet-50's,
-and some (N, C). ``compile`` is the benchmark against torch.compile, for a few of them. ``calls`` is what a call on a
-small tensor costs, Python included. ``sanitizer`` runs the part ``kernels`` under compute-sanitizer, if that is there.
+and some (N, C). ``compile`` is the benchmark against torch.compile, for a few of them; ``groups`` is that of groups of
+blocks against what the same arrays took without them, two passes or half of every channel kept. ``calls`` is what a
+call on a small tensor costs, Python included. ``sanitizer`` runs the part ``kernels`` under compute-sanitizer, if that
+is there.
 """
 
 from __future__ import annotations
@@ -36,11 +38,13 @@ from typing import Any
 import numpy as np
 
 from anybn.backends import _cuda
-from anybn.backends._cuda_plan import TYPES, Device, Launch
+from anybn.backends._cuda_plan import TYPES, Device, Launch, plan
 from anybn.conformance import inputs, oracle
 
 RESULT = Path(__file__).parent / "results" / "gpu.jsonl"
-PARTS = ("kernels", "streams", "tests", "sanitizer", "calls", "bench", "compile")
+PARTS = ("kernels", "streams", "tests", "sanitizer", "calls", "groups", "bench", "compile")
+#: The seconds that parts before and after the benchmark may take.
+GROUPS_SECONDS, COMPILE_SECONDS = 60, 60
 #: Seconds for other programs, all of whose kernels may have to be compiled first.
 TESTS_SECONDS, SANITIZER_SECONDS = 150, 60
 OPS = ("train", "backward", "eval", "train_add_relu", "backward_add_relu")
@@ -340,8 +344,8 @@ def graph_us(runs: Sequence[Run], replays: int = 5) -> float:
     return statistics.median(times)
 
 
-def measure(case: Case, compiled: bool = False) -> dict[str, Any]:
-    """The fields of a row that depend on the case."""
+def measure(case: Case, against: str = "torch eager") -> dict[str, Any]:
+    """The fields of a row that depend on the case, and on what it is timed against."""
     import torch
     import torch.nn.functional as F
 
@@ -361,15 +365,15 @@ def measure(case: Case, compiled: bool = False) -> dict[str, Any]:
     fused, backward, launched = "add_relu" in case.op, "backward" in case.op, list[Launch]()
     shape = case.memory_shape
 
-    def forward(x: Any) -> None:
+    def forward(x: Any, device: Device | None = None) -> None:
         running = {"running_mean": running_mean, "running_var": running_var}
         running |= {f"new_{name}": a for name, a in running.items()}
         fields = {"x": x, "y": y, "mean": mean, "var": var, "weight": weight, "bias": bias, "eps": EPS}
         if case.op == "eval":
-            call("evaluate", shape, launched, **fields)
+            call("evaluate", shape, launched, device, **fields)
             return
         fields |= {"residual": residual, "relu": 1} if fused else {}
-        call("train", shape, launched, m2=m2, momentum=0.1, ddof=1, **fields, **running)
+        call("train", shape, launched, device, m2=m2, momentum=0.1, ddof=1, **fields, **running)
 
     def torch_forward(x: Any) -> Any:
         out = F.batch_norm(x, *narrow, weight, bias, case.op != "eval", 0.1, EPS)
@@ -397,7 +401,7 @@ def measure(case: Case, compiled: bool = False) -> dict[str, Any]:
             fields = {"dy": dy, "y": dx, "active": active, "dresidual": dresidual, "weight": weight, "dweight": dweight}
             fields |= {"dbias": dbias, "mean": mean, "var": var, "eps": EPS, "training": 1}
             launched.clear()
-            forward = lambda x: call("backward", shape, launched, x=x, **fields)  # noqa: E731
+            forward = lambda x, device=None: call("backward", shape, launched, device, x=x, **fields)  # noqa: E731
             forward(xs[0])
             g = dy.double() if active is None else dy.double() * active
             k1, k2 = g.mean(axes, keepdim=True), (g * xhat).mean(axes, keepdim=True)
@@ -412,16 +416,21 @@ def measure(case: Case, compiled: bool = False) -> dict[str, Any]:
         size = expected.abs().clamp(min=1)
         error = float(((found.double() - expected).abs() / size).max()) / torch.finfo(dtype).eps
         del double, expected, xhat, size
-        baseline = torch.compile(torch_forward) if compiled else torch_forward
-        if compiled:
-            baseline(xs[0])
         kernel = "+".join(launch.kernel for launch in launched)
         clusters = "".join(f" x{launch.cluster}" for launch in launched if launch.cluster > 1)
+        baseline = torch_forward
+        if against == "torch.compile":
+            baseline = torch.compile(torch_forward)
+            baseline(xs[0])
+        of_torch = against != "anybn without groups"
+        if not of_torch:
+            alone = _cuda.device(torch.cuda.current_device())._replace(cooperative=False)
+            baseline = lambda x: forward(x, alone)  # noqa: E731
         return {
             "kernel": kernel + clusters,
             "us": graph_us([lambda x=x: forward(x) for x in xs]),
-            "baseline": "torch.compile" if compiled else "torch eager",
-            "baseline_us": graph_us([lambda x=x: baseline(x) for x in (xs[:2] if backward else xs)]),
+            "baseline": against,
+            "baseline_us": graph_us([lambda x=x: baseline(x) for x in (xs[:2] if backward and of_torch else xs)]),
             "copy_us": graph_us([lambda x=x: y.copy_(x) for x in xs]),
             "error_eps": round(error, 4),
         }
@@ -448,20 +457,26 @@ def where() -> dict[str, Any]:
     }
 
 
-def bench(options: argparse.Namespace, deadline: float, compiled: bool = False) -> None:
+def bench(options: argparse.Namespace, deadline: float, against: str = "torch eager") -> None:
     import torch
 
     place, ratios, wrong = where(), [], []
     chosen = list(cases(options))
-    if compiled:  # seconds of compilation each: a few of them
+    if against == "torch.compile":  # seconds of compilation each: a few of them
         chosen = [
             c for c in chosen if c.op in ("train", "train_add_relu") and c.shape[1:] in ((256, 56, 56), (512, 28, 28))
+        ]
+    if against == "anybn without groups":
+        device = _cuda.device(torch.cuda.current_device())
+        ops = [c for c in chosen if c.op in ("train", "backward") and c.dtype != "float16"]
+        chosen = [
+            c for c in ops if any(one.cooperative for one in plan(c.op, c.memory_shape, c.dtype, device).launches)
         ]
     for done, case in enumerate(chosen):
         if time.monotonic() > deadline:
             print(f"bench: out of time, {len(chosen) - done} of {len(chosen)} cases are left")
             break
-        row = {**place, **dataclasses.asdict(case), **measure(case, compiled)}
+        row = {**place, **dataclasses.asdict(case), **measure(case, against)}
         if not row["error_eps"] <= BAR[case.dtype]:  # NaN is wrong as well
             wrong.append(f"{case}: {row['error_eps']} eps by {row['kernel']}")
             continue
@@ -477,7 +492,7 @@ def bench(options: argparse.Namespace, deadline: float, compiled: bool = False) 
         torch.cuda.empty_cache()
     if ratios:
         mean = statistics.geometric_mean(ratios)
-        print(f"bench: {len(ratios)} cases, torch's time / ours {mean:.2f}, worst {min(ratios):.2f}")
+        print(f"bench: {len(ratios)} cases, time of {against} / ours {mean:.2f}, worst {min(ratios):.2f}")
     if wrong:
         raise AssertionError("; ".join(wrong))
 
@@ -502,8 +517,9 @@ def main() -> int:
         "tests": run_tests,
         "sanitizer": run_sanitizer,
         "calls": time_calls,
-        "bench": lambda: bench(options, deadline - (60 if "compile" in options.part else 0)),
-        "compile": lambda: bench(options, deadline, compiled=True),
+        "groups": lambda: bench(options, time.monotonic() + GROUPS_SECONDS, "anybn without groups"),
+        "bench": lambda: bench(options, deadline - (COMPILE_SECONDS if "compile" in options.part else 0)),
+        "compile": lambda: bench(options, deadline, "torch.compile"),
     }
     failed = []
     for part in options.part:
