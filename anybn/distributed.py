@@ -72,7 +72,13 @@ class TorchGroup:
         """What lives as long as the connections do."""
         import torch.distributed
 
-        return torch.distributed.group.WORLD if self.process_group is None else self.process_group
+        if self.process_group is not None:
+            return self.process_group
+        if not torch.distributed.is_initialized():
+            raise RuntimeError(
+                "group is torch's default process group and there is none: call init_process_group first"
+            )
+        return torch.distributed.group.WORLD
 
     @property
     def rank(self) -> int:

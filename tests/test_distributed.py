@@ -151,6 +151,15 @@ def test_torch_s_processes_sum_tensors():
     message = "group is a torch.distributed process group, but x is a numpy array: pass what sums its arrays"
     with pytest.raises(TypeError, match=message):
         anybn.batch_norm(inputs.normal((4, 3)), state, training=True, group=group)
+    torch = pytest.importorskip("torch", reason="torch: not installed")
+    x = torch.ones(4, 3)
+    for call in (
+        lambda: anybn.batch_norm(x, state, training=True, group=group),
+        lambda: anybn.recalibrate(state, [x], group=group),
+    ):
+        with pytest.raises(RuntimeError, match="default process group and there is none: call init_process_group"):
+            call()
+    assert state.num_batches_tracked == 0
 
 
 def test_recalibrate_takes_a_group_of_processes():
