@@ -110,7 +110,7 @@ class Tiling(NamedTuple):
         if self.width > WARP:
             height = 1 << (min(threads // self.width, useful, 8).bit_length() - 1)
             return -(-self.width // (WARP // height)) * (WARP // height), height
-        threads = min(threads, max(WARP, 1 << (useful * self.width - 1).bit_length()))
+        threads = min(threads, max(WARP, _power_of_2(useful * self.width)))
         return self.width, threads // self.width
 
     def position_bytes(self, block: tuple[int, int]) -> int:
@@ -121,9 +121,10 @@ class Tiling(NamedTuple):
         """Shared memory before what is kept: sums of a block's columns, as often as it has threads for each that do not
         share a warp; and a channel's coefficients; 16 | result."""
         sets = block[1] if block[0] > WARP else block[0] * block[1] // WARP
-        return -(-self.columns * (sets * sums_bytes) // 16) * 16 + self.coefficients()
+        return self.columns * sets * sums_bytes + self.coefficients()
 
     def coefficients(self) -> int:
+        """Their bytes; 16 | result."""
         return -(-self.columns // self.span * PER_CHANNEL // 16) * 16
 
 
