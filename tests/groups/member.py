@@ -12,6 +12,8 @@ import time
 import traceback
 from pathlib import Path
 
+from compile_once import compile_once
+
 import anybn
 from anybn.conformance import inputs
 from groups import CASES, Member, accuracy, cases_of, images, in_torch, population, trouble  # noqa: F401 cases come with them
@@ -77,6 +79,7 @@ def die(member, folder):
 
 
 def main(engine, rank, folder):
+    compile_once()
     folder = Path(folder)
     if engine == "mpi":
         from mpi4py import MPI
