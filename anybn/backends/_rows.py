@@ -37,7 +37,7 @@ from anybn.backends._runs import BLOCK, run_gradient_sums, run_sums
 from anybn.backends._sharing import CLAIMS, GRAIN, begin, proceed, share
 
 #: Values of one parameter that are worth a loop of their own; fewer get a copy of it each.
-RUN = 64
+RUN = 32
 #: Samples at least whose sums for the parameters are kept together: those of fewer would take more memory than x.
 SAMPLES = 4
 
