@@ -76,7 +76,7 @@ def backward(
     of_batch: bool,
     axis: int,
     eps: float,
-    differentiates_residual: bool = False,  # left out by what torch has compiled and kept on disk before there was this
+    differentiates_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias, dresidual); empty are those of a weight that is None and of a residual that is not asked
     for, which is to be asked for behind a relu only. of_batch: the statistics are x's own."""
@@ -99,16 +99,12 @@ def _(
     of_batch: Any,
     axis: Any,
     eps: Any,
-    residual: bool = False,
+    differentiates_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = rows.new_empty(0)
     like = none if weight is None else weight
-    return (
-        torch.empty_like(x),
-        torch.empty_like(like),
-        torch.empty_like(like),
-        torch.empty_like(x if residual else none),
-    )
+    dresidual = x if differentiates_residual else none
+    return torch.empty_like(x), torch.empty_like(like), torch.empty_like(like), torch.empty_like(dresidual)
 
 
 @torch.library.custom_op("anybn::commit", mutates_args=("running_mean", "running_var", "batches"))
