@@ -38,6 +38,8 @@ from anybn.backends._sharing import CLAIMS, GRAIN, begin, proceed, share
 
 #: Values of one parameter that are worth a loop of their own; fewer get a copy of it each.
 RUN = 32
+#: Fewer rows than this, of more values than that, cannot keep all threads busy, who take a row each.
+FEW, LONG = 16, 1 << 18
 #: Samples at least whose sums for the parameters are kept together: those of fewer would take more memory than x.
 SAMPLES = 4
 
@@ -229,6 +231,12 @@ def plan_of(spec: RowSpec, itemsize: int, weighted: bool) -> Plan:
         parts,
         (tasks, -(-tasks // claims(2))),
     )
+
+
+def takes(spec: RowSpec, weight: np.ndarray | None, bias: np.ndarray | None) -> bool:
+    """Whether to call `normalize`; if not, a row is one of batch norm's channels, which several threads share."""
+    has_one = bias is None if weight is None else spec.values == spec.shape[2]
+    return not (has_one and spec.values > LONG and math.prod(spec.shape) < FEW * spec.values)
 
 
 def _spread(plan: Plan, values: np.ndarray | None, default: float) -> np.ndarray:

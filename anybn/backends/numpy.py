@@ -184,7 +184,8 @@ class NumPyBackend(Backend):
     def normalize_rows(
         self, x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, spec: RowSpec
     ) -> tuple[np.ndarray, Statistics]:
-        if not ((chosen := self._kernels_for(x, None)) and chosen.row_kernels):
+        chosen = self._kernels_for(x, None)
+        if not (chosen and chosen.row_kernels and chosen.row_kernels.takes(spec, weight, bias)):
             return super().normalize_rows(x, weight, bias, spec)
         y, statistics = chosen.row_kernels.normalize(_bits(x), weight, bias, spec)
         return y.view(x.dtype), statistics

@@ -320,7 +320,7 @@ class TorchBackend(Backend):
     def normalize_rows(
         self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, spec: RowSpec
     ) -> tuple[torch.Tensor, Statistics]:
-        if not self._by_row_kernels(x):
+        if not (self._by_row_kernels(x) and kernels().row_kernels.takes(spec, weight, bias)):
             return super().normalize_rows(x, weight, bias, spec)
         computed = _torch_cpu.normalize_rows(x, weight, bias, spec)
         if self.records(x, weight, bias):
