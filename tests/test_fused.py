@@ -20,6 +20,7 @@ fused = pytest.importorskip("anybn.backends._fused", reason="numba: not installe
 #: Shapes and axes on either side of every decision: whole channels, pieces of one, joined rows, tails, single calls.
 CASES = [
     ((3, 5, 7, 7), 1),
+    ((40, 5, 14, 14), 1),
     ((2, 1, 9), 1),
     ((4, 300, 600), 1),
     ((3, 2, 70_000), 1),

@@ -25,6 +25,7 @@ CACHE = 1 << 20  # bytes that a core's own cache is trusted with
 SHARED_CACHE = 1 << 26  # and that all cores' caches are
 SEGMENT = 1 << 16  # values whose sums are merged with those of others
 RUN = 256  # values of a channel side by side; fewer are columns
+EVALUATED_RUN = 128  # the same where nothing is summed
 WIDTH = 1024  # columns whose parameters fit the innermost cache beside one array
 NARROW = 128  # columns that are still worth going through the rows for
 
@@ -57,7 +58,7 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_of(how: Lying, itemsize: int, arrays: int) -> Plan:
+def plan_of(how: Lying, itemsize: int, arrays: int, run: int = RUN) -> Plan:
     """The plan for arrays that lie like this, so many of which are read."""
     outer, channels, inner = how.outer, how.channels, how.inner
     values, whole = outer * channels * inner, channels * inner
@@ -65,7 +66,7 @@ def plan_of(how: Lying, itemsize: int, arrays: int) -> Plan:
     def claims(count: int) -> tuple[int, int]:
         return count, -(-count // max(1, min(CLAIMS, values * itemsize * arrays // GRAIN)))
 
-    if inner >= RUN:
+    if inner >= run:
         segments = -(-inner // SEGMENT)
         of_channel, nbytes = outer * inner * itemsize * arrays, values * itemsize * arrays
         group = max(1, min(CACHE // 2 // of_channel, channels // CLAIMS))
@@ -163,7 +164,7 @@ def evaluate(
 ) -> np.ndarray:
     """y with given statistics."""
     how, contiguous, (rest,) = alike(x, spec.axis, residual)
-    plan = plan_of(how, x.itemsize, 1)
+    plan = plan_of(how, x.itemsize, 1, EVALUATED_RUN)
     y = destination(contiguous, out)
     arrays = (how.flat(contiguous), how.flat(y), None if rest is None else how.flat(rest), _floor(spec))
     parameters = (spec.eps, parameter(weight, how.channels, 1.0), parameter(bias, how.channels, 0.0))
