@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from anybn import _checks
-from anybn._dispatch import backend_for
+from anybn._dispatch import backend_for, backend_named
 from anybn._state import BatchNormState
 from anybn.errors import BackendNotInstalled, CheckpointError
 
@@ -28,6 +29,14 @@ def safetensors() -> Any:
     except ImportError as error:
         raise BackendNotInstalled(f"checkpoints need safetensors ({error}): pip install safetensors") from error
     return safetensors
+
+
+def arrays_of(file: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """These arrays of an open file. Raises BackendNotInstalled for bfloat16 without ml_dtypes."""
+    names = list(names)
+    if any(file.get_slice(name).get_dtype() == "BF16" for name in names):
+        backend_named("numpy").dtype("bfloat16")  # safetensors takes it from NumPy, which learns of it here
+    return {name: file.get_tensor(name) for name in names}
 
 
 def _checksum(tensors: dict[str, np.ndarray], settings: str) -> str:
@@ -87,7 +96,9 @@ def load(path: str | os.PathLike[str]) -> BatchNormState:
     try:
         with library.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
+            tensors = arrays_of(file, file.keys())
+    except BackendNotInstalled:
+        raise
     except Exception as error:  # safetensors raises several kinds, depending on which part is damaged
         if start == b"PK\x03\x04" or start[:1] == b"\x80":
             raise CheckpointError(

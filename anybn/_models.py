@@ -167,7 +167,7 @@ def _safetensors_arrays(path: Path, needed: Needed) -> dict[str, Any]:
     from anybn import _checkpoint
 
     with _checkpoint.safetensors().safe_open(path, framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in needed(file.keys())}
+        return _checkpoint.arrays_of(file, needed(file.keys()))
 
 
 def _npz_arrays(path: Path, needed: Needed) -> dict[str, Any]:

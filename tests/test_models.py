@@ -320,6 +320,23 @@ def test_bfloat16(tmp_path):
     assert np.array_equal(states["layer1.0.bn1"].running_mean, [0.5, 0, -1, 2])
 
 
+def test_bfloat16_in_a_process_that_has_not_met_it(tmp_path, monkeypatch):
+    """NumPy knows bfloat16 once ml_dtypes is imported, which reading a file does itself."""
+    pytest.importorskip("ml_dtypes", reason="NumPy has no bfloat16 without ml_dtypes")
+    path = tmp_path / "bn.safetensors"
+    state = anybn.BatchNormState(2, dtype="bfloat16")
+    state.load_state_dict(state.state_dict() | {"running_mean": np.array([0.1, -3.0])})
+    state.save(path)
+    for call in ("BatchNormState.load(sys.argv[1])", "load_batch_norms(sys.argv[1])['']"):
+        code = f"import sys, anybn; s = anybn.{call}; print(s.dtype, *s.running_mean, *s.weight)"
+        run = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
+        assert run.stdout.split() == ["bfloat16", "0.1", "-3.0", "1", "1"]
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    for load in (anybn.BatchNormState.load, anybn.load_batch_norms):
+        with pytest.raises(anybn.BackendNotInstalled, match="pip install ml_dtypes"):
+            load(path)
+
+
 def test_no_framework_is_imported(tmp_path):
     for suffix in (".safetensors", ".npz"):
         write(tmp_path / f"model{suffix}", weights())
