@@ -61,7 +61,7 @@ def add_demo(commands: Commands) -> None:
         help="train a net on handwritten digits with and without batch norm, switching libraries midway",
     )
     command.add_argument("--epochs", type=epochs, default=15, help="per run, at least 3; default: %(default)s")
-    command.add_argument("--seed", type=int, default=0, help="of the weights and the order of the images; default: 0")
+    command.add_argument("--seed", type=seed, default=0, help="of the weights and the order of the images; default: 0")
     command.add_argument("--layers", choices=("conv", "dense"), default="conv", help="default: conv")
     command.add_argument(
         "--png", type=png, default="anybn-demo.png", metavar="PATH", help="for the curves; default: %(default)s"
@@ -99,10 +99,18 @@ def epochs(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a seed: a whole number, 0 or more")
+    return int(text)
+
+
 def png(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder: name the file in it")
     return path
 
 
