@@ -231,7 +231,8 @@ def _check(
     _checks.choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
     if group is not None:
         group = distributed.as_group(group)
-        if getattr(group, "library", backend.libraries[0]) not in backend.libraries:
+        called = training or not state.track_running_stats
+        if called and getattr(group, "library", backend.libraries[0]) not in backend.libraries:
             raise TypeError(
                 f"group is {group.kind}, but x is a {backend.name} array: pass what sums its arrays, see "
                 "anybn.distributed"
@@ -274,7 +275,8 @@ def _check(
 
 def tell(x: Array, state: Any, training: bool, group: Any, error: Exception) -> None:
     """The members of the group that wait for this call's statistics, if there are any, that it has failed."""
-    if group is None or not isinstance(state, BatchNormState) or not (training or not state.track_running_stats):
+    evaluates = isinstance(training, (bool, np.bool_)) and not training
+    if group is None or not isinstance(state, BatchNormState) or (evaluates and state.track_running_stats):
         return
     try:
         group = distributed.as_group(group)

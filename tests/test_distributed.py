@@ -173,6 +173,29 @@ def test_recalibrate_takes_a_group_of_processes():
     assert inputs.state_values(state) == inputs.state_values(whole)
 
 
+@pytest.mark.parametrize(("training", "told"), [(True, 1), (None, 1), (False, 0), (np.False_, 0)])
+def test_the_members_that_wait_are_told(training, told):
+    """Of an error in what may be training, and never of one in evaluation, which nobody waits for."""
+    calls = []
+
+    class Watched(Alone):
+        def all_reduce_sum(self, array):
+            calls.append(array)
+            return array
+
+    state = anybn.BatchNormState(3)
+    with pytest.raises(TypeError, match=r"mask|training"):
+        anybn.batch_norm(inputs.normal((4, 3)), state, training=training, mask=np.ones(4), group=Watched())
+    assert len(calls) == told
+
+
+def test_evaluation_calls_no_group_and_takes_any_array():
+    """A layer trained over a group of one library serves the arrays of another."""
+    x = inputs.normal((4, 3))
+    with_group, without = anybn.BatchNorm(3, group="devices").eval(), anybn.BatchNorm(3).eval()
+    assert np.array_equal(with_group(x), without(x))
+
+
 class Broken:
     rank, size = 0, 2
 
