@@ -74,6 +74,11 @@ def axis(value: Any) -> int:
     return int(_number("axis", value, numbers.Integral, "an int, the channel axis of x"))
 
 
+def axes(value: Any) -> tuple[int, ...]:
+    given = value if isinstance(value, tuple) else (value,)
+    return tuple(int(_number("axes", a, numbers.Integral, "an int or a tuple of them")) for a in given)
+
+
 def positive(name: str, value: Any) -> int:
     value = int(_number(name, value, numbers.Integral, "an int"))
     if value < 1:

@@ -209,8 +209,7 @@ def _channels(x: Array, num_groups: int | None, axis: int, eps: float) -> _Call:
 def _features(x: Array, axes: int | tuple[int, ...], eps: float, centered: bool) -> _Call:
     backend = backend_for(x)
     _checks.floating_array("x", x, backend)
-    given = tuple(map(_checks.axis, axes if isinstance(axes, tuple) else (axes,)))
-    return _checked(backend, x, _layout_by_features(_checks.shape_of(x), given), eps, centered)
+    return _checked(backend, x, _layout_by_features(_checks.shape_of(x), _checks.axes(axes)), eps, centered)
 
 
 @functools.lru_cache(maxsize=1024)

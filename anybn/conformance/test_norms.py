@@ -147,6 +147,7 @@ def test_errors(target: Target) -> None:
         ),
         (lambda: norms.layer_norm(x, axes=(2, 1)), ValueError, r"axes is \(2, 1\) but x has shape \(2, 4, 3\)"),
         (lambda: norms.layer_norm(x, axes=3), ValueError, "axes is 3 but x has shape"),
+        (lambda: norms.layer_norm(x, axes="x"), TypeError, "axes is 'x', a str; it must be an int or a"),  # type: ignore[arg-type]
         (lambda: norms.layer_norm(x, eps=0.0), ValueError, r"eps is 0\.0; it must be positive"),
         (lambda: norms.instance_norm(x[:, :, :1]), ValueError, r"needs more than 1 value .* got shape \(2, 4, 1\)"),
         (lambda: norms.rms_norm(target.array(np.ones((2, 3), np.int32))), TypeError, "x has dtype int32: cast to"),
