@@ -73,7 +73,8 @@ class Moments:
         m2 = self.m2 + other.m2 + delta * delta * (fraction * self.count)
         return Moments(count, mean, m2, step - (mean - self.mean))
 
-    __add__ = merge
+    def __add__(self, other: Moments) -> Moments:
+        return self.merge(other) if isinstance(other, Moments) else NotImplemented
 
     def __radd__(self, zero: int) -> Moments:
         """``sum(parts)`` starts with 0."""

@@ -42,3 +42,5 @@ def test_var_and_errors():
     assert np.isnan(m.var(ddof=2)).all()
     with pytest.raises(ValueError, match="other has 2 channels, these moments have 1"):
         m + anybn.moments(np.ones((3, 2)))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        m + 3
