@@ -15,6 +15,9 @@ from anybn.backends import _blocked, _layout
 from anybn.backends.numpy import NumPyBackend
 from anybn.conformance import inputs, oracle
 
+pytest.importorskip("numba", reason="numba: not installed, pip install 'anybn[fast]'")
+from anybn.backends import _cached, _columns, _kernels, _rows, _runs, _sharing, _step
+
 fused = pytest.importorskip("anybn.backends._fused", reason="numba: not installed, pip install 'anybn[fast]'")
 
 #: Shapes and axes on either side of every decision: whole channels, pieces of one, joined rows, tails, single calls.
@@ -217,3 +220,23 @@ def test_without_numba_conformance_passes_too(tmp_path):
         check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
+
+
+def test_processes_that_save_at_once_do_not_share_a_file(tmp_path, monkeypatch):
+    """Each of the two finds an index without the other's signature."""
+    files = _cached._FilePerSignature(str(tmp_path), "kernel", 0)
+    with monkeypatch.context() as at_once:
+        at_once.setattr(files, "_load_index", dict)
+        files.save("float32", b"for float32")
+        files.save("float64", b"for float64")
+    assert files.load("float32") in (None, b"for float32")
+    assert files.load("float64") == b"for float64"
+    files.save("float32", b"for float32")
+    assert [files.load(key) for key in ("float32", "float64")] == [b"for float32", b"for float64"]
+
+
+def test_every_cached_kernel_has_a_file_per_signature():
+    for module in (_columns, _kernels, _rows, _runs, _sharing, _step):
+        for function in vars(module).values():
+            if files := getattr(getattr(function, "_cache", None), "_cache_file", None):
+                assert type(files) is _cached._FilePerSignature, function

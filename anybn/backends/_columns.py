@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from anybn.backends._cached import cached
 from anybn.backends._kernels import (
     EXACT,
     KERNEL,
@@ -230,7 +231,7 @@ def spread_all(mean, shift, a, b, inner, k0, columns):
 # -- tasks: panels ---------------------------------------------------------------------------------------------
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbers, width, inner, panel):
     """Panels of whole channels from statistics to y."""
     mean, shift, scale = numbers[0], shift_in(numbers, x), numbers[4]
@@ -259,7 +260,7 @@ def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbe
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def backward(
     tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean, shift, var, numbers, width, inner, panel
 ):  # fmt: skip
@@ -292,7 +293,7 @@ def stripe_of(q, x, width, panel, stripe):
     return p, s * stripe, min((s + 1) * stripe, rows), p * panel, min((p + 1) * panel, width)
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def sum_parts(tickets, offers, seen, x, origin, partial, width, inner, panel, stripe):
     """`stripe_sums` of stripes, each at its place in ``partial``, ``(2, stripes, C)``."""
     sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
@@ -311,7 +312,7 @@ def sum_parts(tickets, offers, seen, x, origin, partial, width, inner, panel, st
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, width, inner, panel, stripe):
     """The same of `stripe_gradient_sums`."""
     sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
@@ -330,7 +331,7 @@ def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, wi
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def normalize_parts(
     tickets, offers, seen, x, y, residual, floor, eps, weight, bias, mean, shift, var, width, inner, panel, stripe
 ):  # fmt: skip
@@ -347,7 +348,7 @@ def normalize_parts(
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, numbers, width, inner, panel, stripe):
     columns, spread_for = np.empty((5, panel)), -1
     shifts = if_given(shift, columns[1])
@@ -362,7 +363,7 @@ def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, number
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def merge_parts(partial, sums):
     """The sums of every channel, ``(2, C)``, over all stripes."""
     for i in range(2):

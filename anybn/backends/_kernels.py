@@ -26,8 +26,10 @@ from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
+from anybn.backends._cached import cached
+
 #: For what is called from Python, and for what kernels are made of, which needs no way in from there and no cache.
-KERNEL = {"nogil": True, "cache": True, "error_model": "numpy"}
+KERNEL = {"nogil": True, "error_model": "numpy"}
 EXACT = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 SUMS = {**EXACT, "fastmath": {"reassoc", "contract", "nsz"}}
 
@@ -246,13 +248,13 @@ def settle_gradients(c, count, s1, s2, eps, weight, shift, var, numbers):
     numbers[4, c] = rstd * weight[c]
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def settle_all_gradients(count, sums, eps, weight, shift, var, numbers):
     for c in range(len(var)):
         settle_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, numbers)
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def update_running(mean, shift, m2, count, ddof, momentum, propagate, running_mean, running_var):
     """Fold the statistics of a batch into the running ones, in place."""
     for c in range(len(mean)):

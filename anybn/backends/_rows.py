@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit
 
 from anybn._core import Gradients, RowSpec, Statistics
+from anybn.backends._cached import cached
 from anybn.backends._columns import ROWS, merge_parts
 from anybn.backends._kernels import (
     EXACT,
@@ -126,7 +127,7 @@ def gradient_by_runs(drow, row, out, mean, shift, k1, k2, rstd, weight, length):
 # -- tasks -----------------------------------------------------------------------------------------------------
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def forward(tickets, offers, seen, x, y, values, centered, eps, weight, bias, length, numbers):
     """Rows from statistics to y; for numbers see `settle`. Not centered, the mean is 0 whatever the values."""
     mean, shift, own = numbers[0], shift_in(numbers, x), values // length
@@ -149,7 +150,7 @@ def forward(tickets, offers, seen, x, y, values, centered, eps, weight, bias, le
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def backward(
     tickets, offers, seen, dy, x, dx, values, centered, eps, weight, length, mean, shift, var, partial, samples
 ):  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from anybn.backends._cached import cached
 from anybn.backends._kernels import (
     EXACT,
     KERNEL,
@@ -145,7 +146,7 @@ def gradient(dy, x, active, dx, mean, shift, numbers, length, segments, first, l
 # -- tasks: groups of channels ---------------------------------------------------------------------------------
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbers, length, group):
     """Groups of channels from statistics to y."""
     mean, shift, scale = numbers[0], shift_in(numbers, x), numbers[4]
@@ -169,7 +170,7 @@ def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbe
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def backward(tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean, shift, var, numbers, length, group):
     """The gradient of groups of channels; count is 0 where the statistics are constants."""
     channels = len(mean)
@@ -189,7 +190,7 @@ def backward(tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean,
 # -- parts: segments -------------------------------------------------------------------------------------------
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def sum_parts(tickets, offers, seen, x, origin, partial, length, segments):
     """`run_sums` of segments, each at its place in ``partial``, ``(2, N, C, segments)``."""
     s1, s2 = partial[0].reshape(-1), partial[1].reshape(-1)
@@ -201,7 +202,7 @@ def sum_parts(tickets, offers, seen, x, origin, partial, length, segments):
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, length, segments):
     """The same of `run_gradient_sums`."""
     s1, s2 = partial[0].reshape(-1), partial[1].reshape(-1)
@@ -214,7 +215,7 @@ def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, le
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def normalize_parts(
     tickets, offers, seen, x, y, residual, floor, eps, weight, bias, mean, shift, var, length, segments
 ):
@@ -225,7 +226,7 @@ def normalize_parts(
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, numbers, length, segments):
     first, last = begin(tickets, offers, seen)
     while first < last:
@@ -233,7 +234,7 @@ def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, number
         first, last = proceed(tickets, offers, seen, last - first)
 
 
-@njit(**KERNEL)
+@cached(**KERNEL)
 def merge_parts(partial, sums):
     """The sums of every channel, ``(2, C)``, in the order of memory."""
     _, runs, channels, segments = partial.shape

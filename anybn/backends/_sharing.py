@@ -24,6 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from anybn import _threads
+from anybn.backends._cached import cached
 
 GRAIN = 1 << 17  # bytes that are worth a claim, and with it another thread
 CLAIMS = 32  # of a call, about: enough for threads of different speed to end together
@@ -67,7 +68,7 @@ def _look(_, array, index):
 _yield = types.ExternalFunction("sched_yield", types.int32()) if hasattr(os, "sched_yield") else njit(lambda: 0)
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _reaches(numbers, index, value):
     """Waits for ``numbers[index] >= value``, but not for ever; whether it is so."""
     for _ in range(PATIENCE):
@@ -109,7 +110,7 @@ def proceed(tickets, offers, seen, done):
     return first, last
 
 
-@njit(cache=True)
+@cached()
 def _claim_all(tickets):
     """Leaves nothing to claim."""
     _fetch_add(tickets, NEXT, tickets[COUNT])

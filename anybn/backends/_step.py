@@ -14,15 +14,16 @@ import functools
 import math
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
 from anybn.backends import _columns, _fused
+from anybn.backends._cached import cached
 from anybn.backends._kernels import load, shift_in, update_running
 from anybn.backends._layout import Lying
 from anybn.backends._sharing import CALLER, COUNT, STEP
 
-_COMPILED = {"nogil": True, "cache": True, "error_model": "numpy"}
+_COMPILED = {"nogil": True, "error_model": "numpy"}
 
 
 @intrinsic
@@ -45,12 +46,12 @@ def integers(typing_context, address):
     return types.CPointer(types.int64)(types.int64), inttoptr
 
 
-@njit(**_COMPILED)
+@cached(**_COMPILED)
 def overlap(a, a_bytes, b, b_bytes):
     return a != 0 and b != 0 and a < b + b_bytes and b < a + a_bytes
 
 
-@njit(**_COMPILED)
+@cached(**_COMPILED)
 def shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
     """Whether x lies on anything of the state."""
     x_bytes, kept, statistics = size * like_x.itemsize, channels * like_weight.itemsize, channels * 8
@@ -62,7 +63,7 @@ def shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, runn
     )
 
 
-@njit(**_COMPILED)
+@cached(**_COMPILED)
 def parameter(like, address, count, default):
     values = np.empty(count)
     if address == 0:
@@ -74,7 +75,7 @@ def parameter(like, address, count, default):
     return values
 
 
-@njit(**_COMPILED)
+@cached(**_COMPILED)
 def one_claim(count):
     """Tickets of a call that is one thread's."""
     tickets = np.zeros(4, np.int64)
@@ -82,7 +83,7 @@ def one_claim(count):
     return tickets
 
 
-@njit(**_COMPILED)
+@cached(**_COMPILED)
 def train(
     like_x,
     like_weight,
@@ -131,7 +132,7 @@ def train(
     return True
 
 
-@njit(**_COMPILED)
+@cached(**_COMPILED)
 def evaluate(
     like_x,
     like_weight,
