@@ -5,21 +5,21 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from anybn._accumulate import accumulate
-from anybn._core import Gradients
-from anybn._dispatch import BackendInfo, register_backend, unregister_backend, use_backend
 from anybn._functional import batch_norm, batch_norm_vjp, moments
 from anybn._layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from anybn._models import load_batch_norms
-from anybn._moments import Moments
+from anybn._networks import load_batch_norms
 from anybn._recalibrate import recalibrate
-from anybn._state import BatchNormState
-from anybn._threads import get_num_threads, set_num_threads
+from anybn.backends.registry import BackendInfo, register_backend, unregister_backend, use_backend
+from anybn.core.formulas import Gradients
+from anybn.core.moments import Moments
 from anybn.errors import BackendNotInstalled, CheckpointError, MemberError, NonFiniteError, StateError
 from anybn.interop import fold
+from anybn.kernels.cpu.threads import get_num_threads, set_num_threads
 from anybn.norms import group_norm, instance_norm, layer_norm, rms_norm
+from anybn.state.state import BatchNormState
 
 if TYPE_CHECKING:
-    from anybn._dispatch import installed_backends as backends
+    from anybn.backends.registry import installed_backends as backends
 else:
     from anybn import backends
 

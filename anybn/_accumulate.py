@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anybn._core import Array, Statistics
-from anybn._moments import Moments
-from anybn.backends._base import Backend
+from anybn.backends.base import Backend
+from anybn.core.formulas import Array, Statistics
+from anybn.core.moments import Moments
 
 
 class _Pending(NamedTuple):
@@ -111,7 +111,7 @@ def _beside(before: _Pending, backend: Backend, x: Array) -> Moments:
 
 def _states(target: Any) -> list[Any]:
     from anybn._layer import BatchNorm
-    from anybn._state import BatchNormState
+    from anybn.state.state import BatchNormState
 
     if isinstance(target, BatchNormState):
         return [target]
@@ -121,7 +121,7 @@ def _states(target: Any) -> list[Any]:
         raise TypeError(
             f"accumulate was given a {type(target).__name__}; it takes states, layers and torch modules of anybn"
         )
-    from anybn.torch import _BatchNorm
+    from anybn.torch.module import _BatchNorm
 
     found = [module.state for module in target.modules() if isinstance(module, _BatchNorm)]
     if not found:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from anybn._core import Array, dtype_name
-from anybn.backends._base import Backend
+from anybn.backends.base import Backend
+from anybn.core.formulas import Array, dtype_name
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 

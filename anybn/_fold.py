@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from anybn import _checks, _core
-from anybn._core import Array, Statistics
-from anybn._dispatch import backend_for
-from anybn._state import BatchNormState
+from anybn import _checks
+from anybn.backends.registry import backend_for
+from anybn.core import formulas as _core
+from anybn.core.formulas import Array, Statistics
+from anybn.state.state import BatchNormState
 
 
 def fold(

@@ -8,14 +8,16 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from anybn import _accumulate, _checks, _core, _synchronized, distributed
-from anybn._core import Array, Gradients, Spec, Statistics
-from anybn._dispatch import backend_for
-from anybn._moments import Moments
-from anybn._state import Arrays, BatchNormState
-from anybn._synchronized import Members
-from anybn.backends._base import Backend, root_module
+from anybn import _accumulate, _checks, distributed
+from anybn.backends.base import Backend, root_module
+from anybn.backends.registry import backend_for
+from anybn.core import formulas as _core
+from anybn.core.formulas import Array, Gradients, Spec, Statistics
+from anybn.core.moments import Moments
 from anybn.errors import NonFiniteError
+from anybn.groups import exchange as _synchronized
+from anybn.groups.exchange import Members
+from anybn.state.state import Arrays, BatchNormState
 
 #: (whether torch.compile records this, what it records in place of `batch_norm`), once there has been a torch tensor.
 compiled: tuple[Callable[[], bool], Callable[..., Array]] | None = None

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 from anybn import _checks, _functional
-from anybn._core import Array, Gradients
-from anybn._dispatch import backend_for
-from anybn._state import BatchNormState
+from anybn.backends.registry import backend_for
+from anybn.core.formulas import Array, Gradients
+from anybn.state.state import BatchNormState
 
 
 class BatchNorm:

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from anybn import _checks, _functional, _synchronized, distributed
-from anybn._core import Array
-from anybn._dispatch import backend_for
+from anybn import _checks, _functional, distributed
 from anybn._layer import BatchNorm
-from anybn._moments import Moments
-from anybn._state import BatchNormState
+from anybn.backends.registry import backend_for
+from anybn.core.formulas import Array
+from anybn.core.moments import Moments
 from anybn.errors import BackendNotInstalled, NonFiniteError
+from anybn.groups import exchange as _synchronized
+from anybn.state.state import BatchNormState
 
 
 def recalibrate(
@@ -74,7 +75,7 @@ def recalibrate(
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(target, torch.nn.Module):
-        from anybn import _recalibrate_torch
+        from anybn.torch import population as _recalibrate_torch
 
         return _recalibrate_torch.recalibrate(target, batches, group, one_pass, forward, progress)
     if one_pass or forward is not None:

@@ -37,13 +37,14 @@ from typing import Any
 
 import numpy as np
 
-from anybn import _checks, _core
-from anybn._conventions import CONVENTIONS, Convention, complement
-from anybn._core import Array
-from anybn._dispatch import backend_for
+from anybn import _checks
 from anybn._fold import fold
-from anybn._state import Arrays, BatchNormState
+from anybn.backends.registry import backend_for
+from anybn.checkpoints.conventions import CONVENTIONS, Convention, complement
+from anybn.core import formulas as _core
+from anybn.core.formulas import Array
 from anybn.errors import CheckpointError
+from anybn.state.state import Arrays, BatchNormState
 
 __all__ = ["CONVENTIONS", "Convention", "fold", "from_state_dict", "load_state_dict", "settings", "state_dict"]
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import jax
 
-from anybn._dispatch import backend_for
-from anybn._state import Arrays, BatchNormState
-from anybn.backends._base import root_module
+from anybn.backends.base import root_module
+from anybn.backends.registry import backend_for
+from anybn.state.state import Arrays, BatchNormState
 
 _SETTINGS = ("_num_features", "_eps", "_momentum", "_ddof", "_dtype")
 

@@ -20,9 +20,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from anybn import _checks
-from anybn._core import Array, Gradients, RowSpec
-from anybn._dispatch import backend_for
-from anybn.backends._base import Backend
+from anybn.backends.base import Backend
+from anybn.backends.registry import backend_for
+from anybn.core.formulas import Array, Gradients, RowSpec
 
 __all__ = [
     "group_norm",

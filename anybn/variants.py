@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anybn import _checks, _core, _functional
-from anybn._core import Array, Gradients, Statistics
-from anybn._dispatch import backend_for
-from anybn._state import BatchNormState
-from anybn.backends._base import Backend
+from anybn import _checks, _functional
+from anybn.backends.base import Backend
+from anybn.backends.registry import backend_for
+from anybn.core import formulas as _core
+from anybn.core.formulas import Array, Gradients, Statistics
+from anybn.state.state import BatchNormState
 
 __all__ = ["batch_norm", "batch_norm_vjp", "renorm_limits"]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import anybn
-from anybn._dispatch import resolve_target
+from anybn.backends.registry import resolve_target
 from anybn.conformance import inputs, oracle
 
 HERE = Path(__file__).parent

@@ -27,8 +27,8 @@ import torch.distributed as dist
 
 import anybn
 import anybn.torch
-from anybn._synchronized import MANY, Settings
 from anybn.conformance import inputs, oracle
+from anybn.groups.exchange import MANY, Settings
 
 SHAPES = ((8, 64, 56, 56), (8, 256, 14, 14), (8, 2048, 7, 7), (8, 64, 1, 1))
 REPEATS = 20

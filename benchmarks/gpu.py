@@ -37,9 +37,9 @@ from typing import Any
 
 import numpy as np
 
-from anybn.backends import _cuda
-from anybn.backends._cuda_plan import TYPES, Device, Launch, plan
 from anybn.conformance import inputs, oracle
+from anybn.kernels.cuda import launch as _cuda
+from anybn.kernels.cuda.plan import TYPES, Device, Launch, plan
 
 RESULT = Path(__file__).parent / "results" / "gpu.jsonl"
 PARTS = ("kernels", "streams", "tests", "sanitizer", "calls", "groups", "bench", "compile")

@@ -25,7 +25,8 @@ from accuracy import fill_readme
 from speed import RESULTS, Row, context, write
 
 import anybn
-from anybn import _bench, norms
+from anybn import norms
+from anybn.cli import bench as _bench
 from anybn.conformance import inputs, oracle
 
 F = torch.nn.functional

@@ -16,7 +16,7 @@ from speed import RESULTS, context, write
 
 import anybn
 import anybn.torch
-from anybn import _bench
+from anybn.cli import bench as _bench
 from anybn.conformance import inputs, oracle
 
 SHAPE = _bench.TINY

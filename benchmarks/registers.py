@@ -20,8 +20,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from anybn.backends._cuda import OPTIONS, source
-from anybn.backends._cuda_plan import TYPES, kernels
+from anybn.kernels.cuda.launch import OPTIONS, source
+from anybn.kernels.cuda.plan import TYPES, kernels
 
 RESULT = Path(__file__).parent / "results" / "registers.json"
 ARCHITECTURES = ("75", "80", "90", "100", "120")

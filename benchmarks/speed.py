@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import anybn
-from anybn import _bench
-from anybn._bench import FIRST, LAST, LAYOUTS, OPS, QUIET, ROWS, Case, Data, Run, Timing
+from anybn.cli import bench as _bench
+from anybn.cli.bench import FIRST, LAST, LAYOUTS, OPS, QUIET, ROWS, Case, Data, Run, Timing
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 
-from anybn._bench import (
+from anybn.cli.bench import (
     FIRST,
     LAST,
     ROWS,

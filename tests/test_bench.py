@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import anybn
-from anybn import __main__ as cli
+from anybn.cli import main as cli
 
-bench = pytest.importorskip("anybn._bench", exc_type=ImportError)
+bench = pytest.importorskip("anybn.cli.bench", exc_type=ImportError)
 
 SHAPES = {bench.FIRST: (6, 5, 4, 3), bench.LAST: (2, 5, 3, 4, 3), bench.ROWS: (9, 7)}
 SMALL = [bench.Case(op, layout, shape) for op in bench.OPS for layout, shape in SHAPES.items()]
@@ -178,7 +178,7 @@ def test_bench_names_the_extra_if_something_is_missing(missing, capsys, monkeypa
             raise ModuleNotFoundError(f"No module named {name!r}")
         return real(name, *args, **kwargs)
 
-    monkeypatch.delitem(sys.modules, "anybn._bench")
+    monkeypatch.delitem(sys.modules, "anybn.cli.bench")
     monkeypatch.delattr(anybn, "_bench")
     monkeypatch.setattr(builtins, "__import__", importing)
     assert cli.main(["bench"]) == 1
@@ -194,6 +194,6 @@ def test_bench_refuses_a_folder_that_is_not_there(capsys):
 
 
 def test_import_anybn_leaves_the_benchmark_alone():
-    code = "import sys, anybn; print({'matplotlib', 'tqdm', 'anybn._bench'} & {*sys.modules})"
+    code = "import sys, anybn; print({'matplotlib', 'tqdm', 'anybn.cli.bench'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

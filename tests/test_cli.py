@@ -10,9 +10,9 @@ import pytest
 
 import anybn
 from anybn import BackendInfo
-from anybn import __main__ as cli
+from anybn.cli import main as cli
 
-demo = pytest.importorskip("anybn._demo", exc_type=ImportError)
+demo = pytest.importorskip("anybn.cli.demo", exc_type=ImportError)
 
 
 # -- info ------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_demo_names_the_extra_if_something_is_missing(missing, capsys, monkeypat
             raise ModuleNotFoundError(f"No module named {name!r}")
         return real(name, *args, **kwargs)
 
-    monkeypatch.delitem(sys.modules, "anybn._demo")
+    monkeypatch.delitem(sys.modules, "anybn.cli.demo")
     monkeypatch.delattr(anybn, "_demo")
     monkeypatch.setattr(builtins, "__import__", importing)
     assert cli.main(["demo"]) == 1
@@ -211,7 +211,7 @@ def test_demo_refuses(option, message, capsys):
 
 
 def test_import_anybn_leaves_the_demo_alone():
-    code = "import sys, anybn; print({'sklearn', 'matplotlib', 'tqdm', 'anybn._demo'} & {*sys.modules})"
+    code = "import sys, anybn; print({'sklearn', 'matplotlib', 'tqdm', 'anybn.cli.demo'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

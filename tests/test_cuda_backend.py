@@ -14,14 +14,14 @@ import pytest
 from cuda_cpu import simulator
 
 import anybn
-from anybn.backends import _cuda
-from anybn.backends._base import Backend
-from anybn.backends._cuda import Gpu
-from anybn.backends._cuda_arrays import CudaArrays, CudaBackend
-from anybn.backends._cuda_plan import Launch
+from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend
 from anybn.conformance import inputs, test_accuracy, test_errors, test_gradients, test_state
 from anybn.conformance.targets import Target
+from anybn.kernels.cuda import launch as _cuda
+from anybn.kernels.cuda.arrays import CudaArrays, CudaBackend
+from anybn.kernels.cuda.launch import Gpu
+from anybn.kernels.cuda.plan import Launch
 
 simulator.needs_compiler()
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from anybn.backends._cuda_plan import TYPES, kernels
+from anybn.kernels.cuda.plan import TYPES, kernels
 
 ROOT = Path(__file__).parent.parent
 #: Enough of a program to meet every line of the source.

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from cuda_cpu.simulator import CONSUMER, H200, SCHEDULES, Grouped, Guarded, Module, gpu, module, needs_compiler
 
-from anybn.backends import _cuda
-from anybn.backends._cuda_plan import CLUSTERS, TYPES, Device, Launch, kernels, plan
 from anybn.conformance import inputs, oracle
+from anybn.kernels.cuda import launch as _cuda
+from anybn.kernels.cuda.plan import CLUSTERS, TYPES, Device, Launch, kernels, plan
 
 needs_compiler()
 pytest.importorskip("ml_dtypes")

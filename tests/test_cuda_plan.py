@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from anybn.backends._cuda_plan import TYPES, VECTORS, Device, Plan, alignment_of, kernels, plan, tiling
 from anybn.conformance.inputs import RESNET50
+from anybn.kernels.cuda.plan import TYPES, VECTORS, Device, Plan, alignment_of, kernels, plan, tiling
 
 DEVICES = {
     "H200": Device(multiprocessors=132, shared_bytes=227 * 1024, capability=(9, 0)),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from cuda_cpu.simulator import H200, SCHEDULES, Grouped, Guarded, Module, SimulatorError, gpu, needs_compiler
 
-from anybn.backends import _cuda
-from anybn.backends._cuda_plan import Launch
+from anybn.kernels.cuda import launch as _cuda
+from anybn.kernels.cuda.plan import Launch
 
 needs_compiler()
 

@@ -22,10 +22,13 @@ simulator.needs_compiler()
 
 import anybn.backends.torch as torch_backend  # noqa: E402
 import anybn.torch  # noqa: E402
-from anybn.backends import _cuda, _torch_cpu, _torch_cuda, _torch_native  # noqa: E402
-from anybn.backends._cuda_plan import Launch  # noqa: E402
-from anybn.backends._torch_cuda import TorchArrays  # noqa: E402
 from anybn.backends.torch import TorchBackend  # noqa: E402
+from anybn.backends.torch import cpu as _torch_cpu  # noqa: E402
+from anybn.backends.torch import cuda as _torch_cuda  # noqa: E402
+from anybn.backends.torch import native as _torch_native  # noqa: E402
+from anybn.backends.torch.cuda import TorchArrays  # noqa: E402
+from anybn.kernels.cuda import launch as _cuda  # noqa: E402
+from anybn.kernels.cuda.plan import Launch  # noqa: E402
 
 
 class Arrays(TorchArrays):
@@ -202,7 +205,8 @@ def test_a_module_is_updated_where_it_lies(monkeypatch: pytest.MonkeyPatch, mome
     for x in batches:
         theirs(x)
     monkeypatch.setattr(TorchBackend, "_kernels_on", lambda self, device: kernels)
-    monkeypatch.setattr(anybn.torch, "_at_once", lambda *_: None)  # which is for what really lies in the CPU's memory
+    # The fast path is for what really lies in the CPU's memory.
+    monkeypatch.setattr(anybn.torch.module, "_at_once", lambda *_: None)
     where = [a.data_ptr() for a in ours.buffers()]
     before = [a._version for a in ours.buffers()]
     for x in batches:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import anybn
-from anybn import _dispatch
+from anybn.backends import registry as _dispatch
 from anybn.backends.numpy import NumPyBackend
 
 
@@ -100,7 +100,7 @@ TOY = '''
 import numpy as np
 import anybn
 from anybn import _core
-from anybn._core import Statistics
+from anybn.core.formulas import Statistics
 from anybn.backends.numpy import NumPyBackend
 
 class Toy(NumPyBackend):

@@ -10,15 +10,22 @@ import numpy as np
 import pytest
 
 import anybn
-from anybn import _threads
-from anybn.backends import _blocked, _layout
 from anybn.backends.numpy import NumPyBackend
 from anybn.conformance import inputs, oracle
+from anybn.kernels import layout as _layout
+from anybn.kernels.cpu import blocked as _blocked
+from anybn.kernels.cpu import threads as _threads
 
 pytest.importorskip("numba", reason="numba: not installed, pip install 'anybn[fast]'")
-from anybn.backends import _cached, _columns, _kernels, _rows, _runs, _sharing, _step
+from anybn.kernels.cpu import cached as _cached
+from anybn.kernels.cpu import columns as _columns
+from anybn.kernels.cpu import rows as _rows
+from anybn.kernels.cpu import runs as _runs
+from anybn.kernels.cpu import sharing as _sharing
+from anybn.kernels.cpu import step as _step
+from anybn.kernels.cpu import values as _kernels
 
-fused = pytest.importorskip("anybn.backends._fused", reason="numba: not installed, pip install 'anybn[fast]'")
+fused = pytest.importorskip("anybn.kernels.cpu.operations", reason="numba: not installed, pip install 'anybn[fast]'")
 
 #: Shapes and axes on either side of every decision: whole channels, pieces of one, joined rows, tails, single calls.
 CASES = [
@@ -208,7 +215,7 @@ def test_threads_follow_the_environment():
 def test_without_numba_conformance_passes_too(tmp_path):
     (tmp_path / "no_numba.py").write_text(
         "import sys\nsys.modules['numba'] = None\nfrom anybn.backends.numpy import kernels\n"
-        "assert kernels().__name__ == 'anybn.backends._blocked'\n"
+        "assert kernels().__name__ == 'anybn.kernels.cpu.blocked'\n"
     )
     pytest.importorskip("torch", reason="torch: not installed, pip install torch")
     run = subprocess.run(

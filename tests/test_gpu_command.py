@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from anybn.backends import _cuda
+from anybn.kernels.cuda import launch as _cuda
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 

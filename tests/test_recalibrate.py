@@ -35,7 +35,7 @@ def check(state, values, axis=1, dtype="float32"):
 )
 def test_uneven_batches(library, mean, ddof):
     pytest.importorskip(library.partition(":")[0], reason=f"{library}: not installed")
-    backend, device = anybn._dispatch.resolve_target(library)
+    backend, device = anybn.backends.registry.resolve_target(library)
     values = data(mean=mean)
     bn = anybn.BatchNorm(3, ddof=ddof, momentum=None)
     bn.state.weight = np.array([1.0, 2.0, 3.0], np.float32)

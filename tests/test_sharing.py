@@ -9,7 +9,7 @@ import pytest
 
 import anybn
 
-sharing = pytest.importorskip("anybn.backends._sharing", reason="numba: not installed, pip install 'anybn[fast]'")
+sharing = pytest.importorskip("anybn.kernels.cpu.sharing", reason="numba: not installed, pip install 'anybn[fast]'")
 
 
 @pytest.fixture(autouse=True)

@@ -256,7 +256,7 @@ def test_foreign_files_are_refused(path):
 
 
 def test_newer_files_are_refused(path, monkeypatch):
-    monkeypatch.setattr(anybn._checkpoint, "_VERSION", 2)
+    monkeypatch.setattr(anybn.checkpoints.files, "_VERSION", 2)
     trained().save(path)
     monkeypatch.undo()
     with pytest.raises(anybn.CheckpointError, match="has version '2', this anybn reads 1: upgrade anybn"):

@@ -49,9 +49,9 @@ def assert_same_state(ours, theirs):
 def way(request, monkeypatch):
     """How a module's forward pass is done: what is small and what is special, whatever the tensor."""
     if request.param != "in one step":
-        monkeypatch.setattr(anybn.torch, "_SMALL", 0)
+        monkeypatch.setattr(anybn.torch.module, "_SMALL", 0)
     if request.param == "in general":
-        monkeypatch.setattr(anybn.torch, "_at_once", lambda *_: None)
+        monkeypatch.setattr(anybn.torch.module, "_at_once", lambda *_: None)
     return request.param
 
 
@@ -529,7 +529,7 @@ def test_what_compiles_gives_the_gradient_of_a_residual_in_one_operation():
     """And does not compute it again: dy is behind the relu already where dx is computed."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from anybn import _torch_ops
+    from anybn.torch import ops as _torch_ops
 
     operations = []
 

@@ -129,6 +129,6 @@ def test_masks_out_errors_and_other_libraries_are_as_ever() -> None:
 
 def test_it_is_known_by_name_alone() -> None:
     assert "torch-native" not in anybn.backends()
-    assert type(anybn._dispatch.backend_for(torch.zeros(1))).__name__ == "TorchBackend"
+    assert type(anybn.backends.registry.backend_for(torch.zeros(1))).__name__ == "TorchBackend"
     state = anybn.BatchNormState(3).to("torch-native")
     assert isinstance(state.weight, torch.Tensor)

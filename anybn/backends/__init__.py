@@ -8,10 +8,10 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from anybn.backends._base import Backend
+from anybn.backends.base import Backend
 
 if TYPE_CHECKING:
-    from anybn._dispatch import BackendInfo
+    from anybn.backends.registry import BackendInfo
 
 __all__ = ["Backend"]
 
@@ -20,7 +20,7 @@ class _CallableModule(ModuleType):
     """The design gives one name to two things: the package ``anybn.backends`` and the function ``anybn.backends()``."""
 
     def __call__(self) -> "dict[str, BackendInfo]":
-        from anybn._dispatch import installed_backends
+        from anybn.backends.registry import installed_backends
 
         return installed_backends()
 

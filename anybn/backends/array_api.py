@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from anybn.backends._base import Backend
+from anybn.backends.base import Backend
 
 
 class ArrayAPIBackend(Backend):

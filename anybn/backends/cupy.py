@@ -10,9 +10,9 @@ import array_api_compat.cupy
 import cupy
 import numpy as np
 
-from anybn._core import Array
-from anybn.backends import _cuda
-from anybn.backends._cuda_arrays import CudaArrays, CudaBackend
+from anybn.core.formulas import Array
+from anybn.kernels.cuda import launch as _cuda
+from anybn.kernels.cuda.arrays import CudaArrays, CudaBackend
 
 
 class _Arrays(CudaArrays):

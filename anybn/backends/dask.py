@@ -18,12 +18,12 @@ import dask
 import dask.array
 import numpy as np
 
-from anybn import _core
-from anybn._core import Array, Gradients, Spec, Statistics
-from anybn._dispatch import backend_for
-from anybn.backends._base import Backend
 from anybn.backends._dask_again import again, is_kept, kept
+from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend
+from anybn.backends.registry import backend_for
+from anybn.core import formulas as _core
+from anybn.core.formulas import Array, Gradients, Spec, Statistics
 
 
 class DaskBackend(Backend):

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import anybn.jax  # noqa: F401 makes states pytrees
-from anybn import _core
-from anybn._core import Array, Gradients, Spec, Statistics
-from anybn.backends._base import Backend
+from anybn.backends.base import Backend
+from anybn.core import formulas as _core
+from anybn.core.formulas import Array, Gradients, Spec, Statistics
 
 
 class _Namespace:

@@ -11,11 +11,12 @@ from typing import Any
 import array_api_compat.numpy
 import numpy as np
 
-from anybn import _core, _synchronized
-from anybn._core import Array, Gradients, Over, RowSpec, Spec, Statistics
-from anybn._synchronized import Members
-from anybn.backends._base import Backend
+from anybn.backends.base import Backend
+from anybn.core import formulas as _core
+from anybn.core.formulas import Array, Gradients, Over, RowSpec, Spec, Statistics
 from anybn.errors import BackendNotInstalled
+from anybn.groups import exchange as _synchronized
+from anybn.groups.exchange import Members
 
 
 class NumPyBackend(Backend):
@@ -211,9 +212,9 @@ class NumPyBackend(Backend):
 
 @functools.cache
 def kernels() -> ModuleType:
-    """`anybn.backends._fused` where Numba is installed, else `_blocked`; imported with the first array for it."""
-    name = "_blocked" if importlib.util.find_spec("numba") is None else "_fused"
-    return importlib.import_module(f"anybn.backends.{name}")
+    """`anybn.kernels.cpu.operations` where Numba is installed, else `blocked`; imported with the first array for it."""
+    name = "blocked" if importlib.util.find_spec("numba") is None else "operations"
+    return importlib.import_module(f"anybn.kernels.cpu.{name}")
 
 
 def _bits(a: Any) -> Any:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anybn import _dispatch
-from anybn._core import Array
 from anybn.backends import Backend
+from anybn.backends import registry as _dispatch
 from anybn.conformance.inputs import cast
+from anybn.core.formulas import Array
 
 
 @dataclasses.dataclass(frozen=True)

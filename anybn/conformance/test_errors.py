@@ -219,7 +219,7 @@ def test_arrays_of_another_library(target: Target) -> None:
 
 
 def _on(library: str, values: np.ndarray) -> Any:
-    from anybn._dispatch import resolve_target
+    from anybn.backends.registry import resolve_target
 
     backend, device = resolve_target(library)
     return backend.from_numpy(values, device)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anybn.backends import _cuda
-from anybn.backends._cuda_plan import TYPES, Device, Launch, kernels
+from anybn.kernels.cuda import launch as _cuda
+from anybn.kernels.cuda.plan import TYPES, Device, Launch, kernels
 
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
 COMPILER = shutil.which("g++")

@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 
 import anybn
-from anybn import _synchronized
 from anybn.conformance import inputs
+from anybn.groups import exchange as _synchronized
 from groups import ROWS, SPLITS, Counting, Nameless, case, compared_with_the_whole, images
 
 

@@ -5,10 +5,10 @@ import contextlib
 import numpy as np
 
 import anybn
-from anybn import _synchronized
-from anybn._dispatch import backend_for
+from anybn.backends.registry import backend_for
 from anybn.conformance import inputs
 from anybn.distributed import as_group
+from anybn.groups import exchange as _synchronized
 from groups import Counting, Nameless, case, images
 
 

@@ -1,0 +1,339 @@
+"""What a backend is, and what it inherits: every operation through the Array API core."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, ClassVar
+
+import array_api_compat
+import numpy as np
+
+from anybn.core import formulas as _core
+from anybn.core.formulas import Array, Gradients, RowSpec, Spec, Statistics, Update
+from anybn.groups import exchange as _synchronized
+from anybn.groups.exchange import Members
+
+
+def root_module(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+def _name_of(device: Any) -> str:
+    """``"device1"`` for ``array_api_strict.Device('device1')``; for most libraries' devices, their str."""
+    quoted = str(device).split("'")
+    return quoted[1] if len(quoted) == 3 else quoted[0]
+
+
+class Backend:
+    """Batch norm for the arrays of one library.
+
+    A subclass sets ``name`` and, where the library's arrays have another type module, ``libraries``. Everything else
+    works as inherited for any library that follows the Array API standard, and may be overridden. Laws:
+
+    - No method changes its arguments, except ``out``.
+    - ``from_numpy(to_numpy(a), device_of(a))`` equals ``a``.
+    - Results lie in the library and on the device of x.
+    """
+
+    name: ClassVar[str]
+    #: Root modules of the array types this backend owns: ``("jax", "jaxlib")``.
+    libraries: ClassVar[tuple[str, ...]]
+    #: How the work is done, for ``python -m anybn info``.
+    how: ClassVar[str] = "the Array API core"
+    #: False where arrays cannot be written to, so that ``out=`` is refused.
+    writable: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "train" in vars(cls) and "train_and_update" not in vars(cls):  # what overrides train means to be called
+            cls.train_and_update = Backend.train_and_update  # type: ignore[method-assign]
+
+    # -- arrays ------------------------------------------------------------------------------------------------
+
+    def owns(self, array_type: type) -> bool:
+        """Whether arrays of this type are this backend's; decided by the type alone, so that it can be remembered."""
+        return any(root_module(cls) in self.libraries for cls in array_type.__mro__)
+
+    def holds(self, array: Array, device: Any) -> bool:
+        """Whether this is an array of this backend on this device."""
+        return self.owns(type(array)) and bool(self.device_of(array) == device)
+
+    def refusal(self, x: Array) -> str:
+        """Why this array of the library cannot be normalized ("has ..., "), and what to do; or ""."""
+        return ""
+
+    def namespace(self, x: Array) -> Any:
+        return array_api_compat.array_namespace(x)
+
+    def device_of(self, x: Array) -> Any:
+        """Where x lies, as something that compares equal for the same place."""
+        return array_api_compat.device(x)
+
+    def device(self, name: str) -> Any:
+        """The device called ``name`` in ``state.to("library:name")``; the default one for ``""``."""
+        info = self.module().__array_namespace_info__()
+        if not name:
+            return info.default_device()
+        for device in info.devices():
+            if name == _name_of(device):
+                return device
+        raise ValueError(f"{self.name} has no device {name!r}; it has {', '.join(self.devices())}")
+
+    def module(self) -> Any:
+        """The Array API namespace of the library, without an array at hand."""
+        return importlib.import_module(self.libraries[0])
+
+    def devices(self) -> list[str]:
+        """The devices that can be used, for ``anybn.backends()``."""
+        return [_name_of(device) for device in self.module().__array_namespace_info__().devices()]
+
+    def version(self) -> str:
+        return str(getattr(importlib.import_module(self.libraries[0]), "__version__", "unknown"))
+
+    def has_float64(self, device: Any) -> bool:
+        return "float64" in self.module().__array_namespace_info__().dtypes(device=device)
+
+    def dtype(self, name: str) -> Any:
+        """The library's dtype called ``"float32"``."""
+        return getattr(self.module(), name)
+
+    def from_numpy(self, array: np.ndarray, device: Any) -> Array:
+        """A copy of a NumPy array on this backend's device."""
+        return self.module().asarray(array, device=device, copy=True)
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        """A copy of x in NumPy."""
+        default = self.device("")
+        if self.device_of(x) != default:
+            x = array_api_compat.to_device(x, default)
+        return np.array(x)
+
+    def is_traced(self, x: Array) -> bool:
+        """True if x has no values yet (``jax.jit``, Dask), so that nothing may depend on them."""
+        return False
+
+    def detached(self, x: Array) -> Array:
+        """x as a constant for the library's automatic differentiation."""
+        return x
+
+    def copy(self, x: Array) -> Array:
+        """An independent copy, constant for automatic differentiation."""
+        return self.namespace(x).asarray(self.detached(x), copy=True)
+
+    def twin(self, x: Array) -> Array:
+        """An independent copy that can be trained if x can."""
+        return self.copy(x)
+
+    def refilled(self, old: Array, new: Array) -> Array:
+        """new, or old filled with its values where others hold on to old, as optimizers do to torch's Parameters."""
+        return new
+
+    def frozen(self, x: Array) -> Array:
+        """x, made by us, as an array that cannot be written to, where the library has such."""
+        return x
+
+    def place(self, x: Array) -> str:
+        """Where x lies, as ``state.to`` takes it."""
+        device = self.device_of(x)
+        return self.name if device is None or str(device) == "cpu" else f"{self.name}:{_name_of(device)}"
+
+    def may_store(self, new: Array, old: Array) -> bool:
+        """Whether a state may hold new in place of old after the call: not if new means something only inside it."""
+        return True
+
+    def write_problem(self, out: Array) -> str:
+        """Why out cannot be written to, and what to do; or ""."""
+        return ""
+
+    def no_grad(self) -> AbstractContextManager[Any]:
+        """Turns the library's recording of gradients off, where it records eagerly; and its warnings about NaN."""
+        return np.errstate(all="ignore")
+
+    def records(self, *arrays: Array | None) -> bool:
+        """True if the library's automatic differentiation would record an operation on these arrays."""
+        return False
+
+    def recomputes(self) -> bool:
+        """True if this call is a repetition inside a backward pass, which the running statistics must not count."""
+        return False
+
+    def overlaps(self, a: Array, b: Array) -> bool:
+        """True if a and b may share memory."""
+        return a is b
+
+    def same_memory(self, a: Array, b: Array) -> bool:
+        """True if a and b are the same elements of the same memory in the same order."""
+        return a is b
+
+    # -- batch norm --------------------------------------------------------------------------------------------
+
+    sum: Callable[[Any, Array, tuple[int, ...]], Array] = staticmethod(_core.blocked_sum)
+
+    def working_dtype(self, x: Array) -> Any:
+        return self.dtype("float64" if self.has_float64(self.device_of(x)) else "float32")
+
+    def batch_statistics(self, x: Array, axis: int, mask: Array | None) -> Statistics:
+        """Mean and biased variance of each channel of x, which is not empty."""
+        xp, working = self.namespace(x), self.working_dtype(x)
+        with np.errstate(all="ignore"):
+            count = _core.value_count(xp, x, axis, mask, working)
+            return _core.batch_statistics(xp, self.sum, x, axis, mask, count, working)
+
+    def train(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        mask: Array | None,
+        spec: Spec,
+        out: Array | None = None,
+    ) -> tuple[Array, Statistics]:
+        """Normalize x with its own statistics, which come back with y. Differentiable where the library is."""
+        statistics = self.batch_statistics(x, spec.axis, mask)
+        return self.evaluate(x, statistics, weight, bias, residual, mask, spec, out), statistics
+
+    def train_and_update(
+        self, update: Update, x: Array, *arguments: Any
+    ) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
+        """`train`, and the updated running mean and variance, new arrays, where the same pass gives them; else None,
+        and `updated_running_statistics` is asked."""
+        return (*self.train(x, *arguments), None)
+
+    def evaluate(
+        self,
+        x: Array,
+        statistics: Statistics,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        mask: Array | None,
+        spec: Spec,
+        out: Array | None = None,
+    ) -> Array:
+        """Normalize x with given statistics. Differentiable in x, weight, bias and residual where the library is."""
+        with np.errstate(all="ignore"):
+            y = _core.normalize(self.namespace(x), spec, x, statistics, weight, bias, residual, mask)
+        if out is None:
+            return y
+        out[...] = y
+        return out
+
+    def updated_running_statistics(
+        self,
+        running_mean: Array,
+        running_var: Array,
+        statistics: Statistics,
+        momentum: float | Array,
+        ddof: int,
+        propagate: bool,
+    ) -> tuple[Array, Array]:
+        """See `anybn.core.formulas.updated_running_statistics`. New arrays, constant for automatic differentiation."""
+        with self.no_grad(), np.errstate(all="ignore"):
+            statistics = Statistics(*map(self.detached, statistics))
+            return _core.updated_running_statistics(
+                self.namespace(running_mean), running_mean, running_var, statistics, momentum, ddof, propagate
+            )
+
+    def gradients(
+        self,
+        dy: Array,
+        x: Array,
+        statistics: Statistics,
+        weight: Array | None,
+        active: Array | None,
+        mask: Array | None,
+        spec: Spec,
+    ) -> Gradients:
+        """See `anybn.core.formulas.gradients`."""
+        with np.errstate(all="ignore"):
+            return _core.gradients(self.namespace(x), self.sum, spec, dy, x, statistics, weight, active, mask)
+
+    # -- norms of rows -----------------------------------------------------------------------------------------
+
+    def normalize_rows(
+        self, x: Array, weight: Array | None, bias: Array | None, spec: RowSpec
+    ) -> tuple[Array, Statistics]:
+        """Normalize the rows of x, which is not empty, then scale and shift it by weight and bias, of P values each.
+
+        The rows are batch norm's channels. Weight and bias can be too if each row has but one; else they are applied in
+        the working dtype before the only rounding. Differentiable in x, weight and bias where the library is.
+        """
+        xp, plain, (samples, parameters, length) = self.namespace(x), Spec(1, spec.eps, relu=False), spec.shape
+        if bias is None if weight is None else spec.values == length:
+            weight, bias = (
+                None if a is None else xp.reshape(xp.broadcast_to(a, (samples, parameters)), (-1,))
+                for a in (weight, bias)
+            )
+            y, statistics = self.train(_core.in_rows(xp, x, spec), weight, bias, None, None, plain)
+            return xp.reshape(_core.from_rows(xp, y, spec), x.shape), statistics
+        with np.errstate(all="ignore"):
+            rows = _core.in_rows(xp, xp.astype(x, self.working_dtype(x)), spec)
+            xhat, statistics = self.train(rows, None, None, None, None, plain)
+            y = _core.scaled(xp, _core.from_rows(xp, xhat, spec), weight, bias)
+            return _core.rounded_to(xp, xp.reshape(y, x.shape), x.dtype), statistics
+
+    def row_gradients(
+        self, dy: Array, x: Array, statistics: Statistics, weight: Array | None, bias: Array | None, spec: RowSpec
+    ) -> Gradients:
+        """The gradients of `normalize_rows`, with its statistics; None for a weight or bias that was not given."""
+        xp, working = self.namespace(x), self.working_dtype(x)
+        plain = Spec(1, spec.eps, relu=False, differentiates_residual=False)
+        dweight = dbias = None
+        with np.errstate(all="ignore"):
+            rows = _core.in_rows(xp, xp.astype(x, working), spec)
+            dy = xp.reshape(xp.astype(dy, working), spec.shape)
+            dxhat = _core.in_rows(xp, _core.scaled(xp, dy, weight, None), spec)
+            dx = _core.from_rows(xp, self.gradients(dxhat, rows, statistics, None, None, None, plain).x, spec)
+            if weight is not None:
+                xhat = self.evaluate(rows, statistics, None, None, None, None, plain)
+                dweight = self.sum(xp, dy * _core.from_rows(xp, xhat, spec), (0, 2))
+                dweight = _core.rounded_to(xp, xp.reshape(dweight, weight.shape), weight.dtype)
+            if bias is not None:
+                dbias = self.sum(xp, dy, (0, 2))
+                dbias = _core.rounded_to(xp, xp.reshape(dbias, bias.shape), bias.dtype)
+            return Gradients(_core.rounded_to(xp, xp.reshape(dx, x.shape), x.dtype), dweight, dbias, None)
+
+    # -- batch norm over a group of processes ------------------------------------------------------------------
+
+    def all_reduce_sum(self, group: Any, array: Array) -> Array:
+        """The sum of the members' arrays. Differentiable where the library is: its derivative is the same sum."""
+        return group.all_reduce_sum(array)
+
+    def statistics_over(self, members: Members, x: Array, axis: int, mask: Array | None) -> Statistics:
+        """`batch_statistics` of all members of a group. x may be empty."""
+        return _synchronized.batch_statistics(self, x, axis, mask, members)
+
+    def train_over(
+        self,
+        members: Members,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        mask: Array | None,
+        spec: Spec,
+        out: Array | None = None,
+    ) -> tuple[Array, Statistics]:
+        """`train`, with the statistics of all members of a group. x may be empty."""
+        statistics = self.statistics_over(members, x, spec.axis, mask)
+        return self.evaluate(x, statistics, weight, bias, residual, mask, spec, out), statistics
+
+    def gradients_over(
+        self,
+        members: Members,
+        dy: Array,
+        x: Array,
+        statistics: Statistics,
+        weight: Array | None,
+        active: Array | None,
+        mask: Array | None,
+        spec: Spec,
+    ) -> Gradients:
+        """`gradients`, where the statistics are those of all members of a group. x may be empty."""
+        xp, over = self.namespace(x), partial(_synchronized.sums, self, members.group)
+        with np.errstate(all="ignore"):
+            return _core.gradients(xp, self.sum, spec, dy, x, statistics, weight, active, mask, over)

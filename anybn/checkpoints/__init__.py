@@ -1,0 +1,1 @@
+"""Names, conventions and files of checkpoints."""

@@ -1,0 +1,1 @@
+"""Compiled kernels, which see memory and know no library."""

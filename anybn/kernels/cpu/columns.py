@@ -1,0 +1,374 @@
+"""Kernels for columns: flat memory in which the channels take turns, as in rows of channels and in short planes.
+
+It is cut into rows of ``width`` values, the last one maybe shorter, where column k belongs to channel
+``k // inner % C``. Rows of a few channels are joined to wide ones, so that there is something to vectorize over. What a
+column needs of its channel is spread over the columns before the rows are gone through, and sums are gathered after.
+
+A thread claims *panels*, some columns over all rows, each worked on while it lies in the cache; or, where a panel is
+too large for that or the statistics are given, stripes of panels, some rows of them.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from anybn.kernels.cpu.cached import cached
+from anybn.kernels.cpu.sharing import begin, proceed
+from anybn.kernels.cpu.values import (
+    EXACT,
+    KERNEL,
+    SUMS,
+    add_compensated,
+    at,
+    cut,
+    fill,
+    gradient_of,
+    gradient_through,
+    if_given,
+    load,
+    normalized,
+    scales_of,
+    settle,
+    settle_gradients,
+    shift_in,
+    store,
+)
+
+#: Rows whose sums are added to the others' with what rounding loses kept.
+ROWS = 32
+
+
+@njit(**EXACT)
+def spread(values, inner, k0, out):
+    """Fills out with the channels' values for columns k0, k0 + 1, ..."""
+    column, end = k0, k0 + len(out)
+    while column < end:
+        c = column // inner % len(values)
+        if inner == 1:
+            part, run = out[column - k0 : column - k0 + len(values) - c], values[c:]
+            for k in range(len(part)):
+                part[k] = run[k]
+        else:
+            part = out[column - k0 : (column // inner + 1) * inner - k0]
+            for k in range(len(part)):
+                part[k] = values[c]
+        column += len(part)
+
+
+@njit(**SUMS)
+def sum_of(values):
+    total = 0.0
+    for i in range(len(values)):
+        total += values[i]
+    return total
+
+
+@njit(**EXACT)
+def gather(columns, turn, inner, sums):
+    """The sums over what columns hold of the same channel, for ``len(sums)`` channels; overwrites columns.
+
+    First the turns of the channels, ``turn`` columns each, are added up in pairs, then the columns of a channel.
+    """
+    turns = len(columns) // turn
+    while turns > 1:
+        kept = turns - turns // 2
+        head, tail = columns[: (turns - kept) * turn], columns[kept * turn : turns * turn]
+        for k in range(len(tail)):
+            head[k] += tail[k]
+        turns = kept
+    for c in range(len(sums)):
+        sums[c] = columns[c] if inner == 1 else sum_of(columns[c * inner : (c + 1) * inner])
+
+
+@njit(**EXACT)
+def part_of(x, width, r, k0, k1):
+    """Columns k0 to k1 of row r; of the last row, those that it has."""
+    return cut(x, r * width + k0, r * width + k1)
+
+
+@njit(**SUMS)
+def block_column_sums(x, width, r0, r1, k0, k1, origin, b1, b2):
+    fill(b1, 0.0)
+    fill(b2, 0.0)
+    whole = min(r1, len(x) // width)
+    even = r0 + max(0, whole - r0) // 4 * 4
+    for r in range(r0, even, 4):  # four rows for each pass over the sums, which lie in memory
+        x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + 1, k0, k1)
+        x2, x3 = part_of(x, width, r + 2, k0, k1), part_of(x, width, r + 3, k0, k1)
+        for k in range(len(x0)):
+            o = origin[k]
+            d0, d1, d2, d3 = load(x0[k]) - o, load(x1[k]) - o, load(x2[k]) - o, load(x3[k]) - o
+            b1[k] += (d0 + d1) + (d2 + d3)
+            b2[k] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+    for r in range(even, r1):
+        row = part_of(x, width, r, k0, k1)
+        for k in range(len(row)):
+            d = load(row[k]) - origin[k]
+            b1[k] += d
+            b2[k] += d * d
+
+
+@njit(**SUMS)
+def block_column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, b1, b2):
+    fill(b1, 0.0)
+    fill(b2, 0.0)
+    whole = min(r1, len(x) // width)
+    even = r0 + max(0, whole - r0) // 2 * 2
+    for r in range(r0, even, 2):
+        x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + 1, k0, k1)
+        dy0, dy1 = part_of(dy, width, r, k0, k1), part_of(dy, width, r + 1, k0, k1)
+        a0, a1 = part_of(active, width, r, k0, k1), part_of(active, width, r + 1, k0, k1)
+        for k in range(len(x0)):
+            g0, g1 = gradient_of(dy0[k], at(a0, k)), gradient_of(dy1[k], at(a1, k))
+            b1[k] += g0 + g1
+            b2[k] += g0 * (load(x0[k]) - origin[k]) + g1 * (load(x1[k]) - origin[k])
+    for r in range(even, r1):
+        row, drow = part_of(x, width, r, k0, k1), part_of(dy, width, r, k0, k1)
+        arow = part_of(active, width, r, k0, k1)
+        for k in range(len(row)):
+            g = gradient_of(drow[k], at(arow, k))
+            b1[k] += g
+            b2[k] += g * (load(row[k]) - origin[k])
+
+
+@njit(**EXACT)
+def column_sums(x, width, r0, r1, k0, k1, origin, s1, s2):
+    """``sum(x - origin)`` and ``sum((x - origin)**2)`` of columns k0 to k1 over rows r0 to r1."""
+    b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
+    fill(lost1, 0.0)
+    fill(lost2, 0.0)
+    fill(s1, 0.0)
+    fill(s2, 0.0)
+    for b in range(r0, r1, ROWS):
+        block_column_sums(x, width, b, min(b + ROWS, r1), k0, k1, origin, b1, b2)
+        add_compensated(s1, lost1, b1)
+        add_compensated(s2, lost2, b2)
+
+
+@njit(**EXACT)
+def column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, s1, s2):
+    """``sum(dy)`` and ``sum(dy * (x - origin))`` of the same part, with 0 for dy where it is not active."""
+    b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
+    fill(lost1, 0.0)
+    fill(lost2, 0.0)
+    fill(s1, 0.0)
+    fill(s2, 0.0)
+    for b in range(r0, r1, ROWS):
+        block_column_gradient_sums(dy, x, active, width, b, min(b + ROWS, r1), k0, k1, origin, b1, b2)
+        add_compensated(s1, lost1, b1)
+        add_compensated(s2, lost2, b2)
+
+
+@njit(**EXACT)
+def normalize(x, y, residual, floor, mean, shift, scale, bias, width, r0, r1, k0, k1):
+    """Columns k0 to k1 of rows r0 to r1, with the channels' values spread."""
+    for r in range(r0, r1):
+        row, out, rest = part_of(x, width, r, k0, k1), part_of(y, width, r, k0, k1), part_of(residual, width, r, k0, k1)
+        for k in range(len(row)):
+            store(out, k, normalized(row[k], mean[k], at(shift, k), scale[k], bias[k], at(rest, k), floor))
+
+
+@njit(**EXACT)
+def gradient(dy, x, active, dx, columns, shift, width, r0, r1, k0, k1):
+    """The same; columns are mean, shift, and what `gradient_through` needs."""
+    mean, a, b, scale = columns[0], columns[2], columns[3], columns[4]
+    for r in range(r0, r1):
+        row, out, drow = part_of(x, width, r, k0, k1), part_of(dx, width, r, k0, k1), part_of(dy, width, r, k0, k1)
+        arow = part_of(active, width, r, k0, k1)
+        for k in range(len(row)):
+            g = gradient_of(drow[k], at(arow, k))
+            store(out, k, gradient_through(g, row[k], mean[k], at(shift, k), a[k], b[k], scale[k]))
+
+
+@njit(**EXACT)
+def channels_of(k0, k1, width, inner, channels):
+    """First and one past the last channel of a panel that holds channels whole."""
+    return (0, channels) if width > channels * inner else (k0 // inner, -(-k1 // inner))
+
+
+@njit(**EXACT)
+def stripe_sums(x, width, inner, r0, r1, k0, k1, columns, sums):
+    """`column_sums` with the origins spread in ``columns[0]``, gathered by channel into ``sums[0]`` and ``sums[1]``;
+    ``columns[1]`` and ``columns[2]`` are scratch."""
+    s1, s2 = columns[1][: k1 - k0], columns[2][: k1 - k0]
+    column_sums(x, width, r0, r1, k0, k1, columns[0], s1, s2)
+    gather_both(s1, s2, width, inner, k0, k1, sums)
+
+
+@njit(**EXACT)
+def stripe_gradient_sums(dy, x, active, width, inner, r0, r1, k0, k1, columns, sums):
+    """The same of `column_gradient_sums`."""
+    s1, s2 = columns[1][: k1 - k0], columns[2][: k1 - k0]
+    column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, columns[0], s1, s2)
+    gather_both(s1, s2, width, inner, k0, k1, sums)
+
+
+@njit(**EXACT)
+def gather_both(s1, s2, width, inner, k0, k1, sums):
+    c0, c1 = channels_of(k0, k1, width, inner, sums.shape[1])
+    gather(s1, (c1 - c0) * inner, inner, sums[0][c0:c1])
+    gather(s2, (c1 - c0) * inner, inner, sums[1][c0:c1])
+
+
+@njit(**EXACT)
+def spread_gradients(mean, shift, numbers, inner, k0, columns):
+    """For `gradient`; for numbers see `settle_gradients`."""
+    spread_all(mean, shift, numbers[2], numbers[3], inner, k0, columns)
+    spread(numbers[4], inner, k0, columns[4])
+
+
+@njit(**EXACT)
+def spread_all(mean, shift, a, b, inner, k0, columns):
+    spread(mean, inner, k0, columns[0])
+    if shift is not None:
+        spread(shift, inner, k0, columns[1])
+    spread(a, inner, k0, columns[2])
+    spread(b, inner, k0, columns[3])
+
+
+# -- tasks: panels ---------------------------------------------------------------------------------------------
+
+
+@cached(**KERNEL)
+def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbers, width, inner, panel):
+    """Panels of whole channels from statistics to y."""
+    mean, shift, scale = numbers[0], shift_in(numbers, x), numbers[4]
+    channels, rows = len(mean), -(-len(x) // width)
+    count = len(x) // channels
+    sums, columns = np.empty((2, channels)), np.empty((4, panel))
+    shifts = if_given(shift, columns[1])
+    first, last = begin(tickets, offers, seen)
+    while first < last:
+        for p in range(first, last):
+            k0, k1 = p * panel, min((p + 1) * panel, width)
+            c0, c1 = channels_of(k0, k1, width, inner, channels)
+            for c in range(c0, c1):
+                mean[c] = load(x[c * inner])
+            spread(mean, inner, k0, columns[0])
+            stripe_sums(x, width, inner, 0, rows, k0, k1, columns, sums)
+            if shift is not None:
+                for c in range(c0, c1):
+                    mean[c] += sums[0, c] / count
+                spread(mean, inner, k0, columns[0])
+                stripe_sums(x, width, inner, 0, rows, k0, k1, columns, sums)
+            for c in range(c0, c1):
+                settle(c, count, sums[0, c], sums[1, c], eps, weight, numbers, shift)
+            spread_all(mean, shift, scale, bias, inner, k0, columns)
+            normalize(x, y, residual, floor, columns[0], shifts, columns[2], columns[3], width, 0, rows, k0, k1)
+        first, last = proceed(tickets, offers, seen, last - first)
+
+
+@cached(**KERNEL)
+def backward(
+    tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean, shift, var, numbers, width, inner, panel
+):  # fmt: skip
+    """The gradient of panels; count is 0 where the statistics are constants."""
+    channels, rows = len(mean), -(-len(x) // width)
+    sums, columns = np.empty((2, channels)), np.empty((5, panel))
+    shifts = if_given(shift, columns[1])
+    first, last = begin(tickets, offers, seen)
+    while first < last:
+        for p in range(first, last):
+            b, e = p * panel, min((p + 1) * panel, width)
+            spread(mean, inner, b, columns[0])
+            stripe_gradient_sums(dy, x, active, width, inner, 0, rows, b, e, columns, sums)
+            c0, c1 = channels_of(b, e, width, inner, channels)
+            for c in range(c0, c1):
+                settle_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, numbers)
+            spread_gradients(mean, shift, numbers, inner, b, columns)
+            gradient(dy, x, active, dx, columns, shifts, width, 0, rows, b, e)
+        first, last = proceed(tickets, offers, seen, last - first)
+
+
+# -- parts: stripes --------------------------------------------------------------------------------------------
+
+
+@njit(**EXACT)
+def stripe_of(q, x, width, panel, stripe):
+    """``(panel's number, r0, r1, k0, k1)`` of stripe q; those of a panel come one after the other."""
+    rows = -(-len(x) // width)
+    p, s = divmod(q, -(-rows // stripe))
+    return p, s * stripe, min((s + 1) * stripe, rows), p * panel, min((p + 1) * panel, width)
+
+
+@cached(**KERNEL)
+def sum_parts(tickets, offers, seen, x, origin, partial, width, inner, panel, stripe):
+    """`stripe_sums` of stripes, each at its place in ``partial``, ``(2, stripes, C)``."""
+    sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
+    spread_for = -1
+    first, last = begin(tickets, offers, seen)
+    while first < last:
+        for q in range(first, last):
+            p, r0, r1, k0, k1 = stripe_of(q, x, width, panel, stripe)
+            if p != spread_for:
+                spread(origin, inner, k0, columns[0])
+                spread_for = p
+            stripe_sums(x, width, inner, r0, r1, k0, k1, columns, sums)
+            c0, c1 = channels_of(k0, k1, width, inner, len(origin))
+            for c in range(c0, c1):
+                partial[0, r0 // stripe, c], partial[1, r0 // stripe, c] = sums[0, c], sums[1, c]
+        first, last = proceed(tickets, offers, seen, last - first)
+
+
+@cached(**KERNEL)
+def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, width, inner, panel, stripe):
+    """The same of `stripe_gradient_sums`."""
+    sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
+    spread_for = -1
+    first, last = begin(tickets, offers, seen)
+    while first < last:
+        for q in range(first, last):
+            p, r0, r1, k0, k1 = stripe_of(q, x, width, panel, stripe)
+            if p != spread_for:
+                spread(origin, inner, k0, columns[0])
+                spread_for = p
+            stripe_gradient_sums(dy, x, active, width, inner, r0, r1, k0, k1, columns, sums)
+            c0, c1 = channels_of(k0, k1, width, inner, len(origin))
+            for c in range(c0, c1):
+                partial[0, r0 // stripe, c], partial[1, r0 // stripe, c] = sums[0, c], sums[1, c]
+        first, last = proceed(tickets, offers, seen, last - first)
+
+
+@cached(**KERNEL)
+def normalize_parts(
+    tickets, offers, seen, x, y, residual, floor, eps, weight, bias, mean, shift, var, width, inner, panel, stripe
+):  # fmt: skip
+    scale, columns, spread_for = scales_of(var, eps, weight), np.empty((4, panel)), -1
+    shifts = if_given(shift, columns[1])
+    first, last = begin(tickets, offers, seen)
+    while first < last:
+        for q in range(first, last):
+            p, r0, r1, k0, k1 = stripe_of(q, x, width, panel, stripe)
+            if p != spread_for:
+                spread_all(mean, shift, scale, bias, inner, k0, columns)
+                spread_for = p
+            normalize(x, y, residual, floor, columns[0], shifts, columns[2], columns[3], width, r0, r1, k0, k1)
+        first, last = proceed(tickets, offers, seen, last - first)
+
+
+@cached(**KERNEL)
+def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, numbers, width, inner, panel, stripe):
+    columns, spread_for = np.empty((5, panel)), -1
+    shifts = if_given(shift, columns[1])
+    first, last = begin(tickets, offers, seen)
+    while first < last:
+        for q in range(first, last):
+            p, r0, r1, b, e = stripe_of(q, x, width, panel, stripe)
+            if p != spread_for:
+                spread_gradients(mean, shift, numbers, inner, b, columns)
+                spread_for = p
+            gradient(dy, x, active, dx, columns, shifts, width, r0, r1, b, e)
+        first, last = proceed(tickets, offers, seen, last - first)
+
+
+@cached(**KERNEL)
+def merge_parts(partial, sums):
+    """The sums of every channel, ``(2, C)``, over all stripes."""
+    for i in range(2):
+        lost = np.empty(partial.shape[2])
+        fill(lost, 0.0)
+        fill(sums[i], 0.0)
+        for s in range(partial.shape[1]):
+            add_compensated(sums[i], lost, partial[i, s])

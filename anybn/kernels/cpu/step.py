@@ -1,0 +1,184 @@
+"""A whole call on a small contiguous array in one compiled function that takes addresses.
+
+A view of a tensor as a NumPy array costs as much as normalizing (8, 16) does, and a step needs eight of them; an
+address costs a tenth. The caller has checked that every address holds as many contiguous values as it says.
+
+Addresses are int64, 0 for what is not there. ``like_x`` and ``like_weight`` are arrays that stand for a dtype. Results
+are those of `_fused` on one thread, bit for bit. Untyped, as `_kernels` is.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+from numba import carray, types
+from numba.extending import intrinsic
+
+from anybn.kernels.cpu import columns as _columns
+from anybn.kernels.cpu import operations as _fused
+from anybn.kernels.cpu.cached import cached
+from anybn.kernels.cpu.sharing import CALLER, COUNT, STEP
+from anybn.kernels.cpu.values import load, shift_in, update_running
+from anybn.kernels.layout import Lying
+
+_COMPILED = {"nogil": True, "error_model": "numpy"}
+
+
+@intrinsic
+def pointer(typing_context, like, address):
+    """The address as a pointer to like's dtype."""
+
+    def inttoptr(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[1], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(like, address), inttoptr
+
+
+@intrinsic
+def integers(typing_context, address):
+    """The address as a pointer to int64."""
+
+    def inttoptr(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int64)(types.int64), inttoptr
+
+
+@cached(**_COMPILED)
+def overlap(a, a_bytes, b, b_bytes):
+    return a != 0 and b != 0 and a < b + b_bytes and b < a + a_bytes
+
+
+@cached(**_COMPILED)
+def shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
+    """Whether x lies on anything of the state."""
+    x_bytes, kept, statistics = size * like_x.itemsize, channels * like_weight.itemsize, channels * 8
+    return (
+        overlap(x, x_bytes, weight, kept)
+        or overlap(x, x_bytes, bias, kept)
+        or overlap(x, x_bytes, running_mean, statistics)
+        or overlap(x, x_bytes, running_var, statistics)
+    )
+
+
+@cached(**_COMPILED)
+def parameter(like, address, count, default):
+    values = np.empty(count)
+    if address == 0:
+        values[:] = default
+    else:
+        given = carray(pointer(like, address), (count,))
+        for c in range(count):
+            values[c] = load(given[c])
+    return values
+
+
+@cached(**_COMPILED)
+def one_claim(count):
+    """Tickets of a call that is one thread's."""
+    tickets = np.zeros(4, np.int64)
+    tickets[STEP] = tickets[COUNT] = count
+    return tickets
+
+
+@cached(**_COMPILED)
+def train(
+    like_x,
+    like_weight,
+    x,
+    y,
+    residual,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    batches,
+    size,
+    channels,
+    floor,
+    eps,
+    momentum,
+    numbers,
+    tasks,
+    width,
+    inner,
+    panel,
+):
+    """Fill y and numbers, as `_columns.train` does, and update what of the state has an address.
+
+    momentum below 0 is the cumulative average, and running_var unbiased, as torch has it. False, and nothing done, if x
+    lies on the state.
+    """
+    if shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
+        return False
+    w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
+    x_in, y_in = carray(pointer(like_x, x), (size,)), carray(pointer(like_x, y), (size,))
+    tickets, offers = one_claim(tasks), np.zeros(1, np.int64)
+    if residual == 0:
+        _columns.train(tickets, offers, CALLER, x_in, y_in, None, floor, eps, w, b, numbers, width, inner, panel)
+    else:
+        rest = carray(pointer(like_x, residual), (size,))
+        _columns.train(tickets, offers, CALLER, x_in, y_in, rest, floor, eps, w, b, numbers, width, inner, panel)
+    if running_mean != 0:
+        tracked = carray(integers(batches), (1,))
+        tracked[0] += 1
+        new = momentum if momentum >= 0.0 else 1.0 / tracked[0]
+        mean = carray(pointer(numbers, running_mean), (channels,))
+        var = carray(pointer(numbers, running_var), (channels,))
+        shift = shift_in(numbers, x_in)
+        update_running(numbers[0], shift, numbers[3], size // channels, 1, new, False, mean, var)
+    return True
+
+
+@cached(**_COMPILED)
+def evaluate(
+    like_x,
+    like_weight,
+    x,
+    y,
+    residual,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    size,
+    channels,
+    floor,
+    eps,
+    copies,
+    parts,
+    width,
+    inner,
+    panel,
+    stripe,
+):
+    """Fill y, and copies with the running mean and variance. False, and nothing done, if x lies on the state."""
+    if shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
+        return False
+    mean, var = carray(pointer(copies, running_mean), (channels,)), carray(pointer(copies, running_var), (channels,))
+    for c in range(channels):
+        copies[0, c], copies[1, c] = mean[c], var[c]
+    w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
+    x_in, y_in = carray(pointer(like_x, x), (size,)), carray(pointer(like_x, y), (size,))
+    tickets, offers, split = one_claim(parts), np.zeros(1, np.int64), (width, inner, panel, stripe)
+    given = (floor, eps, w, b, copies[0], None, copies[1])
+    if residual == 0:
+        _columns.normalize_parts(tickets, offers, CALLER, x_in, y_in, None, *given, *split)
+    else:
+        rest = carray(pointer(like_x, residual), (size,))
+        _columns.normalize_parts(tickets, offers, CALLER, x_in, y_in, rest, *given, *split)
+    return True
+
+
+@functools.lru_cache(maxsize=1024)
+def plans(shape, itemsize):
+    """The last arguments of `train` and of `evaluate` for a contiguous array with its channels on axis 1; None for one
+    of long planes, or too large for one thread's cache."""
+    outer, channels, inner = shape[0], shape[1], math.prod(shape[2:])
+    plan = _fused.plan_of(Lying(tuple(range(len(shape))), outer, channels, inner), itemsize, 1)
+    if plan.kernels is not _columns or not plan.fits:
+        return None
+    return (plan.tasks[0], *plan.of_task), (plan.parts[0], *plan.of_part)

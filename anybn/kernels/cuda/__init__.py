@@ -1,0 +1,1 @@
+"""CUDA kernels, and how they are planned and launched."""

@@ -1,0 +1,324 @@
+"""Batch norm by batchnorm.cu on the arrays of a library: how they lie, what is allocated, which pointers go where."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from anybn.backends.base import Backend
+from anybn.core import formulas as _core
+from anybn.core.formulas import Array, Gradients, Spec, Statistics, Update
+from anybn.kernels.cuda import launch as _cuda
+from anybn.kernels.cuda.plan import MOST_BLOCKS, TYPES
+from anybn.kernels.layout import Lying, lying
+
+
+class CudaArrays:
+    """The operations of a `Backend` on a GPU, without masks. A subclass says where arrays are and what kernels run on;
+    the rest is for a library with NumPy's functions, and overridden for others."""
+
+    #: The module with ``empty`` and ``empty_like``.
+    library: Any
+
+    # -- arrays ------------------------------------------------------------------------------------------------
+
+    def on(self, x: Array) -> AbstractContextManager[Any]:
+        """Makes x's device the current one."""
+        raise NotImplementedError
+
+    def gpu(self, x: Array) -> _cuda.Gpu:
+        """x's device, which is the current one, and the stream that the user has chosen there."""
+        raise NotImplementedError
+
+    def pointer(self, a: Array) -> int:
+        """The address of the first element."""
+        raise NotImplementedError
+
+    def lying(self, x: Array, axis: int) -> Lying | None:
+        return lying(x, axis)
+
+    def strides(self, a: Array) -> Hashable:
+        """Equal for arrays of one shape that lie in memory alike."""
+        return a.strides
+
+    def dense(self, x: Array) -> Array:
+        """A copy of x without gaps, its axes in the same order in memory."""
+        return x.copy(order="K")
+
+    def beside(self, x: Array, dtype: Any = None) -> Array:
+        """An array that lies like x, which is dense."""
+        return self.library.empty_like(x, dtype=dtype)
+
+    def per_channel(self, x: Array, rows: int, channels: int, dtype: Any = "float64") -> Any:
+        """Arrays for one number per channel."""
+        return self.library.empty((rows, channels), dtype=dtype)
+
+    def vector(self, a: Array, dtype: str | None = None) -> Array:
+        """a, or a copy with its values side by side and of this dtype."""
+        return self.library.ascontiguousarray(a, dtype)
+
+    def note_update(self, x: Array) -> None:
+        """Running statistics are being updated on x's device, on the stream that the user has chosen there."""
+
+    # -- operations --------------------------------------------------------------------------------------------
+
+    def supports(self, x: Array) -> bool:
+        return 0 < max(x.shape) <= MOST_BLOCKS[0] and 0 not in x.shape and _core.dtype_name(x.dtype) in TYPES
+
+    def batch_statistics(self, x: Array, axis: int) -> Statistics:
+        with self.on(x):
+            how, x, _ = self._arranged(x, axis)
+            arrays, statistics = self._statistics(x, how)
+            self._call("statistics", x, how[1:], {"x": x, **arrays})
+            return statistics
+
+    def train(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        spec: Spec,
+        out: Array | None = None,
+        update: Update | None = None,
+    ) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
+        """y, the statistics of x, and the updated running ones if that was asked for."""
+        with self.on(x):
+            how, x, (residual,) = self._arranged(x, spec.axis, residual)
+            y = self._destination(x, out)
+            arrays, statistics = self._statistics(x, how)
+            arrays |= {"x": x, "y": y, "residual": residual, "weight": weight, "bias": bias}
+            options: dict[str, Any] = {"eps": spec.eps, "relu": spec.relu}
+            running = None
+            if update is not None:
+                running = self._committed(arrays, options, update)
+            self._call("train", x, how[1:], arrays, **options)
+            if update is not None:
+                self.note_update(x)
+            return self._delivered(y, out), statistics, running
+
+    def evaluate(
+        self,
+        x: Array,
+        statistics: Statistics,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        spec: Spec,
+        out: Array | None = None,
+    ) -> Array:
+        with self.on(x):
+            how, x, (residual,) = self._arranged(x, spec.axis, residual)
+            y = self._destination(x, out)
+            arrays = {"x": x, "y": y, "residual": residual, "weight": weight, "bias": bias, **_known(statistics)}
+            self._call("evaluate", x, how[1:], arrays, eps=spec.eps, relu=spec.relu)
+            return self._delivered(y, out)
+
+    def gradients(
+        self, dy: Array, x: Array, statistics: Statistics, weight: Array | None, active: Array | None, spec: Spec
+    ) -> Gradients:
+        with self.on(x):
+            given = dy
+            how, x, (dy, active) = self._arranged(x, spec.axis, dy, active)
+            dx = self.beside(x)
+            wanted = spec.differentiates_residual
+            dresidual = self.beside(x) if wanted and active is not None else None
+            dweight = dbias = None
+            if weight is not None:
+                dweight, dbias = self.per_channel(x, 2, how.channels, weight.dtype)
+            arrays = {"dy": dy, "x": x, "y": dx, "active": active, "dresidual": dresidual, "weight": weight}
+            arrays |= {"dweight": dweight, "dbias": dbias, **_known(statistics)}
+            self._call("backward", x, how[1:], arrays, eps=spec.eps, training=statistics.count is not None)
+            return Gradients(dx, dweight, dbias, given if wanted and dresidual is None else dresidual)
+
+    def updated_running_statistics(self, statistics: Statistics, update: Update) -> tuple[Array, Array]:
+        """By a launch of its own. The count is an int."""
+        with self.on(update.running_mean):
+            arrays, options = {**_known(statistics), "m2": statistics.m2}, dict[str, Any]()
+            del arrays["var"]
+            running = self._committed(arrays, options, update)
+            self._commit(statistics, arrays, options)
+            return running
+
+    def update_in_place(self, statistics: Statistics, update: Update, counter: Array | None) -> None:
+        """Fold statistics into the running ones where these lie, and count the batch, all without waiting.
+
+        Counter is 0-d, int64; with momentum None it makes the average cumulative. The count is an int.
+        """
+        with self.on(update.running_mean):
+            arrays = {**_known(statistics), "m2": statistics.m2, "counter": counter}
+            del arrays["var"]
+            kept = {"running_mean": update.running_mean, "running_var": update.running_var}
+            arrays |= kept | {f"new_{name}": a for name, a in kept.items()}
+            options: dict[str, Any] = {"ddof": update.ddof, "propagate": update.propagate}
+            options |= {"cumulative": True} if update.momentum is None else {"momentum": update.momentum}
+            self._commit(statistics, arrays, options)
+            self.note_update(update.running_mean)
+
+    # -- their parts -------------------------------------------------------------------------------------------
+
+    def _arranged(self, x: Array, axis: int, *others: Array | None) -> tuple[Lying, Array, list[Array | None]]:
+        """How x lies in memory, x and the others all lying that way: themselves, or copies."""
+        found = self.lying(x, axis)
+        if found is None:
+            x = self.dense(x)
+            found = self.lying(x, axis)
+            assert found is not None
+        strides = self.strides(x)
+        return found, x, [a if a is None or self.strides(a) == strides else self._laid_like(x, a) for a in others]
+
+    def _laid_like(self, x: Array, a: Array) -> Array:
+        copy = self.beside(x, a.dtype)
+        copy[...] = a
+        return copy
+
+    def _destination(self, x: Array, out: Array | None) -> Array:
+        return out if out is not None and self.strides(out) == self.strides(x) else self.beside(x)
+
+    def _delivered(self, y: Array, out: Array | None) -> Array:
+        if out is None or out is y:
+            return y
+        out[...] = y
+        return out
+
+    def _statistics(self, x: Array, how: Lying) -> tuple[dict[str, Array | None], Statistics]:
+        """Room for those of x: by the kernels' names, and as a whole."""
+        mean, shift, var, m2 = self.per_channel(x, 4, how.channels)
+        shift = shift if _core.dtype_name(x.dtype) == "float64" else None
+        arrays = {"mean": mean, "shift": shift, "var": var, "m2": m2}
+        return arrays, Statistics(how.outer * how.inner, mean, shift, var, m2)
+
+    def _committed(
+        self, arrays: dict[str, Array | None], options: dict[str, Any], update: Update
+    ) -> tuple[Array, Array]:
+        """Room for updated running statistics; what a kernel needs to fill it is added to arrays and options."""
+        new_mean, new_var = self.per_channel(update.running_mean, 2, update.running_mean.shape[0])
+        arrays |= {"running_mean": self.vector(update.running_mean, "float64")}
+        arrays |= {"running_var": self.vector(update.running_var, "float64")}
+        arrays |= {"new_running_mean": new_mean, "new_running_var": new_var}
+        options |= {"momentum": update.momentum, "ddof": update.ddof, "propagate": update.propagate}
+        return new_mean, new_var
+
+    def _commit(self, statistics: Statistics, arrays: dict[str, Array | None], options: dict[str, Any]) -> None:
+        running_mean = arrays["running_mean"]
+        assert running_mean is not None
+        assert isinstance(statistics.count, int)
+        self._call("commit", running_mean, (statistics.count, running_mean.shape[0], 1), arrays, **options)
+
+    def _call(
+        self, op: str, x: Array, shape: tuple[int, int, int], arrays: dict[str, Array | None], **fields: Any
+    ) -> None:
+        """`_cuda.call` with arrays for pointers. What is only read per channel is copied if it has gaps, or, as
+        statistics, another dtype."""
+        held, dtypes = [], {"weight": "float32", "running_mean": "float64"}
+        for name, a in arrays.items():
+            if a is None:
+                continue
+            if name in ("mean", "shift", "var", "m2"):
+                a = self.vector(a, "float64")
+            elif name in ("weight", "bias"):
+                a = self.vector(a)
+            if name in dtypes:
+                dtypes[name] = _core.dtype_name(a.dtype)
+            fields[name] = self.pointer(a)
+            held.append(a)
+        parameters = {"parameter_dtype": dtypes["weight"], "running_dtype": dtypes["running_mean"]}
+        _cuda.call(op, self.gpu(x), shape, _core.dtype_name(x.dtype), **parameters, **fields)
+
+
+def _known(statistics: Statistics) -> dict[str, Array | None]:
+    return {"mean": statistics.mean, "shift": statistics.shift, "var": statistics.var}
+
+
+class CudaBackend(Backend):
+    """A backend whose arrays are all a GPU's. What the kernels do not take goes to the core, on the same device."""
+
+    kernels: CudaArrays
+
+    def _takes(self, x: Array, mask: Array | None) -> bool:
+        return mask is None and self.kernels.supports(x)
+
+    def batch_statistics(self, x: Array, axis: int, mask: Array | None) -> Statistics:
+        return (
+            self.kernels.batch_statistics(x, axis) if self._takes(x, mask) else super().batch_statistics(x, axis, mask)
+        )
+
+    def train(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        mask: Array | None,
+        spec: Spec,
+        out: Array | None = None,
+    ) -> tuple[Array, Statistics]:
+        y, statistics, _ = CudaBackend.train_and_update(self, None, x, weight, bias, residual, mask, spec, out)
+        return y, statistics
+
+    def train_and_update(
+        self,
+        update: Update | None,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        mask: Array | None,
+        spec: Spec,
+        out: Array | None = None,
+    ) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
+        if self._takes(x, mask):
+            return self.kernels.train(x, weight, bias, residual, spec, out, update)
+        with self.kernels.on(x):
+            return (*super().train(x, weight, bias, residual, mask, spec, out), None)
+
+    def evaluate(
+        self,
+        x: Array,
+        statistics: Statistics,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        mask: Array | None,
+        spec: Spec,
+        out: Array | None = None,
+    ) -> Array:
+        if self._takes(x, mask):
+            return self.kernels.evaluate(x, statistics, weight, bias, residual, spec, out)
+        with self.kernels.on(x):
+            return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
+
+    def updated_running_statistics(
+        self,
+        running_mean: Array,
+        running_var: Array,
+        statistics: Statistics,
+        momentum: float | Array,
+        ddof: int,
+        propagate: bool,
+    ) -> tuple[Array, Array]:
+        update = Update(running_mean, running_var, momentum, ddof, propagate)
+        if isinstance(statistics.count, int) and isinstance(momentum, (int, float)) and running_mean.size:
+            new = self.kernels.updated_running_statistics(statistics, update)
+        else:
+            with self.kernels.on(running_mean):
+                rule = momentum, ddof, propagate
+                new = super().updated_running_statistics(running_mean, running_var, statistics, *rule)
+        self.kernels.note_update(running_mean)
+        return new
+
+    def gradients(
+        self,
+        dy: Array,
+        x: Array,
+        statistics: Statistics,
+        weight: Array | None,
+        active: Array | None,
+        mask: Array | None,
+        spec: Spec,
+    ) -> Gradients:
+        if self._takes(x, mask):
+            return self.kernels.gradients(dy, x, statistics, weight, active, spec)
+        with self.kernels.on(x):
+            return super().gradients(dy, x, statistics, weight, active, mask, spec)

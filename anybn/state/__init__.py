@@ -1,0 +1,1 @@
+"""The state that batch norm keeps between calls."""
