@@ -10,7 +10,7 @@ from anybn._layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybn._networks import load_batch_norms
 from anybn._recalibrate import recalibrate
 from anybn.backends.registry import BackendInfo, register_backend, unregister_backend, use_backend
-from anybn.core.formulas import Gradients
+from anybn.core.call import Gradients
 from anybn.core.moments import Moments
 from anybn.errors import BackendNotInstalled, CheckpointError, MemberError, NonFiniteError, StateError
 from anybn.interop import fold

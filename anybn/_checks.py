@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from anybn.backends.base import Backend
-from anybn.core.formulas import Array, dtype_name
+from anybn.core.call import Array, dtype_name
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from anybn import _checks
 from anybn.backends.registry import backend_for
 from anybn.core import formulas as _core
-from anybn.core.formulas import Array, Statistics
+from anybn.core.call import Array, Statistics
 from anybn.state.state import BatchNormState
 
 
@@ -68,7 +68,7 @@ def fold(
         if _checks.shape_of(_checks.floating_array("bias", bias, backend)) != (c,):
             raise ValueError(f"bias has shape {_checks.shape_of(bias)}; it must be ({c},)")
     xp = backend.namespace(weight)
-    _, arrays = state._beside(backend, weight)
+    _, arrays = state._store.beside(backend, weight)
     statistics = Statistics(None, arrays.running_mean, None, arrays.running_var)
     working = statistics.mean.dtype
     scale = _core.scale_of(xp, statistics, arrays.weight, state.eps)

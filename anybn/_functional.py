@@ -8,37 +8,32 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from anybn import _accumulate, _checks, distributed
-from anybn.backends.base import Backend, root_module
+from anybn import _checks
+from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
-from anybn.core import formulas as _core
-from anybn.core.formulas import Array, Gradients, Spec, Statistics
+from anybn.core import formulas
+from anybn.core.call import Array, Call, Gradients, Spec, Statistics, dtype_name, root_module
 from anybn.core.moments import Moments
 from anybn.errors import NonFiniteError
-from anybn.groups import exchange as _synchronized
-from anybn.groups.exchange import Members
-from anybn.state.state import Arrays, BatchNormState
+from anybn.groups import engines, exchange
+from anybn.state.arrays import Arrays
+from anybn.state.state import BatchNormState
+from anybn.state.store import Batch
 
 #: (whether torch.compile records this, what it records in place of `batch_norm`), once there has been a torch tensor.
 compiled: tuple[Callable[[], bool], Callable[..., Array]] | None = None
 
 
-class _Call(NamedTuple):
-    """A call whose arguments have been checked."""
+class Checked(NamedTuple):
+    """A call whose arguments have been checked, and what it does to the state, of which backends know nothing."""
 
     backend: Backend
-    x: Array
+    call: Call
     state: BatchNormState
     before: Arrays
     """the state's arrays as they are, and beside x:"""
-    arrays: Arrays
-    spec: Spec
-    mask: Array | None
-    residual: Array | None
-    out: Array | None
+    beside: Arrays
     nonfinite: str
-    members: Members | None
-    """whose batches count as one"""
     uses_batch: bool
     """normalize with the batch's own statistics, and"""
     commits: bool
@@ -106,12 +101,12 @@ def batch_norm(
         options = {"mask": mask, "residual": residual, "nonfinite": nonfinite, "group": group, "out": out}
         return compiled[1](x, state, training=training, axis=axis, activation=activation, **options)
     try:
-        call = _check(x, state, training, axis, mask, residual, activation, nonfinite, group, out)
+        checked = check(x, state, training, axis, mask, residual, activation, nonfinite, group, out)
     except Exception as error:
         tell(x, state, training, group, error)
         raise
-    y, statistics, running = _forward(call)
-    _finish(call, statistics, running)
+    y, statistics, running = _forward(checked)
+    finish(checked, statistics, running)
     return y
 
 
@@ -147,27 +142,25 @@ def batch_norm_vjp(
     True
     """
     try:
-        call = _check(x, state, training, axis, mask, residual, activation, nonfinite, group, out, recorded=False)
+        checked = check(x, state, training, axis, mask, residual, activation, nonfinite, group, out, recorded=False)
     except Exception as error:
         tell(x, state, training, group, error)
         raise
-    backend = call.backend
+    backend, call = checked.backend, checked.call
     with backend.no_grad():
-        if out is not None and backend.overlaps(out, x):
+        if out is not None and backend.overlaps(out, x):  # y goes where x is, which the pullback reads
             call = call._replace(x=backend.copy(x))
-        y, statistics, running = _forward(call)
+            checked = checked._replace(call=call)
+        y, statistics, running = _forward(checked)
         active = y > 0 if call.spec.relu else None
-        _finish(call, statistics, running)
-    weight, members = call.arrays.weight, call.members
+        finish(checked, statistics, running)
 
     def pullback(dy: Array) -> Gradients:
         """Gradients(x, weight, bias, residual) for the gradient dy of y."""
         owner = backend_for(dy, "dy")
         _checks.like_x("dy", _checks.floating_array("dy", dy, owner), call.x, backend)
         with backend.no_grad():
-            spec = call.spec._replace(differentiates_residual=residual is not None)
-            rest = dy, call.x, statistics, weight, active, call.mask, spec
-            return backend.gradients(*rest) if members is None else backend.gradients_over(members, *rest)
+            return backend.gradients(call, statistics, dy, active, residual is not None)
 
     return y, pullback
 
@@ -192,9 +185,9 @@ def moments(x: Array, *, axis: int = 1, mask: Array | None = None) -> Moments:
     if mask is not None:
         mask = _checks.mask(mask, x, index, backend)
     if 0 in x.shape:
-        zeros = _zeros(backend, x, x.shape[index])
+        zeros = zeros_beside(backend, x, x.shape[index])
         return Moments(0, zeros, zeros)
-    statistics = backend.batch_statistics(x, index, mask)
+    statistics = backend.statistics(Call(x, Spec(index, 0.0), mask=mask))
     mean, shift, count = statistics.mean, statistics.shift, cast(Any, statistics.count)
     if shift is not None:
         mean = statistics.mean + shift
@@ -204,12 +197,12 @@ def moments(x: Array, *, axis: int = 1, mask: Array | None = None) -> Moments:
     return Moments(count if backend.is_traced(x) else int(count), mean, statistics.m2, shift)
 
 
-def _zeros(backend: Backend, x: Array, size: int) -> Array:
+def zeros_beside(backend: Backend, x: Array, size: int) -> Array:
     device = backend.device_of(x)
     return backend.from_numpy(np.zeros(size, "float64" if backend.has_float64(device) else "float32"), device)
 
 
-def _check(
+def check(
     x: Array,
     state: BatchNormState,
     training: bool,
@@ -221,7 +214,7 @@ def _check(
     group: Any,
     out: Array | None,
     recorded: bool = True,
-) -> _Call:
+) -> Checked:
     """Everything that can be wrong, before anything is computed. ``recorded``: gradients are the library's business."""
     backend = backend_for(x)
     if not isinstance(state, BatchNormState):
@@ -232,7 +225,7 @@ def _check(
     _checks.choice("activation", activation, (None, "relu"))
     _checks.choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
     if group is not None:
-        group = distributed.as_group(group)
+        group = engines.as_group(group)
         called = training or not state.track_running_stats
         if called and getattr(group, "library", backend.libraries[0]) not in backend.libraries:
             raise TypeError(
@@ -243,12 +236,12 @@ def _check(
         mask = _checks.mask(mask, x, index, backend)
     if residual is not None:
         _checks.like_x("residual", residual, x, backend)
-    before, arrays = state._beside(backend, x)
+    before, beside = state._store.beside(backend, x)
     if _checks.overlaps_any(x, before[:4], backend):
         raise ValueError("x shares memory with the state: give one of them a copy")
     if out is not None:
         _checks.out(out, x, residual, before[:4], backend)
-        if recorded and backend.records(x, arrays.weight, arrays.bias, residual):
+        if recorded and backend.records(x, beside.weight, beside.bias, residual):
             raise ValueError("out was given but autograd is to record this call: drop out, or use torch.no_grad()")
 
     empty = 0 in x.shape and (group is None or backend.is_traced(x))
@@ -262,7 +255,7 @@ def _check(
                 'nonfinite is "raise" but x has no values yet (it is traced or lazy): use "skip", or look at y'
             )
     spec = Spec(index, state.eps, activation == "relu")
-    members = None
+    members = update = None
     if group is not None and uses_batch:
         given: dict[str, Any] = {
             "eps": state.eps,
@@ -270,9 +263,12 @@ def _check(
             "ddof": state.ddof,
             "affine": state.affine,
         }
-        given |= {"channels": x.shape[index], "dtype": _core.dtype_name(x.dtype), "axis": index, "training": training}
-        members = Members(group, _synchronized.settings(**given, relu=spec.relu, nonfinite=nonfinite))
-    return _Call(backend, x, state, before, arrays, spec, mask, residual, out, nonfinite, members, uses_batch, commits)
+        given |= {"channels": x.shape[index], "dtype": dtype_name(x.dtype), "axis": index, "training": training}
+        members = exchange.Members(group, exchange.settings(**given, relu=spec.relu, nonfinite=nonfinite))
+    elif uses_batch and commits:
+        update = state._store.planned_update(beside, nonfinite == "propagate")
+    call = Call(x, spec, beside.weight, beside.bias, residual, mask, members, update, out)
+    return Checked(backend, call, state, before, beside, nonfinite, uses_batch, commits)
 
 
 def tell(x: Array, state: Any, training: bool, group: Any, error: Exception) -> None:
@@ -281,10 +277,10 @@ def tell(x: Array, state: Any, training: bool, group: Any, error: Exception) -> 
     if group is None or not isinstance(state, BatchNormState) or (evaluates and state.track_running_stats):
         return
     try:
-        group = distributed.as_group(group)
+        group = engines.as_group(group)
     except TypeError:
         return
-    if isinstance(group, distributed.AxisGroup):  # all of whose members are one program
+    if isinstance(group, engines.AxisGroup):  # all of whose members are one program
         return
     like = x
     try:
@@ -292,45 +288,54 @@ def tell(x: Array, state: Any, training: bool, group: Any, error: Exception) -> 
     except Exception:  # which may be what is wrong
         like = next(iter(state._arrays.held().values()), np.zeros(0))
         backend = backend_for(like)
-    _synchronized.tell(group, state.num_features, error, backend, like)
+    exchange.tell(group, state.num_features, error, backend, like)
 
 
 def _count(backend: Backend, x: Array, axis: int, mask: Array | None) -> int:
     if mask is None:
         return math.prod(x.shape) // x.shape[axis]
-    return int(_core.value_count(backend.namespace(x), x, axis, mask, backend.working_dtype(x)))
+    return int(formulas.value_count(backend.namespace(x), x, axis, mask, backend.working_dtype(x)))
 
 
-def _forward(call: _Call) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
+def _forward(checked: Checked) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
     """y, the statistics it was made with, and what the running ones become, if that came with it."""
-    backend, arrays = call.backend, call.arrays
-    rest = arrays.weight, arrays.bias, call.residual, call.mask, call.spec, call.out
-    if call.members is not None:
-        return (*backend.train_over(call.members, call.x, *rest), None)
-    if call.uses_batch:
-        update = call.state._planned_update(arrays, call.nonfinite) if call.commits else None
-        if update is not None:
-            return backend.train_and_update(update, call.x, *rest)
-        return (*backend.train(call.x, *rest), None)
-    if arrays.running_mean is not None:
-        statistics = Statistics(None, arrays.running_mean, None, arrays.running_var)
-    else:  # an empty batch, which has no values to normalize with anything
-        zeros = _zeros(backend, call.x, call.state.num_features)
-        statistics = Statistics(None, zeros, None, zeros)
-    return backend.evaluate(call.x, statistics, *rest), statistics, None
-
-
-def _finish(call: _Call, statistics: Statistics, running: tuple[Array, Array] | None) -> None:
-    """What changes the state, after everything else has succeeded."""
-    backend = call.backend
-    if call.uses_batch and call.nonfinite == "raise":
-        _require_finite(backend, statistics)
-    nothing = isinstance(statistics.count, int) and statistics.count == 0  # all members of a group are empty
-    commits = call.commits and not nothing
-    if commits and not _accumulate.keeps(call.state, backend, call.x, statistics, call.nonfinite):
-        call.state._commit(backend, call.x, statistics, running, call.nonfinite, call.before, call.arrays)
+    backend, call, running = checked.backend, checked.call, None
+    if checked.uses_batch:
+        y, statistics, running = backend.train(call)
+        if call.group is not None and not call.group.met:
+            raise RuntimeError(
+                f"the {backend.name} backend has overlooked call.group, so y is this member's alone: let its train "
+                "and statistics call super() where call.group is not None"
+            )
     else:
-        call.state._settle(backend, call.before, call.arrays)
+        statistics = given_statistics(checked)
+        y = backend.evaluate(call, statistics)
+    return y, statistics, running
+
+
+def given_statistics(checked: Checked) -> Statistics:
+    """The running ones; for an empty batch of a state without them, which has no values to normalize, zeros."""
+    mean, var = checked.beside.running_mean, checked.beside.running_var
+    if mean is None:
+        mean = var = zeros_beside(checked.backend, checked.call.x, checked.state.num_features)
+    return Statistics(None, mean, None, var)
+
+
+def finish(checked: Checked, statistics: Statistics, running: tuple[Array, Array] | None = None) -> None:
+    """What changes the state, after everything else has succeeded."""
+    backend, call, state, before, beside, nonfinite, uses_batch, commits = checked
+    if uses_batch and nonfinite == "raise":
+        _require_finite(backend, statistics)
+    store = state._store
+    if not commits or (isinstance(statistics.count, int) and statistics.count == 0):  # all members' x are empty
+        store.settle(backend, before, beside)
+        return
+    batch = Batch(backend, call.x, statistics, nonfinite == "propagate", before, beside, running)
+    if store.block is None:
+        store.learn(batch)
+    else:
+        store.block.add(batch)
+        store.settle(backend, before, beside)
 
 
 def _require_finite(backend: Backend, statistics: Statistics) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from anybn import _checks, _functional
 from anybn.backends.registry import backend_for
-from anybn.core.formulas import Array, Gradients
+from anybn.core.call import Array, Gradients
 from anybn.state.state import BatchNormState
 
 

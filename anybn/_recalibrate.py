@@ -13,7 +13,7 @@ import numpy as np
 from anybn import _checks, _functional, distributed
 from anybn._layer import BatchNorm
 from anybn.backends.registry import backend_for
-from anybn.core.formulas import Array
+from anybn.core.call import Array
 from anybn.core.moments import Moments
 from anybn.errors import BackendNotInstalled, NonFiniteError
 from anybn.groups import exchange as _synchronized
@@ -101,7 +101,7 @@ def recalibrate(
     everyone.next_layer(0)
     population = everyone.merged(population)
     mean, var = population.statistics(state.ddof)
-    state._replace_values({"running_mean": mean, "running_var": var, "num_batches_tracked": population.batches})
+    state._store.fill({"running_mean": mean, "running_var": var, "num_batches_tracked": population.batches})
     return target
 
 

@@ -41,10 +41,10 @@ from anybn import _checks
 from anybn._fold import fold
 from anybn.backends.registry import backend_for
 from anybn.checkpoints.conventions import CONVENTIONS, Convention, complement
-from anybn.core import formulas as _core
-from anybn.core.formulas import Array
+from anybn.core.call import Array, dtype_name
 from anybn.errors import CheckpointError
-from anybn.state.state import Arrays, BatchNormState
+from anybn.state.arrays import Arrays
+from anybn.state.state import BatchNormState
 
 __all__ = ["CONVENTIONS", "Convention", "fold", "from_state_dict", "load_state_dict", "settings", "state_dict"]
 
@@ -148,7 +148,7 @@ def _scalar_beside(value: int | bool | Array, like: Array) -> Array:
         return value
     device = backend.device_of(like)
     integer = backend.module().__array_namespace_info__().default_dtypes(device=device)["indexing"]
-    return backend.from_numpy(np.asarray(value, bool if isinstance(value, bool) else _core.dtype_name(integer)), device)
+    return backend.from_numpy(np.asarray(value, bool if isinstance(value, bool) else dtype_name(integer)), device)
 
 
 def _constant_beside(state: BatchNormState, value: int) -> Array:
@@ -236,7 +236,7 @@ def new_state(
 
 def _dtype_of(arrays: list[Any]) -> str | None:
     """The widest floating dtype among arrays, which are checked later."""
-    names = [_core.dtype_name(a.dtype) for a in arrays if hasattr(a, "dtype")]
+    names = [dtype_name(a.dtype) for a in arrays if hasattr(a, "dtype")]
     return max((name for name in names if name in _checks.FLOATING), key=_checks.FLOATING.index, default=None)
 
 
@@ -271,7 +271,7 @@ def _fill(
         raise CheckpointError(f"nothing was loaded: {'; '.join(problems)}")
     if not state.track_running_stats:
         del values["num_batches_tracked"]
-    state._replace_values(values)
+    state._store.fill(values)
 
 
 def _fields_of(read: dict[str, Any], state: BatchNormState, problems: list[str]) -> dict[str, Any]:

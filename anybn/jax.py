@@ -19,17 +19,17 @@ from typing import Any
 
 import jax
 
-from anybn.backends.base import root_module
 from anybn.backends.registry import backend_for
-from anybn.state.state import Arrays, BatchNormState
-
-_SETTINGS = ("_num_features", "_eps", "_momentum", "_ddof", "_dtype")
+from anybn.core.call import root_module
+from anybn.state.arrays import Arrays
+from anybn.state.state import BatchNormState
+from anybn.state.store import Store
 
 
 def _flatten(state: BatchNormState) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
     keys = map(jax.tree_util.GetAttrKey, Arrays._fields)
     leaves = map(_leaf, state._arrays)
-    return tuple(zip(keys, leaves, strict=True)), tuple(getattr(state, name) for name in _SETTINGS)
+    return tuple(zip(keys, leaves, strict=True)), state._store.settings()
 
 
 def _leaf(array: Any) -> Any:
@@ -42,9 +42,7 @@ def _leaf(array: Any) -> Any:
 def _unflatten(settings: tuple[Any, ...], arrays: Any) -> BatchNormState:
     """No checks: JAX also unflattens placeholders that are no arrays."""
     state = object.__new__(BatchNormState)
-    for name, value in zip(_SETTINGS, settings, strict=True):
-        setattr(state, name, value)
-    state._arrays = Arrays(*arrays)
+    state._store = Store.of(settings, Arrays(*arrays))
     return state
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from anybn import _checks
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
-from anybn.core.formulas import Array, Gradients, RowSpec
+from anybn.core.call import Array, Call, Gradients, RowSpec
 
 __all__ = [
     "group_norm",
@@ -189,7 +189,7 @@ class _Layout(NamedTuple):
     """shape of weight and bias, which have P values"""
 
 
-class _Call(NamedTuple):
+class _Checked(NamedTuple):
     """A norm of x whose arguments have been checked."""
 
     backend: Backend
@@ -198,7 +198,7 @@ class _Call(NamedTuple):
     spec: RowSpec
 
 
-def _channels(x: Array, num_groups: int | None, axis: int, eps: float) -> _Call:
+def _channels(x: Array, num_groups: int | None, axis: int, eps: float) -> _Checked:
     backend = backend_for(x)
     index = _checks.batch(x, backend, axis, None)
     if num_groups is not None:
@@ -206,7 +206,7 @@ def _channels(x: Array, num_groups: int | None, axis: int, eps: float) -> _Call:
     return _checked(backend, x, _layout_by_channels(_checks.shape_of(x), index, num_groups), eps, centered=True)
 
 
-def _features(x: Array, axes: int | tuple[int, ...], eps: float, centered: bool) -> _Call:
+def _features(x: Array, axes: int | tuple[int, ...], eps: float, centered: bool) -> _Checked:
     backend = backend_for(x)
     _checks.floating_array("x", x, backend)
     return _checked(backend, x, _layout_by_features(_checks.shape_of(x), _checks.axes(axes)), eps, centered)
@@ -247,56 +247,60 @@ def _layout(order: tuple[int, ...], shape: tuple[int, int, int], values: int, pa
     return _Layout(None if order == back == tuple(range(len(order))) else order, back, shape, values, parameters)
 
 
-def _checked(backend: Backend, x: Array, layout: _Layout, eps: float, centered: bool) -> _Call:
+def _checked(backend: Backend, x: Array, layout: _Layout, eps: float, centered: bool) -> _Checked:
     if layout.values == 1 and centered and 0 not in layout.shape:
         raise ValueError(
             f"a norm needs more than 1 value to normalize together, got shape {_checks.shape_of(x)} with 1: every "
             "result would be bias; normalize over more axes or in larger groups"
         )
-    return _Call(backend, x, layout, RowSpec(layout.shape, layout.values, _checks.eps(eps), centered))
+    return _Checked(backend, x, layout, RowSpec(layout.shape, layout.values, _checks.eps(eps), centered))
 
 
-def _check_parameters(call: _Call, **parameters: Array | None) -> None:
+def _check_parameters(checked: _Checked, **parameters: Array | None) -> None:
     for name, value in parameters.items():
         if value is None:
             continue
-        _checks.same_place(name, value, call.x, call.backend)
-        _checks.floating_array(name, value, call.backend)
-        if _checks.shape_of(value) != call.layout.parameters:
+        _checks.same_place(name, value, checked.x, checked.backend)
+        _checks.floating_array(name, value, checked.backend)
+        if _checks.shape_of(value) != checked.layout.parameters:
             raise ValueError(
-                f"{name} has shape {_checks.shape_of(value)} but x has {_checks.shape_of(call.x)}: it must be "
-                f"{call.layout.parameters}"
+                f"{name} has shape {_checks.shape_of(value)} but x has {_checks.shape_of(checked.x)}: it must be "
+                f"{checked.layout.parameters}"
             )
 
 
-def _laid(call: _Call, a: Array) -> Array:
+def _laid(checked: _Checked, a: Array) -> Array:
     """a, of x's shape, with its axes as the layout has them."""
-    order = call.layout.order
-    return a if order is None else call.backend.namespace(a).permute_dims(a, order)
+    order = checked.layout.order
+    return a if order is None else checked.backend.namespace(a).permute_dims(a, order)
 
 
-def _delivered(call: _Call, a: Array) -> Array:
+def _call(checked: _Checked, weight: Array | None, bias: Array | None) -> Call:
+    return Call(_laid(checked, checked.x), checked.spec, weight, bias)
+
+
+def _delivered(checked: _Checked, a: Array) -> Array:
     """What `_laid` made, as x has its axes."""
-    return a if call.layout.order is None else call.backend.namespace(a).permute_dims(a, call.layout.back)
+    return a if checked.layout.order is None else checked.backend.namespace(a).permute_dims(a, checked.layout.back)
 
 
-def _apply(call: _Call, weight: Array | None, bias: Array | None) -> Array:
-    _check_parameters(call, weight=weight, bias=bias)
-    if 0 in call.layout.shape:
-        return call.x * 1
-    return _delivered(call, call.backend.normalize_rows(_laid(call, call.x), weight, bias, call.spec)[0])
+def _apply(checked: _Checked, weight: Array | None, bias: Array | None) -> Array:
+    _check_parameters(checked, weight=weight, bias=bias)
+    if 0 in checked.layout.shape:
+        return checked.x * 1
+    return _delivered(checked, checked.backend.normalize_rows(_call(checked, weight, bias))[0])
 
 
-def _vjp(call: _Call, weight: Array | None, bias: Array | None) -> tuple[Array, Pullback]:
-    _check_parameters(call, weight=weight, bias=bias)
-    x, backend, empty = call.x, call.backend, 0 in call.layout.shape
+def _vjp(checked: _Checked, weight: Array | None, bias: Array | None) -> tuple[Array, Pullback]:
+    _check_parameters(checked, weight=weight, bias=bias)
+    x, backend, empty = checked.x, checked.backend, 0 in checked.layout.shape
     statistics: Any = None
     with backend.no_grad():
         if empty:
             y = x * 1
         else:
-            y, statistics = backend.normalize_rows(_laid(call, x), weight, bias, call.spec)
-            y = _delivered(call, y)
+            y, statistics = backend.normalize_rows(_call(checked, weight, bias))
+            y = _delivered(checked, y)
 
     def pullback(dy: Array) -> Gradients:
         """Gradients(x, weight, bias, None) for the gradient dy of y."""
@@ -306,7 +310,7 @@ def _vjp(call: _Call, weight: Array | None, bias: Array | None) -> tuple[Array, 
                 xp = backend.namespace(x)
                 dweight, dbias = (None if a is None else xp.zeros_like(a) for a in (weight, bias))
                 return Gradients(dy * 1, dweight, dbias, None)
-            grads = backend.row_gradients(_laid(call, dy), _laid(call, x), statistics, weight, bias, call.spec)
-            return grads._replace(x=_delivered(call, grads.x))
+            grads = backend.row_gradients(_call(checked, weight, bias), statistics, _laid(checked, dy))
+            return grads._replace(x=_delivered(checked, grads.x))
 
     return y, pullback

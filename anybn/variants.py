@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anybn import _checks, _functional
+from anybn import _checks
+from anybn._functional import Checked, check, finish, given_statistics
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
-from anybn.core import formulas as _core
-from anybn.core.formulas import Array, Gradients, Statistics
+from anybn.core import formulas
+from anybn.core.call import Array, Call, Gradients, Statistics
 from anybn.state.state import BatchNormState
 
 __all__ = ["batch_norm", "batch_norm_vjp", "renorm_limits"]
@@ -112,17 +113,17 @@ def batch_norm_vjp(
     options = _Options(statistics, update, train_weights, virtual_batch_size, renorm)
     with backend.no_grad():
         done = _run(x, state, options, axis, mask, residual, activation, nonfinite)
-        active = done.y > 0 if done.call.spec.relu else None
-    call, ghosts, weight = done.call, done.ghosts, done.call.arrays.weight
-    xp = backend.namespace(x)
+        active = done.y > 0 if done.checked.call.spec.relu else None
+    call, ghosts = done.checked.call, done.ghosts
+    xp, weight = backend.namespace(x), call.weight
 
     def pullback(dy: Array) -> Gradients:
         """Gradients(x, weight, bias, residual) for the gradient dy of y."""
         _checks.like_x("dy", _checks.floating_array("dy", dy, backend_for(dy, "dy")), x, backend)
         with backend.no_grad():
-            dparts, parts, active_parts, kept = (ghosts.split(xp, a) for a in (dy, x, active, call.mask))
-            spec = call.spec._replace(axis=ghosts.axis, differentiates_residual=residual is not None)
-            grads = backend.gradients(dparts, parts, done.statistics, done.weight, active_parts, kept, spec)
+            parts, dparts, active_parts, mask_parts = (ghosts.split(xp, a) for a in (x, dy, active, call.mask))
+            of_parts = Call(parts, call.spec._replace(axis=ghosts.axis), done.weight, mask=mask_parts)
+            grads = backend.gradients(of_parts, done.statistics, dparts, active_parts, residual is not None)
             dx, dresidual = (ghosts.joined(xp, a) for a in (grads.x, grads.residual))
             if weight is None or not train_weights:
                 return Gradients(dx, None, None, dresidual)
@@ -130,7 +131,7 @@ def batch_norm_vjp(
             if done.correction is not None:  # of the weight that was used, weight * r, and the bias, bias + weight * d
                 r, d = done.correction
                 dweight = dweight * r + dbias * d
-            dweight, dbias = (_core.rounded_to(xp, ghosts.total(xp, a), weight.dtype) for a in (dweight, dbias))
+            dweight, dbias = (formulas.rounded_to(xp, ghosts.total(xp, a), weight.dtype) for a in (dweight, dbias))
         return Gradients(dx, dweight, dbias, dresidual)
 
     return done.y, pullback
@@ -219,7 +220,7 @@ class _Ghosts(NamedTuple):
         else:  # per channel of every part: of a mask, or JAX's
             count = xp.reshape(count, (self.virtual, -1))
             n, count = xp.astype(count, mean.dtype), xp.sum(count, axis=0, dtype=count.dtype)[0]
-        divisor = _core.divisor(xp, count, mean.dtype)
+        divisor = formulas.divisor(xp, count, mean.dtype)
         shift = xp.sum(delta * n, axis=0) / divisor
         deviation = delta - shift
         total = xp.sum(m2, axis=0) + xp.sum(deviation * deviation * n, axis=0)
@@ -239,7 +240,7 @@ class _Options(NamedTuple):
 class _Done(NamedTuple):
     """A call that has been made."""
 
-    call: _functional._Call
+    checked: Checked
     ghosts: _Ghosts
     y: Array
     statistics: Statistics
@@ -264,7 +265,7 @@ def _run(
     update, train_weights = _checks.flag("update", update), _checks.flag("train_weights", train_weights)
     if not of_batch and (virtual_batch_size is not None or renorm is not None):
         raise ValueError('statistics is "running": virtual_batch_size and renorm need those of the batch, "batch"')
-    call = _functional._check(
+    checked = check(
         x, state, training=of_batch or update, axis=axis, mask=mask, residual=residual, activation=activation,
         nonfinite=nonfinite, group=None, out=None,
     )  # fmt: skip
@@ -272,28 +273,24 @@ def _run(
         raise ValueError(
             "the state has track_running_stats=False, and running statistics are needed: make it with True"
         )
-    backend, arrays, spec = call.backend, call.arrays, call.spec
+    backend, call, spec = checked.backend, checked.call, checked.call.spec
     ghosts = _ghosts(x, spec.axis, virtual_batch_size)
-    call = call._replace(commits=call.commits and update)
-    xp, weight, bias = backend.namespace(x), arrays.weight, arrays.bias
+    checked = checked._replace(commits=checked.commits and update)
+    xp, weight, bias = backend.namespace(x), call.weight, call.bias
     if not train_weights:
         weight, bias = (None if a is None else backend.detached(a) for a in (weight, bias))
     if 0 in x.shape or not of_batch:
-        running = Statistics(None, arrays.running_mean, None, arrays.running_var)
-        if arrays.running_mean is None:
-            zeros = _functional._zeros(backend, x, state.num_features)
-            running = Statistics(None, zeros, None, zeros)
-        y = backend.evaluate(x, running, weight, bias, residual, call.mask, spec)
-        learnt = running
-        if call.commits:
+        running = learnt = given_statistics(checked)
+        y = backend.evaluate(Call(x, spec, weight, bias, residual, call.mask), running)
+        if checked.commits:
             with backend.no_grad():
-                learnt = backend.batch_statistics(backend.detached(x), spec.axis, call.mask)
-        _functional._finish(call, learnt, None)
-        return _Done(call, ghosts._replace(virtual=1, axis=spec.axis), y, running, weight, None)
+                learnt = backend.statistics(Call(backend.detached(x), spec, mask=call.mask))
+        finish(checked, learnt)
+        return _Done(checked, ghosts._replace(virtual=1, axis=spec.axis), y, running, weight, None)
     correction = None
-    parts, kept = ghosts.split(xp, x), ghosts.split(xp, call.mask)
-    if kept is not None and ghosts.virtual > 1:
-        _enough_in_each(backend, parts, kept, ghosts, x)
+    parts, mask_parts = ghosts.split(xp, x), ghosts.split(xp, call.mask)
+    if mask_parts is not None and ghosts.virtual > 1:
+        _enough_in_each(backend, parts, mask_parts, ghosts, x)
     ghost_spec = spec._replace(axis=ghosts.axis)
     if renorm is not None or ghosts.virtual > 1:
         # In the working dtype: gradients are summed over the parts, and corrected, before they are rounded.
@@ -301,16 +298,16 @@ def _run(
         weight, bias = (None if a is None else ghosts.tiled(xp, xp.astype(a, working)) for a in (weight, bias))
     if renorm is not None:
         with backend.no_grad():
-            of_parts = backend.batch_statistics(backend.detached(parts), ghosts.axis, kept)
-            correction = _correction(xp, ghosts, of_parts, arrays, spec.eps, _limits(renorm))
+            of_parts = backend.statistics(Call(backend.detached(parts), ghost_spec, mask=mask_parts))
+            correction = _correction(xp, ghosts, of_parts, checked.beside, spec.eps, _limits(renorm))
         r, d = correction
         bias = d if weight is None else weight * d + bias
         weight = r if weight is None else weight * r
-    y, used = backend.train(parts, weight, bias, ghosts.split(xp, residual), kept, ghost_spec)
+    y, used, _ = backend.train(Call(parts, ghost_spec, weight, bias, ghosts.split(xp, residual), mask_parts))
     with backend.no_grad(), np.errstate(all="ignore"):
         learnt = ghosts.merged(xp, Statistics(*map(backend.detached, used)))
-    _functional._finish(call, learnt, None)
-    return _Done(call, ghosts, ghosts.joined(xp, y), used, weight, correction)
+    finish(checked, learnt)
+    return _Done(checked, ghosts, ghosts.joined(xp, y), used, weight, correction)
 
 
 def _ghosts(x: Array, axis: int, virtual_batch_size: int | None) -> _Ghosts:
@@ -344,7 +341,7 @@ def _enough_in_each(backend: Backend, parts: Array, mask: Array, ghosts: _Ghosts
     if backend.is_traced(mask):
         return
     xp, working = backend.namespace(x), backend.working_dtype(x)
-    least = int(xp.min(_core.value_count(xp, parts, ghosts.axis, mask, working)))
+    least = int(xp.min(formulas.value_count(xp, parts, ghosts.axis, mask, working)))
     if least < 2:
         raise ValueError(
             f"a virtual batch has {least} unmasked values per channel, x has shape {_checks.shape_of(x)}; each needs "

@@ -111,7 +111,7 @@ def test_the_running_statistics_of_whoever_was_faster(target: Target, monkeypatc
 def test_the_core_runs_on_the_device_of_x(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a mask, which the kernels do not take, as well."""
     seen = []
-    for name in ("batch_statistics", "evaluate", "gradients", "updated_running_statistics"):
+    for name in ("statistics", "evaluate", "gradients", "update"):
         core = getattr(Backend, name)
 
         def noted(self: Backend, *arguments: Any, name: str = name, core: Any = core, **options: Any) -> Any:
@@ -125,7 +125,7 @@ def test_the_core_runs_on_the_device_of_x(target: Target, monkeypatch: pytest.Mo
     state = anybn.BatchNormState(3)
     y, pullback = anybn.batch_norm_vjp(x, state, training=True, mask=mask)
     pullback(y)
-    assert {name for name, _ in seen} == {"batch_statistics", "evaluate", "gradients", "updated_running_statistics"}
+    assert {name for name, _ in seen} == {"statistics", "evaluate", "gradients", "update"}
     assert all(current for _, current in seen), seen
 
 

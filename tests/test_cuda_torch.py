@@ -20,7 +20,7 @@ from anybn.conformance.targets import Target
 torch = pytest.importorskip("torch", reason="torch: not installed, pip install torch")
 simulator.needs_compiler()
 
-import anybn.backends.torch as torch_backend  # noqa: E402
+import anybn.backends.torch.backend as torch_backend  # noqa: E402
 import anybn.torch  # noqa: E402
 from anybn.backends.torch import TorchBackend  # noqa: E402
 from anybn.backends.torch import cpu as _torch_cpu  # noqa: E402
@@ -206,7 +206,7 @@ def test_a_module_is_updated_where_it_lies(monkeypatch: pytest.MonkeyPatch, mome
         theirs(x)
     monkeypatch.setattr(TorchBackend, "_kernels_on", lambda self, device: kernels)
     # The fast path is for what really lies in the CPU's memory.
-    monkeypatch.setattr(anybn.torch.module, "_at_once", lambda *_: None)
+    monkeypatch.setattr(anybn.torch.module, "fast_forward", lambda *_: None)
     where = [a.data_ptr() for a in ours.buffers()]
     before = [a._version for a in ours.buffers()]
     for x in batches:

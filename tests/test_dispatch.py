@@ -30,9 +30,9 @@ class Recording(NumPyBackend):
     name = "recording"
     calls = 0
 
-    def batch_statistics(self, x, axis, mask):
+    def statistics(self, call):
         type(self).calls += 1
-        return super().batch_statistics(x, axis, mask)
+        return super().statistics(call)
 
 
 def test_registered_backends_come_first_and_can_be_chosen(registered):
@@ -64,7 +64,8 @@ def test_names_that_are_no_backend():
 
 def test_a_known_library_that_is_missing(monkeypatch):
     monkeypatch.delitem(_dispatch._loaded, "torch", raising=False)
-    monkeypatch.delitem(sys.modules, "anybn.backends.torch", raising=False)
+    for module in [name for name in sys.modules if name.startswith("anybn.backends.torch")]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "torch", None)
     state = anybn.BatchNormState(2)
     with pytest.raises(anybn.BackendNotInstalled, match=r"torch cannot be imported .*: pip install torch") as caught:
@@ -99,13 +100,12 @@ TOY = '''
 """A third-party backend for NumPy arrays, registered as a pytest plugin."""
 import numpy as np
 import anybn
-from anybn import _core
-from anybn.core.formulas import Statistics
+from anybn.core.call import Statistics
 from anybn.backends.numpy import NumPyBackend
 
 class Toy(NumPyBackend):
     name = "toy"
-    def _kernels_for(self, x, mask):
+    def _kernels_for(self, call):
         return None  # through the core, whose steps the faults below replace
 {fault}
 
@@ -114,23 +114,24 @@ anybn.register_backend(Toy)
 FAULTS = {
     "none": "",
     "a biased running_var": """
-    def batch_statistics(self, x, axis, mask):
-        s = super().batch_statistics(x, axis, mask)
+    def statistics(self, call):
+        s = super().statistics(call)
         return s._replace(m2=s.m2 * (s.count - 1) / s.count)
 """,
     "E[x^2] - E[x]^2": """
-    def batch_statistics(self, x, axis, mask):
-        s = super().batch_statistics(x, axis, mask)
-        axes = tuple(i for i in range(x.ndim) if i != axis)
-        if mask is None:
+    def statistics(self, call):
+        s, x = super().statistics(call), call.x
+        axes = tuple(i for i in range(x.ndim) if i != call.spec.axis)
+        if call.mask is None:
             mean = x.mean(axes)
             var = (x * x).mean(axes) - mean * mean
             s = s._replace(mean=mean, var=var, m2=var * s.count)
         return s
 """,
     "x * scale + shift": """
-    def evaluate(self, x, statistics, weight, bias, residual, mask, spec, out=None):
-        y = super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
+    def evaluate(self, call, statistics):
+        y = super().evaluate(call, statistics)
+        x, spec, weight, bias, residual, mask, _, _, out = call
         if residual is None and weight is not None and not spec.relu and mask is None and out is None:
             scale = (weight / np.sqrt(statistics.var + spec.eps)).astype(x.dtype)
             shift = (bias - statistics.mean * scale).astype(x.dtype)
@@ -139,22 +140,23 @@ FAULTS = {
         return y
 """,
     "a gradient without the statistics": """
-    def gradients(self, dy, x, statistics, *rest):
-        return super().gradients(dy, x, statistics._replace(count=None), *rest)
+    def gradients(self, call, statistics, *rest):
+        return super().gradients(call, statistics._replace(count=None), *rest)
 """,
     "a write to x": """
-    def evaluate(self, x, *rest):
-        y = super().evaluate(x, *rest)
+    def evaluate(self, call, statistics):
+        y = super().evaluate(call, statistics)
+        x = call.x
         x += 1
         return y
 """,
     "results in another dtype": """
-    def evaluate(self, x, *rest):
-        return super().evaluate(x, *rest).astype(np.float64)
+    def evaluate(self, call, statistics):
+        return super().evaluate(call, statistics).astype(np.float64)
 """,
     "NaN to zero": """
-    def evaluate(self, x, *rest):
-        return np.nan_to_num(super().evaluate(x, *rest))
+    def evaluate(self, call, statistics):
+        return np.nan_to_num(super().evaluate(call, statistics))
 """,
 }
 

@@ -49,9 +49,9 @@ def assert_same_state(ours, theirs):
 def way(request, monkeypatch):
     """How a module's forward pass is done: what is small and what is special, whatever the tensor."""
     if request.param != "in one step":
-        monkeypatch.setattr(anybn.torch.module, "_SMALL", 0)
+        monkeypatch.setattr("anybn.torch.fast_forward._SMALL", 0)
     if request.param == "in general":
-        monkeypatch.setattr(anybn.torch.module, "_at_once", lambda *_: None)
+        monkeypatch.setattr(anybn.torch.module, "fast_forward", lambda *_: None)
     return request.param
 
 
@@ -529,7 +529,7 @@ def test_what_compiles_gives_the_gradient_of_a_residual_in_one_operation():
     """And does not compute it again: dy is behind the relu already where dx is computed."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from anybn.torch import ops as _torch_ops
+    from anybn.backends.torch import ops
 
     operations = []
 
@@ -541,7 +541,7 @@ def test_what_compiles_gives_the_gradient_of_a_residual_in_one_operation():
     x, residual = (torch.from_numpy(inputs.normal((4, 3, 5), seed)) for seed in (0, 1))
     for wanted in (True, False):
         given = x.clone().requires_grad_(), residual.clone().requires_grad_(wanted)
-        y, _ = _torch_ops.train(given[0], None, None, given[1], 1, 1e-5, True)
+        y, _ = ops.train(given[0], None, None, given[1], 1, 1e-5, True)
         operations.clear()
         with Listening():
             y.backward(torch.ones_like(y))

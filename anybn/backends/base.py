@@ -11,14 +11,9 @@ from typing import Any, ClassVar
 import array_api_compat
 import numpy as np
 
-from anybn.core import formulas as _core
-from anybn.core.formulas import Array, Gradients, RowSpec, Spec, Statistics, Update
-from anybn.groups import exchange as _synchronized
-from anybn.groups.exchange import Members
-
-
-def root_module(cls: type) -> str:
-    return cls.__module__.partition(".")[0]
+from anybn.core import formulas
+from anybn.core.call import Array, Call, Gradients, Spec, Statistics, Update, root_module
+from anybn.groups import exchange
 
 
 def _name_of(device: Any) -> str:
@@ -43,13 +38,10 @@ class Backend:
     libraries: ClassVar[tuple[str, ...]]
     #: How the work is done, for ``python -m anybn info``.
     how: ClassVar[str] = "the Array API core"
+    #: A module of anybn that is imported with the backend: it tells the layers above of the library's compiler.
+    companion: ClassVar[str] = ""
     #: False where arrays cannot be written to, so that ``out=`` is refused.
     writable: ClassVar[bool] = True
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "train" in vars(cls) and "train_and_update" not in vars(cls):  # what overrides train means to be called
-            cls.train_and_update = Backend.train_and_update  # type: ignore[method-assign]
 
     # -- arrays ------------------------------------------------------------------------------------------------
 
@@ -170,170 +162,100 @@ class Backend:
 
     # -- batch norm --------------------------------------------------------------------------------------------
 
-    sum: Callable[[Any, Array, tuple[int, ...]], Array] = staticmethod(_core.blocked_sum)
+    sum: Callable[[Any, Array, tuple[int, ...]], Array] = staticmethod(formulas.blocked_sum)
 
     def working_dtype(self, x: Array) -> Any:
         return self.dtype("float64" if self.has_float64(self.device_of(x)) else "float32")
 
-    def batch_statistics(self, x: Array, axis: int, mask: Array | None) -> Statistics:
-        """Mean and biased variance of each channel of x, which is not empty."""
-        xp, working = self.namespace(x), self.working_dtype(x)
+    def statistics(self, call: Call) -> Statistics:
+        """Mean and biased variance of each channel of x, which is not empty; of all members of a group, whose x may be.
+
+        Differentiable in x where the library is.
+        """
+        if call.group is not None:
+            return exchange.batch_statistics(self, call)
         with np.errstate(all="ignore"):
-            count = _core.value_count(xp, x, axis, mask, working)
-            return _core.batch_statistics(xp, self.sum, x, axis, mask, count, working)
+            return formulas.batch_statistics(self.namespace(call.x), self.sum, call, self.working_dtype(call.x))
 
-    def train(
-        self,
-        x: Array,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        mask: Array | None,
-        spec: Spec,
-        out: Array | None = None,
-    ) -> tuple[Array, Statistics]:
-        """Normalize x with its own statistics, which come back with y. Differentiable where the library is."""
-        statistics = self.batch_statistics(x, spec.axis, mask)
-        return self.evaluate(x, statistics, weight, bias, residual, mask, spec, out), statistics
+    def train(self, call: Call) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
+        """Normalize x with its own statistics: (y, statistics, the updated running mean and variance).
 
-    def train_and_update(
-        self, update: Update, x: Array, *arguments: Any
-    ) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
-        """`train`, and the updated running mean and variance, new arrays, where the same pass gives them; else None,
-        and `updated_running_statistics` is asked."""
-        return (*self.train(x, *arguments), None)
+        The last are those of ``call.update``, new arrays, where the same pass gives them; else None, and `update` is
+        asked. Differentiable in x, weight, bias and residual where the library is.
+        """
+        statistics = self.statistics(call)
+        return self.evaluate(call, statistics), statistics, None
 
-    def evaluate(
-        self,
-        x: Array,
-        statistics: Statistics,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        mask: Array | None,
-        spec: Spec,
-        out: Array | None = None,
-    ) -> Array:
+    def evaluate(self, call: Call, statistics: Statistics) -> Array:
         """Normalize x with given statistics. Differentiable in x, weight, bias and residual where the library is."""
         with np.errstate(all="ignore"):
-            y = _core.normalize(self.namespace(x), spec, x, statistics, weight, bias, residual, mask)
-        if out is None:
+            y = formulas.normalize(self.namespace(call.x), call, statistics)
+        if call.out is None:
             return y
-        out[...] = y
-        return out
-
-    def updated_running_statistics(
-        self,
-        running_mean: Array,
-        running_var: Array,
-        statistics: Statistics,
-        momentum: float | Array,
-        ddof: int,
-        propagate: bool,
-    ) -> tuple[Array, Array]:
-        """See `anybn.core.formulas.updated_running_statistics`. New arrays, constant for automatic differentiation."""
-        with self.no_grad(), np.errstate(all="ignore"):
-            statistics = Statistics(*map(self.detached, statistics))
-            return _core.updated_running_statistics(
-                self.namespace(running_mean), running_mean, running_var, statistics, momentum, ddof, propagate
-            )
+        call.out[...] = y
+        return call.out
 
     def gradients(
-        self,
-        dy: Array,
-        x: Array,
-        statistics: Statistics,
-        weight: Array | None,
-        active: Array | None,
-        mask: Array | None,
-        spec: Spec,
+        self, call: Call, statistics: Statistics, dy: Array, active: Array | None, wants_residual: bool
     ) -> Gradients:
-        """See `anybn.core.formulas.gradients`."""
+        """See `anybn.core.formulas.gradients`; in a group, through the statistics of all members."""
+        over = None if call.group is None else partial(exchange.sums, self, call.group.group)
+        xp = self.namespace(call.x)
         with np.errstate(all="ignore"):
-            return _core.gradients(self.namespace(x), self.sum, spec, dy, x, statistics, weight, active, mask)
+            return formulas.gradients(xp, self.sum, call, statistics, dy, active, wants_residual, over)
+
+    def update(self, update: Update, statistics: Statistics) -> tuple[Array, Array]:
+        """The updated running mean and variance: new arrays, constant for automatic differentiation."""
+        with self.no_grad(), np.errstate(all="ignore"):
+            statistics = Statistics(*map(self.detached, statistics))
+            xp = self.namespace(update.running_mean)
+            return formulas.updated_running_statistics(xp, update, statistics)
 
     # -- norms of rows -----------------------------------------------------------------------------------------
 
-    def normalize_rows(
-        self, x: Array, weight: Array | None, bias: Array | None, spec: RowSpec
-    ) -> tuple[Array, Statistics]:
+    def normalize_rows(self, call: Call) -> tuple[Array, Statistics]:
         """Normalize the rows of x, which is not empty, then scale and shift it by weight and bias, of P values each.
 
-        The rows are batch norm's channels. Weight and bias can be too if each row has but one; else they are applied in
-        the working dtype before the only rounding. Differentiable in x, weight and bias where the library is.
+        ``call.spec`` is a `RowSpec`. The rows are batch norm's channels. Weight and bias can be too if each row has but
+        one; else they are applied in the working dtype before the only rounding. Differentiable in x, weight and bias
+        where the library is.
         """
-        xp, plain, (samples, parameters, length) = self.namespace(x), Spec(1, spec.eps, relu=False), spec.shape
+        x, spec, weight, bias = call[:4]
+        xp, plain, (samples, parameters, length) = self.namespace(x), Spec(1, spec.eps), spec.shape
         if bias is None if weight is None else spec.values == length:
             weight, bias = (
                 None if a is None else xp.reshape(xp.broadcast_to(a, (samples, parameters)), (-1,))
                 for a in (weight, bias)
             )
-            y, statistics = self.train(_core.in_rows(xp, x, spec), weight, bias, None, None, plain)
-            return xp.reshape(_core.from_rows(xp, y, spec), x.shape), statistics
+            y, statistics, _ = self.train(Call(formulas.in_rows(xp, x, spec), plain, weight, bias))
+            return xp.reshape(formulas.from_rows(xp, y, spec), x.shape), statistics
         with np.errstate(all="ignore"):
-            rows = _core.in_rows(xp, xp.astype(x, self.working_dtype(x)), spec)
-            xhat, statistics = self.train(rows, None, None, None, None, plain)
-            y = _core.scaled(xp, _core.from_rows(xp, xhat, spec), weight, bias)
-            return _core.rounded_to(xp, xp.reshape(y, x.shape), x.dtype), statistics
+            rows = formulas.in_rows(xp, xp.astype(x, self.working_dtype(x)), spec)
+            xhat, statistics, _ = self.train(Call(rows, plain))
+            y = formulas.scaled(xp, formulas.from_rows(xp, xhat, spec), weight, bias)
+            return formulas.rounded_to(xp, xp.reshape(y, x.shape), x.dtype), statistics
 
-    def row_gradients(
-        self, dy: Array, x: Array, statistics: Statistics, weight: Array | None, bias: Array | None, spec: RowSpec
-    ) -> Gradients:
+    def row_gradients(self, call: Call, statistics: Statistics, dy: Array) -> Gradients:
         """The gradients of `normalize_rows`, with its statistics; None for a weight or bias that was not given."""
-        xp, working = self.namespace(x), self.working_dtype(x)
-        plain = Spec(1, spec.eps, relu=False, differentiates_residual=False)
+        x, spec, weight, bias = call[:4]
+        xp, working, plain = self.namespace(x), self.working_dtype(x), Spec(1, spec.eps)
         dweight = dbias = None
         with np.errstate(all="ignore"):
-            rows = _core.in_rows(xp, xp.astype(x, working), spec)
+            rows = Call(formulas.in_rows(xp, xp.astype(x, working), spec), plain)
             dy = xp.reshape(xp.astype(dy, working), spec.shape)
-            dxhat = _core.in_rows(xp, _core.scaled(xp, dy, weight, None), spec)
-            dx = _core.from_rows(xp, self.gradients(dxhat, rows, statistics, None, None, None, plain).x, spec)
+            dxhat = formulas.in_rows(xp, formulas.scaled(xp, dy, weight, None), spec)
+            dx = formulas.from_rows(xp, self.gradients(rows, statistics, dxhat, None, False).x, spec)
             if weight is not None:
-                xhat = self.evaluate(rows, statistics, None, None, None, None, plain)
-                dweight = self.sum(xp, dy * _core.from_rows(xp, xhat, spec), (0, 2))
-                dweight = _core.rounded_to(xp, xp.reshape(dweight, weight.shape), weight.dtype)
+                xhat = self.evaluate(rows, statistics)
+                dweight = self.sum(xp, dy * formulas.from_rows(xp, xhat, spec), (0, 2))
+                dweight = formulas.rounded_to(xp, xp.reshape(dweight, weight.shape), weight.dtype)
             if bias is not None:
                 dbias = self.sum(xp, dy, (0, 2))
-                dbias = _core.rounded_to(xp, xp.reshape(dbias, bias.shape), bias.dtype)
-            return Gradients(_core.rounded_to(xp, xp.reshape(dx, x.shape), x.dtype), dweight, dbias, None)
+                dbias = formulas.rounded_to(xp, xp.reshape(dbias, bias.shape), bias.dtype)
+            return Gradients(formulas.rounded_to(xp, xp.reshape(dx, x.shape), x.dtype), dweight, dbias, None)
 
-    # -- batch norm over a group of processes ------------------------------------------------------------------
+    # -- groups of processes -----------------------------------------------------------------------------------
 
     def all_reduce_sum(self, group: Any, array: Array) -> Array:
         """The sum of the members' arrays. Differentiable where the library is: its derivative is the same sum."""
         return group.all_reduce_sum(array)
-
-    def statistics_over(self, members: Members, x: Array, axis: int, mask: Array | None) -> Statistics:
-        """`batch_statistics` of all members of a group. x may be empty."""
-        return _synchronized.batch_statistics(self, x, axis, mask, members)
-
-    def train_over(
-        self,
-        members: Members,
-        x: Array,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        mask: Array | None,
-        spec: Spec,
-        out: Array | None = None,
-    ) -> tuple[Array, Statistics]:
-        """`train`, with the statistics of all members of a group. x may be empty."""
-        statistics = self.statistics_over(members, x, spec.axis, mask)
-        return self.evaluate(x, statistics, weight, bias, residual, mask, spec, out), statistics
-
-    def gradients_over(
-        self,
-        members: Members,
-        dy: Array,
-        x: Array,
-        statistics: Statistics,
-        weight: Array | None,
-        active: Array | None,
-        mask: Array | None,
-        spec: Spec,
-    ) -> Gradients:
-        """`gradients`, where the statistics are those of all members of a group. x may be empty."""
-        xp, over = self.namespace(x), partial(_synchronized.sums, self, members.group)
-        with np.errstate(all="ignore"):
-            return _core.gradients(xp, self.sum, spec, dy, x, statistics, weight, active, mask, over)

@@ -10,9 +10,10 @@ import array_api_compat.cupy
 import cupy
 import numpy as np
 
-from anybn.core.formulas import Array
+from anybn.backends._on_gpu import CudaBackend
+from anybn.core.call import Array
 from anybn.kernels.cuda import launch as _cuda
-from anybn.kernels.cuda.arrays import CudaArrays, CudaBackend
+from anybn.kernels.cuda.arrays import CudaArrays
 
 
 class _Arrays(CudaArrays):

@@ -22,8 +22,8 @@ from anybn.backends._dask_again import again, is_kept, kept
 from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend
 from anybn.backends.registry import backend_for
-from anybn.core import formulas as _core
-from anybn.core.formulas import Array, Gradients, Spec, Statistics
+from anybn.core import formulas
+from anybn.core.call import Array, Call, Gradients, Spec, Statistics
 
 
 class DaskBackend(Backend):
@@ -83,40 +83,30 @@ class DaskBackend(Backend):
 
     # -- batch norm --------------------------------------------------------------------------------------------
 
-    def batch_statistics(self, x: Array, axis: int, mask: Array | None) -> Statistics:
+    def statistics(self, call: Call) -> Statistics:
         """The moments of each chunk, merged in a tree: x is read once, and each chunk can be dropped at once."""
-        found = _reduced(_by_chunk(_moments_of_chunk, x, axis, _MOMENTS, x, mask, axis=axis), axis, _merged)
+        if call.group is not None:
+            return super().statistics(call)
+        x, axis, mask = call.x, call.spec.axis, call.mask
+        found = _reduced(_by_chunk(_moments_of_chunk, x, axis, _MOMENTS, x, mask, spec=call.spec), axis, _merged)
         count: Any = math.prod(x.shape) // x.shape[axis] if mask is None else found["count"]
         n = count if mask is None else dask.array.maximum(count, 1)
-        shift = None if _core.is_wide("float64", x) else found["shift"]
+        shift = None if formulas.is_wide("float64", x) else found["shift"]
         return Statistics(count, found["mean"], shift, found["m2"] / n, found["m2"])
 
-    def evaluate(
-        self,
-        x: Array,
-        statistics: Statistics,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        mask: Array | None,
-        spec: Spec,
-        out: Array | None = None,
-    ) -> Array:
+    def evaluate(self, call: Call, statistics: Statistics) -> Array:
+        x, spec, weight, bias, residual, mask = call[:6]
         channel = _of_channels(x, spec.axis, statistics.mean, statistics.shift, statistics.var, weight, bias)
         if is_kept(statistics.mean):
             x, residual, mask = again(channel, x, residual, mask)
         return _blockwise(_normalize_chunk, x, spec.axis, x.dtype, x, residual, mask, *channel, spec=spec)
 
     def gradients(
-        self,
-        dy: Array,
-        x: Array,
-        statistics: Statistics,
-        weight: Array | None,
-        active: Array | None,
-        mask: Array | None,
-        spec: Spec,
+        self, call: Call, statistics: Statistics, dy: Array, active: Array | None, wants_residual: bool
     ) -> Gradients:
+        if call.group is not None:
+            return super().gradients(call, statistics, dy, active, wants_residual)
+        x, spec, weight, mask = call.x, call.spec, call.weight, call.mask
         axis = spec.axis
         channel = _of_channels(x, axis, statistics.mean, statistics.shift, statistics.var)
         if is_kept(statistics.mean):
@@ -132,9 +122,7 @@ class DaskBackend(Backend):
         if statistics.count is not None:
             dy, x, active, mask = again(channel, dy, x, active, mask)
         dx = _blockwise(_dx_of_chunk, x, axis, x.dtype, dy, x, active, mask, *channel, spec=spec)
-        dresidual = None
-        if spec.differentiates_residual:
-            dresidual = _blockwise(_where_kept, x, axis, x.dtype, dy, active, mask)
+        dresidual = _blockwise(_where_kept, x, axis, x.dtype, dy, active, mask) if wants_residual else None
         if weight is None:
             return Gradients(dx, None, None, dresidual)
         return Gradients(dx, dweight.astype(weight.dtype), dbias.astype(weight.dtype), dresidual)
@@ -152,7 +140,7 @@ _BLOCK = 1 << 16
 
 
 def _others(x: Array, axis: int) -> tuple[int, ...]:
-    return _core.reduced_axes(x.ndim, axis)
+    return formulas.reduced_axes(x.ndim, axis)
 
 
 def _as_it_is(parts: np.ndarray, **_: Any) -> np.ndarray:
@@ -203,14 +191,14 @@ def _one(_: int) -> int:
 # -- what is done to chunks, which are NumPy arrays ----------------------------------------------------------------
 
 
-def _moments_of_chunk(x: np.ndarray, mask: np.ndarray | None, axis: int) -> np.ndarray:
-    found = np.zeros(x.shape[axis], _MOMENTS)
+def _moments_of_chunk(x: np.ndarray, mask: np.ndarray | None, spec: Spec) -> np.ndarray:
+    found = np.zeros(x.shape[spec.axis], _MOMENTS)
     if x.size:
-        count, mean, shift, _, m2 = _NUMPY.batch_statistics(x, axis, mask)
+        count, mean, shift, _, m2 = _NUMPY.statistics(Call(x, spec, mask=mask))
         found["count"], found["mean"], found["m2"] = count, mean, m2
         if shift is not None:
             found["shift"] = shift
-    return _core.along(np, found, axis, x.ndim)
+    return formulas.along(np, found, spec.axis, x.ndim)
 
 
 def _rows(parts: np.ndarray, axis: tuple[int, ...]) -> np.ndarray:
@@ -256,7 +244,7 @@ def _normalize_chunk(
     bias: np.ndarray | None,
     spec: Spec,
 ) -> np.ndarray:
-    return _NUMPY.evaluate(x, Statistics(None, mean, shift, var), weight, bias, residual, mask, spec)
+    return _NUMPY.evaluate(Call(x, spec, weight, bias, residual, mask), Statistics(None, mean, shift, var))
 
 
 def _sums_of_chunk(
@@ -270,11 +258,11 @@ def _sums_of_chunk(
     spec: Spec,
 ) -> np.ndarray:
     """dweight and dbias of this chunk, in float64, as of a weight in float64."""
-    axis, statistics, spec = spec.axis, Statistics(None, mean, shift, var), spec._replace(differentiates_residual=False)
+    axis, statistics = spec.axis, Statistics(None, mean, shift, var)
     found = np.zeros(x.shape[axis], _SUMS)
-    grads = _NUMPY.gradients(dy, x, statistics, np.ones_like(mean), active, mask, spec)
+    grads = _NUMPY.gradients(Call(x, spec, np.ones_like(mean), mask=mask), statistics, dy, active, False)
     found["dweight"], found["dbias"] = grads.weight, grads.bias
-    return _core.along(np, found, axis, x.ndim)
+    return formulas.along(np, found, axis, x.ndim)
 
 
 def _added(parts: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
@@ -298,9 +286,9 @@ def _dx_of_chunk(
     dbias: np.ndarray | None,
     spec: Spec,
 ) -> np.ndarray:
-    """``weight * rstd * (dy - dbias - xhat * dweight)``, with the means of these over all chunks; `_core.gradients`."""
+    """``weight * rstd * (dy - dbias - xhat * dweight)``, with their means over all chunks: see `formulas.gradients`."""
     statistics, axis = Statistics(None, mean, shift, var), spec.axis
-    scale = _core.along(np, _core.scale_of(_XP, statistics, weight, spec.eps), axis, x.ndim)
+    scale = formulas.along(np, formulas.scale_of(_XP, statistics, weight, spec.eps), axis, x.ndim)
     everywhere = None if mask is None else np.broadcast_to(mask, x.shape)
     result, split = np.empty_like(x), 1 if axis == 0 else 0
     step = max(1, _BLOCK * x.shape[split] // max(x.size, 1))
@@ -310,10 +298,10 @@ def _dx_of_chunk(
         with np.errstate(all="ignore"):
             dx = _where_kept(dy[block], *keep).astype(np.float64)
             if dweight is not None and dbias is not None:
-                slope = _core.reciprocal_std(np, statistics, spec.eps) * dweight
-                dx -= _core.along(np, dbias, axis, x.ndim)
-                dx -= _core.centered(_XP, x[block], statistics, axis) * _core.along(np, slope, axis, x.ndim)
-            result[block] = _core.rounded_to(_XP, _where_kept(dx * scale, None, keep[1]), x.dtype)
+                slope = formulas.reciprocal_std(np, statistics, spec.eps) * dweight
+                dx -= formulas.along(np, dbias, axis, x.ndim)
+                dx -= formulas.centered(_XP, x[block], statistics, axis) * formulas.along(np, slope, axis, x.ndim)
+            result[block] = formulas.rounded_to(_XP, _where_kept(dx * scale, None, keep[1]), x.dtype)
     return result
 
 
@@ -325,5 +313,5 @@ def _where_kept(dy: np.ndarray, active: np.ndarray | None, mask: np.ndarray | No
 
 
 def _sum_of_chunk(chunk: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
-    total = _core.blocked_sum(array_api_compat.numpy, chunk, axis)
+    total = formulas.blocked_sum(array_api_compat.numpy, chunk, axis)
     return np.expand_dims(total, axis) if keepdims else total

@@ -12,8 +12,8 @@ import numpy as np
 
 import anybn.jax  # noqa: F401 makes states pytrees
 from anybn.backends.base import Backend
-from anybn.core import formulas as _core
-from anybn.core.formulas import Array, Gradients, Spec, Statistics
+from anybn.core import formulas
+from anybn.core.call import Array, Call, Gradients, Spec, Statistics
 
 
 class _Namespace:
@@ -35,7 +35,7 @@ class JaxBackend(Backend):
     libraries = ("jax", "jaxlib")
     how = "the Array API core, compiled by XLA"
     writable = False
-    sum = staticmethod(_core.native_sum)  # XLA adds in blocks; blocked_sum was three times slower and no better
+    sum = staticmethod(formulas.native_sum)  # XLA adds in blocks; blocked_sum was three times slower and no better
 
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, (jax.Array, jax.core.Tracer))
@@ -83,47 +83,45 @@ class JaxBackend(Backend):
     def detached(self, x: Array) -> Array:
         return _primal(x)
 
-    def batch_statistics(self, x: Array, axis: int, mask: Array | None) -> Statistics:
-        return Statistics(*_batch_statistics(axis, np.dtype(self.working_dtype(x)), x, mask))
+    def statistics(self, call: Call) -> Statistics:
+        if call.group is not None:
+            return super().statistics(call)
+        return Statistics(*_batch_statistics(call.spec.axis, np.dtype(self.working_dtype(call.x)), call.x, call.mask))
 
-    def evaluate(
-        self,
-        x: Array,
-        statistics: Statistics,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        mask: Array | None,
-        spec: Spec,
-        out: Array | None = None,
-    ) -> Array:
-        return _evaluate(spec, x, statistics._replace(count=None, m2=None), weight, bias, residual, mask)
+    def evaluate(self, call: Call, statistics: Statistics) -> Array:
+        return _evaluate(call.spec, _arrays(call), statistics._replace(count=None, m2=None))
 
     def gradients(
-        self,
-        dy: Array,
-        x: Array,
-        statistics: Statistics,
-        weight: Array | None,
-        active: Array | None,
-        mask: Array | None,
-        spec: Spec,
+        self, call: Call, statistics: Statistics, dy: Array, active: Array | None, wants_residual: bool
     ) -> Gradients:
-        return _gradients(spec, dy, x, statistics, weight, active, mask)
+        if call.group is not None:
+            return super().gradients(call, statistics, dy, active, wants_residual)
+        return _gradients(call.spec, wants_residual, _arrays(call), statistics, dy, active)
+
+
+def _arrays(call: Call) -> tuple[Array | None, ...]:
+    """What a compiled function takes of a call: its spec goes beside them, and is static."""
+    return call.x, call.weight, call.bias, call.residual, call.mask
+
+
+def _of_arrays(spec: Spec, arrays: tuple[Array | None, ...]) -> Call:
+    x, weight, bias, residual, mask = arrays
+    return Call(x, spec, weight, bias, residual, mask)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _batch_statistics(axis: int, working: np.dtype, x: Array, mask: Array | None) -> tuple[Array | None, ...]:
     # XLA replaces a division by one number for all channels with a product with its reciprocal, which is not the same:
     # the count is an array behind a barrier, here and in what divides by it later.
-    count = jnp.full(x.shape[axis], _core.value_count(jnp, x, axis, mask, working))
+    count = jnp.full(x.shape[axis], formulas.value_count(jnp, x, axis, mask, working))
     count = jax.lax.optimization_barrier(count)
     return count, *_moments(axis, working, x, mask, count)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _moments(axis: int, working: np.dtype, x: Array, mask: Array | None, count: Array) -> tuple[Array | None, ...]:
-    return tuple(_core.batch_statistics(jnp, _core.native_sum, x, axis, mask, count, working)[1:])
+    call = Call(x, Spec(axis, 0.0), mask=mask)
+    return tuple(formulas.batch_statistics(jnp, formulas.native_sum, call, working, count)[1:])
 
 
 @_moments.defjvp
@@ -135,23 +133,31 @@ def _moments_jvp(axis: int, working: np.dtype, primals: Any, tangents: Any) -> t
     x, mask, count = primals
     dx = tangents[0].astype(working)
     mean, shift, var, m2 = _moments(axis, working, x, mask, count)
-    deviation = _core.centered(jnp, x, Statistics(None, mean, shift, var), axis)
+    deviation = formulas.centered(jnp, x, Statistics(None, mean, shift, var), axis)
     if mask is not None:
         dx, deviation = jnp.where(mask, dx, 0), jnp.where(mask, deviation, 0)
-    axes, n = _core.reduced_axes(x.ndim, axis), _core.divisor(jnp, count, working)
+    axes, n = formulas.reduced_axes(x.ndim, axis), formulas.divisor(jnp, count, working)
     dm2 = 2 * jnp.sum(deviation * dx, axis=axes)
     dshift = None if shift is None else jnp.zeros_like(shift)
     return (mean, shift, var, m2), (jnp.sum(dx, axis=axes) / n, dshift, dm2 / n, dm2)
 
 
 @partial(jax.jit, static_argnums=0)
-def _evaluate(spec: Spec, *arrays: Any) -> Array:
-    return _core.normalize(_NAMESPACE, spec, *arrays)
+def _evaluate(spec: Spec, arrays: tuple[Array | None, ...], statistics: Statistics) -> Array:
+    return formulas.normalize(_NAMESPACE, _of_arrays(spec, arrays), statistics)
 
 
-@partial(jax.jit, static_argnums=0)
-def _gradients(spec: Spec, *arrays: Any) -> Gradients:
-    return _core.gradients(_NAMESPACE, _core.native_sum, spec, *arrays)
+@partial(jax.jit, static_argnums=(0, 1))
+def _gradients(
+    spec: Spec,
+    wants_residual: bool,
+    arrays: tuple[Array | None, ...],
+    statistics: Statistics,
+    dy: Array,
+    active: Array | None,
+) -> Gradients:
+    call = _of_arrays(spec, arrays)
+    return formulas.gradients(_NAMESPACE, formulas.native_sum, call, statistics, dy, active, wants_residual)
 
 
 def _primal(x: Array) -> Array:

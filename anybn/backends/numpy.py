@@ -12,11 +12,10 @@ import array_api_compat.numpy
 import numpy as np
 
 from anybn.backends.base import Backend
-from anybn.core import formulas as _core
-from anybn.core.formulas import Array, Gradients, Over, RowSpec, Spec, Statistics
+from anybn.core import formulas
+from anybn.core.call import Array, Call, Gradients, Statistics, Update
 from anybn.errors import BackendNotInstalled
-from anybn.groups import exchange as _synchronized
-from anybn.groups.exchange import Members
+from anybn.groups import exchange
 
 
 class NumPyBackend(Backend):
@@ -95,119 +94,70 @@ class NumPyBackend(Backend):
 
     # -- batch norm --------------------------------------------------------------------------------------------
 
-    def _kernels_for(self, x: np.ndarray, mask: np.ndarray | None) -> Any:
-        """The kernels, if they take such a call; else None, for the core."""
-        return kernels() if mask is None and kernels().supports(_bits(x).dtype) else None
+    def _kernels_for(self, call: Call) -> Any:
+        """The kernels, if they take the arrays of such a call; else None, for the core."""
+        return kernels() if call.mask is None and call.x.size and kernels().supports(_bits(call.x).dtype) else None
 
-    def batch_statistics(self, x: np.ndarray, axis: int, mask: np.ndarray | None) -> Statistics:
-        if chosen := self._kernels_for(x, mask):
-            return chosen.batch_statistics(_bits(x), axis)
-        return super().batch_statistics(x, axis, mask)
+    def statistics(self, call: Call) -> Statistics:
+        if call.group is None and (chosen := self._kernels_for(call)):
+            return chosen.batch_statistics(_in_bits(call))
+        return super().statistics(call)
 
-    def train(
-        self,
-        x: np.ndarray,
-        weight: np.ndarray | None,
-        bias: np.ndarray | None,
-        residual: np.ndarray | None,
-        mask: np.ndarray | None,
-        spec: Spec,
-        out: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, Statistics]:
-        if chosen := self._kernels_for(x, mask):
-            y, statistics = chosen.train(_bits(x), weight, bias, _bits(residual), spec, _bits(out))
-            return y.view(x.dtype) if out is None else out, statistics
-        return super().train(x, weight, bias, residual, mask, spec, out)
+    def train(self, call: Call) -> tuple[np.ndarray, Statistics, tuple[np.ndarray, np.ndarray] | None]:
+        if call.group is None and (chosen := self._kernels_for(call)):
+            y, statistics = chosen.train(_in_bits(call))
+            return y.view(call.x.dtype) if call.out is None else call.out, statistics, None
+        return super().train(call)
 
-    def evaluate(
-        self,
-        x: np.ndarray,
-        statistics: Statistics,
-        weight: np.ndarray | None,
-        bias: np.ndarray | None,
-        residual: np.ndarray | None,
-        mask: np.ndarray | None,
-        spec: Spec,
-        out: np.ndarray | None = None,
-    ) -> np.ndarray:
-        if x.size and (chosen := self._kernels_for(x, mask)):
-            y = chosen.evaluate(_bits(x), statistics, weight, bias, _bits(residual), spec, _bits(out))
-            return y.view(x.dtype) if out is None else out
-        if out is None and (residual is not None or mask is not None):
-            out = np.empty_like(x)  # NumPy gives the sum of arrays of different memory orders in none of the two
-        return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
-
-    def updated_running_statistics(
-        self,
-        running_mean: np.ndarray,
-        running_var: np.ndarray,
-        statistics: Statistics,
-        momentum: float,
-        ddof: int,
-        propagate: bool,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        if not isinstance(statistics.count, int):
-            return super().updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
-        return kernels().updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
+    def evaluate(self, call: Call, statistics: Statistics) -> np.ndarray:
+        if chosen := self._kernels_for(call):
+            y = chosen.evaluate(_in_bits(call), statistics)
+            return y.view(call.x.dtype) if call.out is None else call.out
+        if call.out is None and (call.residual is not None or call.mask is not None):
+            # NumPy gives the sum of arrays of different memory orders in none of the two.
+            call = call._replace(out=np.empty_like(call.x))
+        return super().evaluate(call, statistics)
 
     def gradients(
-        self,
-        dy: np.ndarray,
-        x: np.ndarray,
-        statistics: Statistics,
-        weight: np.ndarray | None,
-        active: np.ndarray | None,
-        mask: np.ndarray | None,
-        spec: Spec,
-        over: Over | None = None,
+        self, call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None, wants_residual: bool
     ) -> Gradients:
-        chosen = self._kernels_for(x, mask)
-        if not (x.size and chosen):
-            return super().gradients(dy, x, statistics, weight, active, mask, spec)
-        grads = chosen.gradients(_bits(dy), _bits(x), statistics, weight, active, spec, over)
-        dresidual = dy if spec.differentiates_residual else None
+        chosen = self._kernels_for(call)
+        if not chosen:
+            return super().gradients(call, statistics, dy, active, wants_residual)
+        over = None if call.group is None else functools.partial(exchange.sums, self, call.group.group)
+        dx, dweight, dbias, _ = chosen.gradients(_in_bits(call), statistics, _bits(dy), active, over)
+        dresidual = dy if wants_residual else None
         if dresidual is not None and active is not None:
             dresidual = np.where(active, dy, np.zeros((), dy.dtype))
+        dx, weight = dx.view(call.x.dtype), call.weight
         if weight is None:
-            return Gradients(grads.x.view(x.dtype), None, None, dresidual)
-        dweight, dbias = (_core.rounded_to(array_api_compat.numpy, a, weight.dtype) for a in (grads.weight, grads.bias))
-        return Gradients(grads.x.view(x.dtype), dweight, dbias, dresidual)
+            return Gradients(dx, None, None, dresidual)
+        dweight, dbias = (formulas.rounded_to(array_api_compat.numpy, a, weight.dtype) for a in (dweight, dbias))
+        return Gradients(dx, dweight, dbias, dresidual)
 
-    def gradients_over(self, members: Members, dy: np.ndarray, x: np.ndarray, *rest: Any) -> Gradients:
-        statistics, weight, active, mask, spec = rest
-        if not (x.size and self._kernels_for(x, mask)):
-            return super().gradients_over(members, dy, x, *rest)
-        over = functools.partial(_synchronized.sums, self, members.group)
-        return self.gradients(dy, x, statistics, weight, active, mask, spec, over)
+    def update(self, update: Update, statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
+        if not isinstance(statistics.count, int):
+            return super().update(update, statistics)
+        return kernels().updated_running_statistics(update, statistics)
 
     # -- norms of rows -----------------------------------------------------------------------------------------
 
-    def normalize_rows(
-        self, x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, spec: RowSpec
-    ) -> tuple[np.ndarray, Statistics]:
-        chosen = self._kernels_for(x, None)
-        if not (chosen and chosen.row_kernels and chosen.row_kernels.takes(spec, weight, bias)):
-            return super().normalize_rows(x, weight, bias, spec)
-        y, statistics = chosen.row_kernels.normalize(_bits(x), weight, bias, spec)
-        return y.view(x.dtype), statistics
+    def normalize_rows(self, call: Call) -> tuple[np.ndarray, Statistics]:
+        chosen = self._kernels_for(call)
+        if not (chosen and chosen.row_kernels and chosen.row_kernels.takes(call)):
+            return super().normalize_rows(call)
+        y, statistics = chosen.row_kernels.normalize(_in_bits(call))
+        return y.view(call.x.dtype), statistics
 
-    def row_gradients(
-        self,
-        dy: np.ndarray,
-        x: np.ndarray,
-        statistics: Statistics,
-        weight: np.ndarray | None,
-        bias: np.ndarray | None,
-        spec: RowSpec,
-    ) -> Gradients:
-        if not ((chosen := self._kernels_for(x, None)) and chosen.row_kernels):
-            return super().row_gradients(dy, x, statistics, weight, bias, spec)
-        grads = chosen.row_kernels.gradients(_bits(dy), _bits(x), statistics, weight, bias, spec)
+    def row_gradients(self, call: Call, statistics: Statistics, dy: np.ndarray) -> Gradients:
+        if not ((chosen := self._kernels_for(call)) and chosen.row_kernels):
+            return super().row_gradients(call, statistics, dy)
+        grads = chosen.row_kernels.gradients(_in_bits(call), statistics, _bits(dy))
         dweight, dbias = (
-            None if parameter is None else _core.rounded_to(array_api_compat.numpy, a, parameter.dtype)
-            for a, parameter in ((grads.weight, weight), (grads.bias, bias))
+            None if parameter is None else formulas.rounded_to(array_api_compat.numpy, a, parameter.dtype)
+            for a, parameter in ((grads.weight, call.weight), (grads.bias, call.bias))
         )
-        return Gradients(grads.x.view(x.dtype), dweight, dbias, None)
+        return Gradients(grads.x.view(call.x.dtype), dweight, dbias, None)
 
 
 @functools.cache
@@ -224,3 +174,9 @@ def _bits(a: Any) -> Any:
     if a.dtype == np.float16:
         return a.view(np.int16)
     return a.view(np.uint16) if a.dtype.name == "bfloat16" else a
+
+
+def _in_bits(call: Call) -> Call:
+    """The call as kernels take it. By position: a tuple's ``_replace`` takes as long as a small kernel."""
+    x, spec, weight, bias, residual, _, _, _, out = call
+    return Call(_bits(x), spec, weight, bias, _bits(residual), None, None, None, _bits(out))

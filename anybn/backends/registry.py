@@ -14,7 +14,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from anybn.backends.base import Backend, root_module
+from anybn.backends.base import Backend
+from anybn.core.call import root_module
 from anybn.errors import BackendNotInstalled
 
 _BUILTIN = {
@@ -95,6 +96,8 @@ def _builtin(name: str) -> Backend:
             backend: Backend = factory(name) if name == "array_api_strict" else factory()
             backend.module()
             _loaded[name] = backend
+            if backend.companion:
+                importlib.import_module(backend.companion)
         except ImportError as error:
             raise BackendNotInstalled(
                 f"the {name} backend was asked for but {name} cannot be imported ({error}): pip install {pip}"

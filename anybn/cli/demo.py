@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import anybn
 from anybn.backends.registry import backend_for, backend_named, installation_of, resolve_target
-from anybn.core.formulas import Array, Gradients
+from anybn.core.call import Array, Gradients
 from anybn.errors import BackendNotInstalled
 
 WIDTHS = {"conv": (1, 16, 16, 16), "dense": (64, 64, 64, 64)}

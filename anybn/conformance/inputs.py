@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anybn.core.formulas import Array
+from anybn.core.call import Array
 
 if TYPE_CHECKING:
     from anybn.conformance.targets import Target

@@ -11,7 +11,7 @@ import pytest
 from anybn.backends import Backend
 from anybn.backends import registry as _dispatch
 from anybn.conformance.inputs import cast
-from anybn.core.formulas import Array
+from anybn.core.call import Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,7 @@
 Pure functions of arrays: no branching on values, no host copies, no in-place writes, so that ``jax.jit`` can trace
 them, Dask keeps them lazy and ``array-api-strict`` accepts them on each of its devices.
 
-Shapes: x is ``(N, C, *spatial)`` with the channels on ``axis``; everything per channel is ``(C,)``; ``mask`` is x's
-shape, or broadcasts to it, mostly with 1 on ``axis``.
+A call and its shapes are those of `anybn.core.call`.
 
 Precision: the *working dtype* is float64 where the device has it, else float32. Where it is wider than x, each value of
 y is computed in it and rounded once, so y is correct to half a unit in the last place, and two backends agree bit for
@@ -14,63 +13,15 @@ unevaluated sum ``mean + shift`` of two working numbers.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-Array = Any
+from anybn.core.call import Array, Call, Gradients, RowSpec, Statistics, Update, dtype_name
+
 Sum = Callable[[Any, Array, tuple[int, ...]], Array]
 #: Two sums per channel over this member of a group -> over all of them.
 Over = Callable[[Array, Array], tuple[Array, Array]]
-
-
-class Statistics(NamedTuple):
-    """What x is normalized with. ``mean + shift`` is the mean; ``shift`` is None where mean alone is exact enough.
-
-    Of a batch: ``count`` values per channel (an int, or integers, 0-d or ``(C,)``), ``m2`` their summed squared
-    deviations, ``var = m2 / count``. Running statistics are constants in the backward pass and have neither count nor
-    m2.
-    """
-
-    count: int | Array | None  # type: ignore[assignment] # hides tuple.count, which nobody misses
-    mean: Array
-    shift: Array | None
-    var: Array
-    m2: Array | None = None
-
-
-class Update(NamedTuple):
-    """What running statistics are to become: see `updated_running_statistics`."""
-
-    running_mean: Array
-    running_var: Array
-    momentum: float | Array | None
-    """None: the cumulative average, where a counter says of how many batches"""
-    ddof: int
-    propagate: bool
-
-
-class Spec(NamedTuple):
-    """What stays the same from call to call of one layer; hashable, so that compiled code can be keyed by it."""
-
-    axis: int
-    eps: float
-    relu: bool
-    differentiates_residual: bool = True
-    """False: there is no residual, or nobody asks for its gradient, which is None then"""
-
-
-class RowSpec(NamedTuple):
-    """Which values of an array are normalized together, its rows, and how; hashable."""
-
-    shape: tuple[int, int, int]
-    """``(N, P, L)``, to which the array can be reshaped, for P weights and biases"""
-    values: int
-    """of a row, side by side, all those of one or more of the P"""
-    eps: float
-    centered: bool
-    """whether their mean is subtracted; if not, their mean square takes the place of their variance."""
 
 
 def native_sum(xp: Any, a: Array, axes: tuple[int, ...]) -> Array:
@@ -94,18 +45,6 @@ def blocked_sum(xp: Any, a: Array, axes: tuple[int, ...], block: int = 16) -> Ar
             a = xp.concat([head, tail], axis=axis)
         a = xp.sum(a, axis=axis)
     return a
-
-
-def dtype_name(dtype: Any) -> str:
-    """``"float32"`` for ``np.float32``, ``np.dtype("f4")``, ``torch.float32``, ``jnp.float32``, ``"float32"``."""
-    return _dtype_name(type(dtype), dtype)  # type: ignore[arg-type] # a type is hashable
-
-
-@functools.lru_cache(maxsize=256)
-def _dtype_name(_: Any, dtype: Any) -> str:
-    # The type comes first in the cache's key, since some libraries warn when their dtypes are compared with others'.
-    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
-    return name.rpartition(".")[2]
 
 
 def is_wide(working: Any, x: Array) -> bool:
@@ -141,14 +80,16 @@ def divisor(xp: Any, count: int | Array, working: Any) -> int | Array:
     return xp.astype(xp.where(count > 0, count, xp.ones_like(count)), working)
 
 
-def batch_statistics(
-    xp: Any, sum: Sum, x: Array, axis: int, mask: Array | None, count: int | Array, working: Any
-) -> Statistics:
+def batch_statistics(xp: Any, sum: Sum, call: Call, working: Any, count: int | Array | None = None) -> Statistics:
     """Mean and biased variance per channel of a non-empty x, from deviations, never from ``E[x^2] - E[x]^2``.
 
     The corrected two-pass algorithm (Chan, Golub & LeVeque 1983): a first mean, then the mean and the squares of the
-    deviations from it. A channel whose positions are all masked has mean 0 and variance 0.
+    deviations from it. A channel whose positions are all masked has mean 0 and variance 0. ``count`` is `value_count`,
+    where the caller has it already.
     """
+    x, axis, mask = call.x, call.spec.axis, call.mask
+    if count is None:
+        count = value_count(xp, x, axis, mask, working)
     axes, ndim = reduced_axes(x.ndim, axis), x.ndim
     wide = is_wide(working, x)
     sum = native_sum if wide else sum
@@ -218,23 +159,15 @@ def rounded_to(xp: Any, a: Array, dtype: Any) -> Array:
     return xp.astype(a, dtype)
 
 
-def normalize(
-    xp: Any,
-    spec: Spec,
-    x: Array,
-    statistics: Statistics,
-    weight: Array | None,
-    bias: Array | None,
-    residual: Array | None,
-    mask: Array | None,
-) -> Array:
+def normalize(xp: Any, call: Call, statistics: Statistics) -> Array:
     """``relu((x - mean) / sqrt(var + eps) * weight + bias + residual)``, rounded to x's dtype once, at the end."""
+    x, spec, mask, residual = call.x, call.spec, call.mask, call.residual
     axis, working = spec.axis, statistics.mean.dtype
     if mask is not None:
         x = xp.where(mask, x, xp.zeros_like(x))  # a masked NaN must not reach the derivative either
-    y = centered(xp, x, statistics, axis) * along(xp, scale_of(xp, statistics, weight, spec.eps), axis, x.ndim)
-    if bias is not None:
-        y = y + along(xp, xp.astype(bias, working), axis, x.ndim)
+    y = centered(xp, x, statistics, axis) * along(xp, scale_of(xp, statistics, call.weight, spec.eps), axis, x.ndim)
+    if call.bias is not None:
+        y = y + along(xp, xp.astype(call.bias, working), axis, x.ndim)
     if residual is not None:
         y = y + xp.astype(residual, working)
     if spec.relu:
@@ -244,28 +177,14 @@ def normalize(
     return rounded_to(xp, y, x.dtype)
 
 
-class Gradients(NamedTuple):
-    """Gradients of a loss with respect to what went into batch norm; None for what did not.
-
-    ``x`` and ``residual`` have x's shape and dtype; ``weight`` and ``bias`` are ``(C,)`` in the state's dtype.
-    """
-
-    x: Array
-    weight: Array | None
-    bias: Array | None
-    residual: Array | None
-
-
 def gradients(
     xp: Any,
     sum: Sum,
-    spec: Spec,
-    dy: Array,
-    x: Array,
+    call: Call,
     statistics: Statistics,
-    weight: Array | None,
+    dy: Array,
     active: Array | None,
-    mask: Array | None,
+    wants_residual: bool,
     over: Over | None = None,
 ) -> Gradients:
     """The gradient of ``normalize`` (Ioffe & Szegedy 2015, section 3), all four inputs at once.
@@ -278,8 +197,9 @@ def gradients(
     where the last two terms are how x acts through the batch statistics, absent when ``statistics.count`` is None; over
     a group of processes their sums are those of all members, which ``over`` makes of this one's. dbias and dweight stay
     its own, like every gradient of a replicated parameter. ``active`` is ``y > 0`` under relu. The gradient of the
-    residual is dy behind the relu, where ``spec`` asks for it.
+    residual is dy behind the relu; None unless wanted.
     """
+    x, spec, weight, mask = call.x, call.spec, call.weight, call.mask
     axis, ndim, axes, working = spec.axis, x.ndim, reduced_axes(x.ndim, spec.axis), statistics.mean.dtype
     sum = native_sum if is_wide(working, x) else sum
     dy = xp.astype(dy, working)
@@ -299,26 +219,20 @@ def gradients(
         if mask is not None:
             dx = xp.where(mask, dx, xp.zeros_like(dx))
     dx = rounded_to(xp, dx * along(xp, scale_of(xp, statistics, weight, spec.eps), axis, ndim), x.dtype)
-    dresidual = rounded_to(xp, dy, x.dtype) if spec.differentiates_residual else None
+    dresidual = rounded_to(xp, dy, x.dtype) if wants_residual else None
     if weight is None:
         return Gradients(dx, None, None, dresidual)
     return Gradients(dx, rounded_to(xp, dweight, weight.dtype), rounded_to(xp, dbias, weight.dtype), dresidual)
 
 
-def updated_running_statistics(
-    xp: Any,
-    running_mean: Array,
-    running_var: Array,
-    statistics: Statistics,
-    momentum: float | Array,
-    ddof: int,
-    propagate: bool,
-) -> tuple[Array, Array]:
+def updated_running_statistics(xp: Any, update: Update, statistics: Statistics) -> tuple[Array, Array]:
     """``running = (1 - momentum) * running + momentum * batch``, with ``m2 / (count - ddof)`` for the variance.
 
     Channels whose batch is not finite keep theirs, unless ``propagate``; so does every channel where a mask that is
     counted only later left fewer than 2 values.
     """
+    running_mean, running_var, momentum, ddof, propagate = update
+    assert momentum is not None
     mean, count = statistics.mean, statistics.count
     if statistics.shift is not None:
         mean = mean + statistics.shift

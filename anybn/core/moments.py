@@ -7,9 +7,8 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
+from anybn.core.call import Array
 from anybn.core.formulas import divisor
-
-Array = Any
 
 
 @dataclass(frozen=True, eq=False)

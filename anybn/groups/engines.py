@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from anybn.backends.base import root_module
 from anybn.backends.registry import backend_for
-from anybn.core.formulas import Array, dtype_name
+from anybn.core.call import Array, dtype_name, root_module
 
 __all__ = ["AxisGroup", "Group", "MPIGroup", "NcclGroup", "TorchGroup", "as_group"]
 

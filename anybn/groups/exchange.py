@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from anybn.core import formulas as _core
-from anybn.core.formulas import Array, Statistics
+from anybn.core.call import Array, Call, Statistics, dtype_name
 from anybn.core.moments import Moments
 from anybn.errors import MemberError
 
@@ -61,11 +61,15 @@ def settings(**given: Any) -> Settings:
     return Settings(**{name: -1.0 if value is None else float(value) for name, value in numbers.items()})
 
 
-class Members(NamedTuple):
+class Members:
     """A group, and what this member brings to it."""
 
-    group: Any
-    settings: Settings
+    __slots__ = ("group", "met", "settings")
+
+    def __init__(self, group: Any, settings: Settings):
+        self.group, self.settings = group, settings
+        #: Whether the members have exchanged anything: a backend that overlooks ``call.group`` is noticed by it.
+        self.met = False
 
 
 class Part(NamedTuple):
@@ -77,27 +81,28 @@ class Part(NamedTuple):
     m2: Array
 
 
-def batch_statistics(backend: Backend, x: Array, axis: int, mask: Array | None, members: Members) -> Statistics:
-    """Mean and biased variance of each channel over the values of all members; x may be empty.
+def batch_statistics(backend: Backend, call: Call) -> Statistics:
+    """Mean and biased variance of each channel over the values of all members of the call's group; x may be empty.
 
     Collective. The same on every member; differentiable in x where `Backend.all_reduce_sum` is.
 
     Raises, on every member: ValueError if they disagree, or have 1 value per channel together; MemberError if one of
     them has failed, which gets its own error.
     """
-    return over_all(backend, own(backend, x, axis, mask, members), members)
+    return over_all(backend, own(backend, call), call.group)
 
 
-def own(backend: Backend, x: Array, axis: int, mask: Array | None, members: Members) -> Part:
+def own(backend: Backend, call: Call) -> Part:
     """This member's part; if it cannot be had, the others are told."""
+    x, axis = call.x, call.spec.axis
     try:
         if 0 in x.shape:  # a sum of nothing, that depends on x: so the backward pass asks this member too
             xp, working = backend.namespace(x), backend.working_dtype(x)
             nothing = xp.sum(xp.astype(x, working), axis=_core.reduced_axes(x.ndim, axis))
             return Part(0, nothing, None if _core.is_wide(working, x) else nothing, nothing)
-        statistics = backend.batch_statistics(x, axis, mask)
+        statistics = backend.statistics(Call(x, call.spec, mask=call.mask))
     except Exception as error:  # out of memory
-        tell(members.group, x.shape[axis], error, backend, x)
+        tell(call.group.group, x.shape[axis], error, backend, x)
         raise
     count: Any = statistics.count
     if getattr(count, "ndim", 0):
@@ -109,6 +114,7 @@ def own(backend: Backend, x: Array, axis: int, mask: Array | None, members: Memb
 def over_all(backend: Backend, part: Part, members: Members) -> Statistics:
     """The statistics of all members' parts. Collective."""
     group, xp = members.group, backend.namespace(part.mean)
+    members.met = True
     with np.errstate(all="ignore"):
         head = _numbers(backend, xp, part.mean, (part.count, *members.settings))
         vectors, traced = _vectors(part), backend.is_traced(head)
@@ -186,7 +192,7 @@ def _vectors(part: Part) -> int:
 
 def _numbers(backend: Backend, xp: Any, like: Array, values: tuple[Any, ...]) -> Array:
     """Numbers, of which the first may be a 0-d array, as one array beside another and in its dtype."""
-    dtype, device = _core.dtype_name(like.dtype), backend.device_of(like)
+    dtype, device = dtype_name(like.dtype), backend.device_of(like)
 
     def one(value: Any) -> Array:
         if hasattr(value, "ndim"):
@@ -212,7 +218,7 @@ def _padded(backend: Backend, xp: Any, row: Array, length: int) -> Array:
     missing = length - row.shape[0]
     if not missing:
         return row
-    zeros = np.zeros(missing, _core.dtype_name(row.dtype))
+    zeros = np.zeros(missing, dtype_name(row.dtype))
     return xp.concat([row, backend.from_numpy(zeros, backend.device_of(row))])
 
 
@@ -272,8 +278,10 @@ def merged_moments(count: np.ndarray, mean: np.ndarray, m2: np.ndarray, shift: n
 
 def _from_sums(backend: Backend, xp: Any, part: Part, members: Members) -> Statistics:
     """Where there are no rows: the mean first, then the deviations from it, in two collectives."""
-    group, settings = members
-    tag = float(hash(settings) % 2**16)  # equal on all members if and only if members * sum(tag**2) == sum(tag)**2
+    group = members.group
+    tag = float(
+        hash(members.settings) % 2**16
+    )  # equal on all members if and only if members * sum(tag**2) == sum(tag)**2
     head = _numbers(backend, xp, part.mean, (part.count, 1.0, tag, tag * tag))
     own = head[0]
     total = backend.all_reduce_sum(group, xp.concat([head, part.mean * own]))

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
-from torch._C import _functorch as functorch  # torch.func has no public way to ask
 
-from anybn import _checks
+from anybn import _checks, _lock
 from anybn.backends.base import Backend
-from anybn.backends.registry import backend_for, resolve_target
-from anybn.backends.torch.backend import TorchBackend, in_torch_func, op_by_op
-from anybn.core import formulas as _core
-from anybn.core.formulas import Array, Statistics, Update
+from anybn.backends.registry import backend_for
+from anybn.backends.torch import TorchBackend
+from anybn.core.call import Array, Statistics, Update, dtype_name
 from anybn.errors import StateError
-from anybn.state import state as _state
-from anybn.state.state import Arrays, BatchNormState
+from anybn.state.arrays import Arrays, placed
+from anybn.state.state import BatchNormState
+from anybn.state.store import Batch, Store
 
 _TORCH = TorchBackend()
 
 
-class ModuleState(BatchNormState):
-    """A `BatchNormState` that holds nothing but a module: settings, arrays and counter are the module's.
+class ModuleStore(Store):
+    """A store that holds nothing but a module: settings, arrays and counter are the module's.
 
     It stays where the module is: a call with x elsewhere takes copies there and brings the batch's statistics back.
     Everything is written in place, so that optimizers, replicas and whatever else shares the tensors see it. Unlike the
@@ -35,64 +33,95 @@ class ModuleState(BatchNormState):
     def __init__(self, module: torch.nn.modules.batchnorm._BatchNorm):
         self._module = module
 
-    # -- settings and arrays, which `BatchNormState` keeps in slots --------------------------------------------
+    @property
+    def owner(self) -> torch.nn.Module:
+        return self._module
 
-    _num_features = property(lambda self: self._module.num_features)  # type: ignore[assignment]
+    def copy(self) -> Store:
+        copied = super().copy()
+        arrays = copied.arrays
+        if arrays.weight is not None and arrays.bias is None:  # torch can leave out one of them
+            arrays = arrays._replace(bias=torch.zeros_like(arrays.weight))
+        copied.arrays = arrays._replace(num_batches_tracked=int(arrays.num_batches_tracked))
+        return copied
+
+    # -- reading -----------------------------------------------------------------------------------------------
 
     @property
-    def _eps(self) -> float:  # type: ignore[override]
+    def num_features(self) -> int:  # type: ignore[override]
+        return self._module.num_features
+
+    @property
+    def eps(self) -> float:  # type: ignore[override]
         return _checks.eps(self._module.eps)
 
-    @_eps.setter
-    def _eps(self, value: float) -> None:
+    @eps.setter
+    def eps(self, value: float) -> None:
         self._module.eps = value
 
     @property
-    def _momentum(self) -> float | None:  # type: ignore[override]
+    def momentum(self) -> float | None:  # type: ignore[override]
         return _checks.momentum(self._module.momentum)
 
-    @_momentum.setter
-    def _momentum(self, value: float | None) -> None:
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
         self._module.momentum = value
 
-    @property  # type: ignore[misc]
-    def ddof(self) -> int:
+    @property
+    def ddof(self) -> int:  # type: ignore[override]
         """1, torch's convention; it cannot be set."""
         return 1
 
-    _ddof = ddof  # type: ignore[assignment]
-
     @property
-    def _dtype(self) -> str:  # type: ignore[override]
+    def dtype(self) -> str:  # type: ignore[override]
         weight = self._module.weight
-        return "float32" if weight is None else _core.dtype_name(weight.dtype)
+        return "float32" if weight is None else dtype_name(weight.dtype)
 
     @property
-    def _arrays(self) -> Arrays:  # type: ignore[override]
+    def arrays(self) -> Arrays:  # type: ignore[override]
         module = self._module
         batches = module.num_batches_tracked
         return Arrays(
             module.weight, module.bias, module.running_mean, module.running_var, 0 if batches is None else batches
         )
 
+    @property
+    def block(self) -> Any:  # type: ignore[override]
+        return self._module._block
+
+    @block.setter
+    def block(self, value: Any) -> None:
+        self._module._block = value
+
+    def beside(self, backend: Backend, x: Array) -> tuple[Arrays, Arrays]:
+        arrays = self.arrays
+        device = backend.device_of(x)
+        if not all(backend.holds(a, device) for a in arrays.held().values()):
+            return arrays, placed(arrays, self.dtype, backend, device)
+        if arrays.running_mean is None or arrays.running_var is None or not isinstance(backend, TorchBackend):
+            return arrays, arrays
+        working = backend.working_dtype(x)  # a checkpoint may have brought float32 with it
+        mean, var = arrays.running_mean.to(working), arrays.running_var.to(working)
+        return arrays, arrays._replace(running_mean=mean, running_var=var)
+
+    def planned_update(self, arrays: Arrays, propagate: bool) -> None:
+        """It is updated in place, and so only when everything has succeeded."""
+
     # -- writing, in place and all under the lock of every state -----------------------------------------------
 
-    def _fill(self, values: dict[str, Any]) -> None:
-        """Write tensors and numbers by field name."""
-        with _state._lock, torch.no_grad():
-            for name, value in values.items():
-                target = getattr(self._module, name)
-                if isinstance(value, torch.Tensor):
-                    target.copy_(value)
-                elif target is not None:
-                    target.fill_(value)
+    def settle(self, backend: Backend, before: Arrays, beside: Arrays) -> None:
+        """It stays where it is."""
 
-    def _set(self, name: str, value: Array) -> None:
-        target = getattr(self._module, name)
-        if target is None:
-            raise ValueError(f"{name} cannot be set, the module was made without it")
-        if value is target:
+    def learn(self, batch: Batch) -> None:
+        module, backend = self._module, batch.backend
+        if not module.track_running_stats:  # switched off after the module was made
             return
+        statistics = Statistics(*(_as_tensor(backend, s) for s in batch.statistics))
+        update = Update(module.running_mean, module.running_var, self.momentum, self.ddof, batch.propagate)
+        with _lock.commits:
+            _TORCH.update_in_place(update, statistics, module.num_batches_tracked)
+
+    def put(self, name: str, value: Array) -> None:
         backend = backend_for(value, name)
         _checks.state_array(backend, name, value, self.num_features)
         if backend.records(value):
@@ -100,139 +129,49 @@ class ModuleState(BatchNormState):
                 f"{name} requires grad, and a copy of it would not be trained: set it on the module itself, or pass "
                 f"{name}.detach()"
             )
-        self._fill({name: _on_cpu(backend, value)})
+        self._write({name: _as_tensor(backend, value)})
 
-    def _update(self, change: Callable[[Arrays], Arrays]) -> None:
-        """Of the counter; everything else has its own way here."""
-        with _state._lock:
-            self._fill({"num_batches_tracked": change(self._arrays).num_batches_tracked})
-
-    def _replace_values(self, values: dict[str, Any]) -> None:
+    def fill(self, values: dict[str, Any]) -> None:
         numpy = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-        self._fill(values | {name: _TORCH.from_numpy(value, torch.device("cpu")) for name, value in numpy.items()})
+        self._write(values | {name: _TORCH.from_numpy(value, torch.device("cpu")) for name, value in numpy.items()})
 
-    def _planned_update(self, arrays: Arrays, nonfinite: str) -> None:
-        """It is updated in place, and so only when everything has succeeded."""
+    def _write(self, values: dict[str, Any]) -> None:
+        """Tensors and numbers, by field name."""
+        with _lock.commits, torch.no_grad():
+            for name, value in values.items():
+                target = getattr(self._module, name)
+                if isinstance(value, torch.Tensor):
+                    target.copy_(value)
+                elif target is not None:
+                    target.fill_(value)
 
-    def _commit(
-        self,
-        backend: Backend,
-        x: Array,
-        statistics: Statistics,
-        running: tuple[Array, Array] | None,
-        nonfinite: str,
-        before: Arrays,
-        beside: Arrays,
-    ) -> None:
-        if not self._module.track_running_stats:  # switched off after the module was made
-            return
-        if isinstance(backend, TorchBackend):
-            statistics = Statistics(*(_TORCH.detached(s) for s in statistics))
-        else:
-            kept = (s if s is None or isinstance(s, int) else _on_cpu(backend, s) for s in statistics)
-            statistics = Statistics(*kept)
-        module = self._module
-        buffers = module.running_mean, module.running_var, module.num_batches_tracked
-        update_running(*buffers, statistics, self.momentum, propagate=nonfinite == "propagate")
-
-    def _settle(self, backend: Backend, before: Arrays, beside: Arrays) -> None:
-        """It stays where it is."""
-
-    def _beside(self, backend: Backend, x: Array) -> tuple[Arrays, Arrays]:
-        arrays = self._arrays
-        device = backend.device_of(x)
-        if not all(backend.holds(a, device) for a in arrays.held().values()):
-            return arrays, self._placed(arrays, backend, device)
-        if arrays.running_mean is None or arrays.running_var is None or not isinstance(backend, TorchBackend):
-            return arrays, arrays
-        working = backend.working_dtype(x)  # a checkpoint may have brought float32 with it
-        running = arrays.running_mean.to(working), arrays.running_var.to(working)
-        return arrays, arrays._replace(running_mean=running[0], running_var=running[1])
-
-    # -- moving and copying ------------------------------------------------------------------------------------
-
-    def to(self, target: Any) -> Self:
-        """Moves the module, within torch; returns self. Raises StateError for another library."""
-        backend, device = resolve_target(target)
+    def move(self, backend: Backend, device: Any) -> None:
+        """Moves the module, within torch. Raises StateError for another library."""
         if not isinstance(backend, TorchBackend):
             raise StateError(
                 f"this state is a torch module's own and cannot move to {backend.name}: pass arrays of any library to "
                 "it where it is, or move state.copy()"
             )
         self._module.to(device)
-        return self
-
-    def copy(self) -> BatchNormState:
-        """An independent `BatchNormState`, of no module."""
-        arrays = self._arrays
-        new = BatchNormState(
-            self.num_features,
-            eps=self.eps,
-            momentum=self.momentum,
-            affine=self.affine,
-            track_running_stats=self.track_running_stats,
-            dtype=self.dtype,
-        )
-        new._arrays = new._arrays._replace(
-            **{name: _TORCH.twin(a) for name, a in arrays.held().items()},
-            num_batches_tracked=self.num_batches_tracked,
-        )
-        return new
-
-    __copy__ = copy
 
 
-def _on_cpu(backend: Backend, array: Array) -> torch.Tensor:
-    """The values of an array of any library."""
+def state_of(module: torch.nn.modules.batchnorm._BatchNorm) -> BatchNormState:
+    """The live `BatchNormState` of a module's own tensors."""
+    return BatchNormState._over(ModuleStore(module))
+
+
+def _as_tensor(backend: Backend, value: Any) -> Any:
+    """An array of any library as a tensor, a constant for automatic differentiation; what is none as it is."""
+    if value is None or isinstance(value, int):
+        return value
     if isinstance(backend, TorchBackend):
-        return array.detach()
+        return _TORCH.detached(value)
     try:
-        return _TORCH.from_numpy(backend.to_numpy(backend.detached(array)), torch.device("cpu"))
+        return _TORCH.from_numpy(backend.to_numpy(backend.detached(value)), torch.device("cpu"))
     except Exception as error:
-        if backend.is_traced(array):
+        if backend.is_traced(value):
             raise StateError(
                 "a traced call cannot change a torch module's state, which has real values: pass module.state.copy() "
                 "into the traced function and return it"
             ) from error
         raise
-
-
-def update_running(
-    running_mean: torch.Tensor,
-    running_var: torch.Tensor,
-    batches: torch.Tensor | None,
-    statistics: Statistics,
-    momentum: float | None,
-    ddof: int = 1,
-    propagate: bool = False,
-) -> None:
-    """Fold the statistics of a batch, torch tensors, into these, in place, without waiting for a device."""
-    device = running_mean.device
-    statistics = Statistics(*(s.to(device) if isinstance(s, torch.Tensor) else s for s in statistics))
-    with _state._lock, torch.no_grad():
-        if _TORCH.updates_in_place(statistics, Update(running_mean, running_var, momentum, ddof, propagate), batches):
-            return
-        factor: Any = momentum
-        if momentum is None:
-            factor = 0.0 if batches is None else 1.0 / (batches + 1).to(running_mean.dtype)
-            if device.type == "cpu" and not op_by_op():
-                factor = float(factor)
-        mean, var = _TORCH.updated_running_statistics(running_mean, running_var, statistics, factor, ddof, propagate)
-        write(running_mean, mean)
-        write(running_var, var)
-        if batches is not None:
-            write(batches, batches + 1)
-
-
-def write(target: torch.Tensor, value: torch.Tensor) -> None:
-    """``target.copy_(value)``, under torch.func's transforms as well."""
-    if not in_torch_func() or functorch.is_functorch_wrapped_tensor(target):
-        target.copy_(value)
-    elif _TORCH.is_traced(value):
-        raise StateError(
-            "the module's buffers are not batched but the statistics are: pass them through vmap as well, with "
-            "torch.func.functional_call and torch.func.stack_module_state, or use eval mode"
-        )
-    else:
-        with torch._C._DisableFuncTorch():  # what grad and its like record goes on; a buffer is none of their inputs
-            target.copy_(value)

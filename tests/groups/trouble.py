@@ -126,16 +126,16 @@ class Full:
     """A backend out of memory."""
 
     def __init__(self, backend):
-        self.backend, self.found = type(backend), type(backend).batch_statistics
+        self.backend, self.found = type(backend), type(backend).statistics
 
     def __enter__(self):
-        def batch_statistics(*_):
+        def statistics(*_):
             raise MemoryError("no more")
 
-        self.backend.batch_statistics = batch_statistics
+        self.backend.statistics = statistics
 
     def __exit__(self, *_):
-        self.backend.batch_statistics = self.found
+        self.backend.statistics = self.found
 
 
 def one_fails(member, group, call, state, message, names=True):

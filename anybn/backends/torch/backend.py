@@ -11,26 +11,17 @@ from typing import Any
 import array_api_compat.torch
 import numpy as np
 import torch
-from torch._C import (  # there is no public way to ask
-    _are_functorch_transforms_active,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-)
-from torch._C import _functorch as functorch
-from torch.autograd import forward_ad
+from torch._C import _functorch as functorch  # torch.func has no public way to ask
 from torch.autograd.graph import increment_version
-from torch.compiler import is_compiling
 
 from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend, kernels
-from anybn.backends.torch import cpu as _torch_cpu
-from anybn.backends.torch import cuda as _torch_cuda
-from anybn.backends.torch import native as _torch_native
-from anybn.core import formulas as _core
-from anybn.core.formulas import Array, Gradients, Over, RowSpec, Spec, Statistics, Update
-from anybn.groups import exchange as _synchronized
-from anybn.groups.exchange import Members
-from anybn.kernels.cuda import launch as _cuda
+from anybn.backends.torch import cpu, cuda, native
+from anybn.backends.torch.autograd import Recorded, RecordedRows, Summed, in_torch_func, op_by_op, unwrapped
+from anybn.core.call import Array, Call, Gradients, Statistics, Update
+from anybn.errors import StateError
+from anybn.groups import exchange
+from anybn.kernels.cuda import launch
 from anybn.kernels.cuda.arrays import CudaArrays
 
 
@@ -59,6 +50,7 @@ _NAMESPACE = _Namespace()
 class TorchBackend(Backend):
     name = "torch"
     libraries = ("torch",)
+    companion = "anybn.torch.compiled"
 
     @property
     def how(self) -> str:  # type: ignore[override]
@@ -122,14 +114,14 @@ class TorchBackend(Backend):
 
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
         if in_torch_func():
-            x = _unwrapped(x)
+            x = unwrapped(x)
             with torch._C._DisableFuncTorch():  # whose derivatives wrap all that is computed under them
                 return self._to_numpy(x)
         return self._to_numpy(x)
 
     def _to_numpy(self, x: torch.Tensor) -> np.ndarray:
         if x.is_cuda:
-            _torch_cuda.await_updates(x)
+            cuda.await_updates(x)
         x = x.detach().cpu().contiguous()
         if x.dtype == torch.bfloat16:
             from ml_dtypes import bfloat16
@@ -138,13 +130,13 @@ class TorchBackend(Backend):
         return np.array(x.numpy())
 
     def is_traced(self, x: torch.Tensor) -> bool:
-        return in_torch_func() and functorch.is_batchedtensor(_unwrapped(x))
+        return in_torch_func() and functorch.is_batchedtensor(unwrapped(x))
 
     def may_store(self, new: torch.Tensor, old: torch.Tensor) -> bool:
         return not self.is_traced(new)
 
     def detached(self, x: Any) -> Any:
-        return _unwrapped(x).detach() if isinstance(x, torch.Tensor) else x
+        return unwrapped(x).detach() if isinstance(x, torch.Tensor) else x
 
     def copy(self, x: torch.Tensor) -> torch.Tensor:
         with self.no_grad():
@@ -191,100 +183,114 @@ class TorchBackend(Backend):
     # -- batch norm --------------------------------------------------------------------------------------------
 
     def _kernels_on(self, device: torch.device) -> Any:
-        """`_torch_cpu`, or what has the same functions for another device, if there is something; else None."""
+        """`cpu`, or what has the same functions for another device, if there is something; else None."""
         if device.type == "cpu":
-            return _torch_cpu
+            return cpu
         if device.type == "cuda":
-            return _torch_cuda.KERNELS if _cuda.available() else _torch_native
+            return cuda.KERNELS if launch.available() else native
         return None
 
-    def _kernels_for(self, x: torch.Tensor, mask: torch.Tensor | None) -> Any:
+    def _kernels_for(self, call: Call) -> Any:
         """The kernels for what is only to be computed, if they take it; else None, for the core."""
+        x = call.x
         chosen = self._kernels_on(x.device)
-        if chosen is None or mask is not None or not x.numel() or op_by_op() or not chosen.supports(x):
+        if chosen is None or call.mask is not None or not x.numel() or op_by_op() or not chosen.supports(x):
             return None
         return chosen
 
-    def batch_statistics(self, x: torch.Tensor, axis: int, mask: torch.Tensor | None) -> Statistics:
-        if not self.records(x) and (chosen := self._kernels_for(x, mask)):
-            return chosen.batch_statistics(x, axis)
-        return super().batch_statistics(x, axis, mask)
+    def statistics(self, call: Call) -> Statistics:
+        if call.group is None:
+            if not self.records(call.x) and (chosen := self._kernels_for(call)):
+                return chosen.batch_statistics(call)
+        elif call.x.is_cpu and not self.records(call.x) and not op_by_op():
+            count, *arrays = exchange.own(self, call)
+            part = exchange.Part(count, *(None if a is None else a.numpy() for a in arrays))
+            count, *found = exchange.over_all(_ON_HOST, part, call.group)
+            return Statistics(count, *(None if a is None else torch.from_numpy(a) for a in found))
+        return super().statistics(call)
 
-    def train(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        spec: Spec,
-        out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, Statistics]:
-        y, statistics, _ = TorchBackend.train_and_update(self, None, x, weight, bias, residual, mask, spec, out)
-        return y, statistics
-
-    def train_and_update(
-        self,
-        update: Update | None,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        spec: Spec,
-        out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, Statistics, tuple[torch.Tensor, torch.Tensor] | None]:
-        if self.records(x, weight, bias, residual) and not op_by_op():
+    def train(self, call: Call) -> tuple[torch.Tensor, Statistics, tuple[torch.Tensor, torch.Tensor] | None]:
+        if self._records_call(call):
             with torch.no_grad():
-                computed = TorchBackend.train_and_update(self, update, x, weight, bias, residual, mask, spec)
-            y, statistics, running = computed
-            return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec), statistics, running
-        if chosen := self._kernels_for(x, mask):
-            return chosen.train(x, weight, bias, residual, spec, out, update)
-        return (*super().train(x, weight, bias, residual, mask, spec, out), None)
+                y, statistics, running = TorchBackend.train(self, call)
+            return self._recorded(call, y, statistics), statistics, running
+        if call.group is None and (chosen := self._kernels_for(call)):
+            return chosen.train(call)
+        return super().train(call)
 
-    def evaluate(
-        self,
-        x: torch.Tensor,
-        statistics: Statistics,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        spec: Spec,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if self.records(x, weight, bias, residual) and not op_by_op():
+    def evaluate(self, call: Call, statistics: Statistics) -> torch.Tensor:
+        if self._records_call(call):
             with torch.no_grad():
-                y = self.evaluate(x, statistics, weight, bias, residual, mask, spec)
-            return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec)
-        if chosen := self._kernels_for(x, mask):
-            return chosen.evaluate(x, statistics, weight, bias, residual, spec, out)
-        return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
+                y = TorchBackend.evaluate(self, call, statistics)
+            return self._recorded(call, y, statistics)
+        if chosen := self._kernels_for(call):
+            return chosen.evaluate(call, statistics)
+        return super().evaluate(call, statistics)
 
-    def updated_running_statistics(
+    def _records_call(self, call: Call) -> bool:
+        return self.records(call.x, call.weight, call.bias, call.residual) and not op_by_op()
+
+    def _recorded(self, call: Call, y: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+        x, spec, weight, bias, residual, mask, group = call[:7]
+        return Recorded.apply(x, weight, bias, residual, (y, statistics), self, spec, mask, group)
+
+    def gradients(
         self,
-        running_mean: torch.Tensor,
-        running_var: torch.Tensor,
+        call: Call,
         statistics: Statistics,
-        momentum: float | torch.Tensor,
-        ddof: int,
-        propagate: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = self._kernels_for(running_mean, None)
-        if chosen and isinstance(statistics.count, int) and isinstance(momentum, (int, float)):
+        dy: torch.Tensor,
+        active: torch.Tensor | None,
+        wants_residual: bool,
+    ) -> Gradients:
+        if self.records(dy, call.x, call.weight) or not (chosen := self._kernels_for(call)):
+            return super().gradients(call, statistics, dy, active, wants_residual)
+        if call.group is None:
+            return chosen.gradients(call, statistics, dy, active, wants_residual)
+        if chosen is not cpu:
+            return super().gradients(call, statistics, dy, active, wants_residual)
+
+        def over(*sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            sum_dy, sum_dy_xhat = exchange.sums(self, call.group.group, *map(torch.from_numpy, sums))
+            return sum_dy.numpy(), sum_dy_xhat.numpy()
+
+        return cpu.gradients(call, statistics, dy, active, wants_residual, over)
+
+    def update(self, update: Update, statistics: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = update.running_mean
+        chosen = self._kernels_for(Call(mean, None))
+        if chosen and isinstance(statistics.count, int) and isinstance(update.momentum, (int, float)):
             with self.no_grad():
-                update = Update(running_mean, running_var, momentum, ddof, propagate)
-                new = chosen.updated_running_statistics(statistics, update)
+                new = chosen.updated_running_statistics(update, statistics)
         else:
-            new = super().updated_running_statistics(running_mean, running_var, statistics, momentum, ddof, propagate)
-        if running_mean.is_cuda and not op_by_op():
-            _torch_cuda.note_update(running_mean)
+            new = super().update(update, statistics)
+        if mean.is_cuda and not op_by_op():
+            cuda.note_update(mean)
         return new
 
-    def updates_in_place(self, statistics: Statistics, update: Update, counter: torch.Tensor | None) -> bool:
-        """Fold statistics into the running ones where these lie and count the batch, if one launch can do that."""
-        mean, var, chosen = update.running_mean, update.running_var, self._kernels_for(update.running_mean, None)
+    def update_in_place(self, update: Update, statistics: Statistics, counter: torch.Tensor | None) -> None:
+        """Fold statistics, torch tensors, into the running ones where these lie, and count the batch.
+
+        Nothing waits for a device. ``update.momentum`` None is the cumulative average, by the counter.
+        """
+        mean, var, momentum, ddof, propagate = update
+        statistics = Statistics(*(s.to(mean.device) if isinstance(s, torch.Tensor) else s for s in statistics))
+        with torch.no_grad():
+            if self._in_one_launch(update, statistics, counter):
+                return
+            factor: Any = momentum
+            if momentum is None:
+                factor = 0.0 if counter is None else 1.0 / (counter + 1).to(mean.dtype)
+                if mean.is_cpu and not op_by_op():
+                    factor = float(factor)
+            new_mean, new_var = self.update(Update(mean, var, factor, ddof, propagate), statistics)
+            self.write(mean, new_mean)
+            self.write(var, new_var)
+            if counter is not None:
+                self.write(counter, counter + 1)
+
+    def _in_one_launch(self, update: Update, statistics: Statistics, counter: torch.Tensor | None) -> bool:
+        """`update_in_place` by one launch of a CUDA kernel, if one can do that."""
+        mean, var, chosen = update.running_mean, update.running_var, self._kernels_for(Call(update.running_mean, None))
         if not (
             isinstance(chosen, CudaArrays)
             and isinstance(statistics.count, int)
@@ -295,97 +301,48 @@ class TorchBackend(Backend):
             and (counter is None or (counter.dtype is torch.int64 and counter.device == mean.device))
         ):
             return False
-        chosen.update_in_place(statistics, update, counter)
+        chosen.update_in_place(update, statistics, counter)
         increment_version([a for a in (mean, var, counter) if a is not None])
         return True
 
-    def gradients(
-        self,
-        dy: torch.Tensor,
-        x: torch.Tensor,
-        statistics: Statistics,
-        weight: torch.Tensor | None,
-        active: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        spec: Spec,
-        over: Over | None = None,
-    ) -> Gradients:
-        if self.records(dy, x, weight) or not (chosen := self._kernels_for(x, mask)):
-            return super().gradients(dy, x, statistics, weight, active, mask, spec)
-        if over is not None:
-            return _torch_cpu.gradients(dy, x, statistics, weight, active, spec, over)
-        return chosen.gradients(dy, x, statistics, weight, active, spec)
+    def write(self, target: torch.Tensor, value: torch.Tensor) -> None:
+        """``target.copy_(value)``, under torch.func's transforms as well."""
+        if not in_torch_func() or functorch.is_functorch_wrapped_tensor(target):
+            target.copy_(value)
+        elif self.is_traced(value):
+            raise StateError(
+                "the module's buffers are not batched but the statistics are: pass them through vmap as well, with "
+                "torch.func.functional_call and torch.func.stack_module_state, or use eval mode"
+            )
+        else:
+            with (
+                torch._C._DisableFuncTorch()
+            ):  # what grad and its like record goes on; a buffer is none of their inputs
+                target.copy_(value)
 
     # -- norms of rows -----------------------------------------------------------------------------------------
 
-    def _by_row_kernels(self, x: torch.Tensor) -> bool:
-        return self._kernels_for(x, None) is _torch_cpu and kernels().row_kernels is not None
-
-    def normalize_rows(
-        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, spec: RowSpec
-    ) -> tuple[torch.Tensor, Statistics]:
-        if not (self._by_row_kernels(x) and kernels().row_kernels.takes(spec, weight, bias)):
-            return super().normalize_rows(x, weight, bias, spec)
-        computed = _torch_cpu.normalize_rows(x, weight, bias, spec)
+    def normalize_rows(self, call: Call) -> tuple[torch.Tensor, Statistics]:
+        if not (self._kernels_for(call) is cpu and cpu.takes_rows(call)):
+            return super().normalize_rows(call)
+        y, statistics = cpu.normalize_rows(call)
+        x, spec, weight, bias = call[:4]
         if self.records(x, weight, bias):
-            return _RecordedRows.apply(x, weight, bias, self, computed, spec), computed[1]
-        return computed
+            y = RecordedRows.apply(x, weight, bias, (y, statistics), self, spec)
+        return y, statistics
 
-    def row_gradients(
-        self,
-        dy: torch.Tensor,
-        x: torch.Tensor,
-        statistics: Statistics,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        spec: RowSpec,
-    ) -> Gradients:
-        if self.records(dy, x, weight) or not self._by_row_kernels(x):
-            return super().row_gradients(dy, x, statistics, weight, bias, spec)
-        return _torch_cpu.row_gradients(dy, x, statistics, weight, bias, spec)
+    def row_gradients(self, call: Call, statistics: Statistics, dy: torch.Tensor) -> Gradients:
+        by_kernels = self._kernels_for(call) is cpu and kernels().row_kernels is not None
+        if not by_kernels or self.records(dy, call.x, call.weight):
+            return super().row_gradients(call, statistics, dy)
+        return cpu.row_gradients(call, statistics, dy)
 
-    # -- batch norm over a group of processes ------------------------------------------------------------------
+    # -- groups of processes -----------------------------------------------------------------------------------
 
     def all_reduce_sum(self, group: Any, array: torch.Tensor) -> torch.Tensor:
         if self.records(array) or op_by_op():
-            return _Summed.apply(array, group)
+            return Summed.apply(array, group)
         return group.all_reduce_sum(array)
-
-    def statistics_over(self, members: Members, x: torch.Tensor, axis: int, mask: torch.Tensor | None) -> Statistics:
-        if x.device.type != "cpu" or self.records(x) or op_by_op():
-            return super().statistics_over(members, x, axis, mask)
-        part = _synchronized.own(self, x, axis, mask, members)
-        count, *arrays = (a.numpy() if isinstance(a, torch.Tensor) else a for a in part)
-        count, *found = _synchronized.over_all(_ON_HOST, _synchronized.Part(count, *arrays), members)
-        return Statistics(count, *(None if a is None else torch.from_numpy(a) for a in found))
-
-    def train_over(
-        self,
-        members: Members,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        spec: Spec,
-        out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, Statistics]:
-        if self.records(x, weight, bias, residual) and not op_by_op():
-            with torch.no_grad():
-                y, statistics = self.train_over(members, x, weight, bias, residual, mask, spec)
-            return _Recorded.apply(x, weight, bias, residual, self, (y, statistics), mask, spec, members), statistics
-        return super().train_over(members, x, weight, bias, residual, mask, spec, out)
-
-    def gradients_over(self, members: Members, dy: torch.Tensor, x: torch.Tensor, *rest: Any) -> Gradients:
-        statistics, weight, active, mask, spec = rest
-        if self.records(dy, x, weight) or self._kernels_for(x, mask) is not _torch_cpu:
-            return super().gradients_over(members, dy, x, *rest)
-
-        def over(*sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            sum_dy, sum_dy_xhat = _synchronized.sums(self, members.group, *map(torch.from_numpy, sums))
-            return sum_dy.numpy(), sum_dy_xhat.numpy()
-
-        return self.gradients(dy, x, statistics, weight, active, mask, spec, over)
 
 
 class TorchNativeBackend(TorchBackend):
@@ -395,7 +352,7 @@ class TorchNativeBackend(TorchBackend):
     how = "torch's own batch norm, inside autograd; masks take the Array API core"
 
     def _kernels_on(self, device: torch.device) -> Any:
-        return _torch_native
+        return native
 
 
 class _OnHost(NumPyBackend):
@@ -408,131 +365,6 @@ class _OnHost(NumPyBackend):
 _ON_HOST = _OnHost()
 
 
-def op_by_op() -> bool:
-    """True where torch has to see each operation: forward-mode differentiation, torch.func, tracing and exporting, and
-    modes that take operations one at a time, fake tensors among them. The core serves them all."""
-    return (
-        is_compiling()
-        or forward_ad._current_level >= 0
-        or _are_functorch_transforms_active()
-        or _len_torch_dispatch_stack() > 0
-        or _get_tracing_state() is not None
-    )
-
-
-def in_torch_func() -> bool:
-    return _are_functorch_transforms_active()
-
-
-def _unwrapped(x: torch.Tensor) -> torch.Tensor:
-    """The values under torch.func's derivatives; a batched tensor only if vmap is among what is under way."""
-    while in_torch_func() and functorch.is_gradtrackingtensor(x):
-        x = functorch.get_unwrapped(x)
-    return x
-
-
-class _Recorded(torch.autograd.Function):
-    """y, computed already, as one node of the graph: it keeps x and C values, none of the core's temporaries.
-
-    The statistics are this call's own, whatever the state does before the backward pass. Under ``create_graph`` the
-    backward pass is recorded op by op, with the batch statistics computed from x again, which makes it differentiable
-    to any order.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        backend: TorchBackend,
-        computed: tuple[torch.Tensor, Statistics],
-        mask: torch.Tensor | None,
-        spec: Spec,
-        members: Members | None = None,
-    ) -> torch.Tensor:
-        y, statistics = (
-            computed  # in a tuple, autograd takes y for this function's own, which may be written to in place
-        )
-        active = y > 0 if spec.relu else None
-        ctx.save_for_backward(x, weight, mask, active)
-        ctx.backend, ctx.statistics, ctx.spec, ctx.members = backend, statistics, spec, members
-        ctx.has_bias = bias is not None
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        spec = ctx.spec._replace(differentiates_residual=ctx.needs_input_grad[3])
-        grads = differentiated(ctx.backend, dy, ctx.saved_tensors, ctx.statistics, spec, ctx.members)
-        bias = grads.bias if ctx.has_bias else None
-        return grads.x, grads.weight, bias, grads.residual, None, None, None, None, None
-
-
-class _RecordedRows(torch.autograd.Function):
-    """The same of `Backend.normalize_rows`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        backend: TorchBackend,
-        computed: tuple[torch.Tensor, Statistics],
-        spec: RowSpec,
-    ) -> torch.Tensor:
-        y, statistics = computed
-        ctx.save_for_backward(x, weight, bias)
-        ctx.backend, ctx.statistics, ctx.spec = backend, statistics, spec
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x, weight, bias), backend, statistics = ctx.saved_tensors, ctx.backend, ctx.statistics
-        if torch.is_grad_enabled():
-            statistics = backend.batch_statistics(_core.in_rows(_NAMESPACE, x, ctx.spec), 1, None)
-        grads = backend.row_gradients(dy, x, statistics, weight, bias, ctx.spec)
-        return grads.x, grads.weight, grads.bias, None, None, None
-
-
-class _Summed(torch.autograd.Function):
-    """The sum over a group. What every member gets depends on all of them, so its derivative is the same sum."""
-
-    @staticmethod
-    def forward(array: torch.Tensor, group: Any) -> torch.Tensor:
-        return group.all_reduce_sum(array)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, Any], output: torch.Tensor) -> None:
-        ctx.group = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _Summed.apply(dy, ctx.group), None
-
-
-def differentiated(
-    backend: TorchBackend,
-    dy: torch.Tensor,
-    saved: tuple[Any, ...],
-    statistics: Statistics,
-    spec: Spec,
-    members: Members | None = None,
-) -> Gradients:
-    """The gradients in a backward pass, differentiable themselves where it is recorded."""
-    x, weight, mask, active = saved
-    if members is not None:
-        if is_compiling():  # a call of backward in a compiled function
-            return _torch_ops.eagerly(differentiated)(backend, dy, saved, statistics, spec, members)
-        if torch.is_grad_enabled():
-            statistics = _synchronized.batch_statistics(backend, x, spec.axis, mask, members)
-        return backend.gradients_over(members, dy, x, statistics, weight, active, mask, spec)
-    if torch.is_grad_enabled() and statistics.count is not None and x.numel():
-        statistics = backend.batch_statistics(x, spec.axis, mask)
-    return backend.gradients(dy, x, statistics, weight, active, mask, spec)
-
-
 def _extent(a: torch.Tensor) -> tuple[int, int]:
     """First and one past the last address that a's elements touch; torch has no negative strides."""
     start = a.data_ptr()
@@ -540,6 +372,3 @@ def _extent(a: torch.Tensor) -> tuple[int, int]:
         return start, start + a.nbytes
     span = sum((size - 1) * stride for size, stride in zip(a.shape, a.stride(), strict=True))
     return start, start + (span + 1) * a.element_size()
-
-
-from anybn.torch import ops as _torch_ops  # noqa: E402 tells batch_norm what to be inside torch.compile

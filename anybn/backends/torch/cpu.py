@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from anybn.backends.numpy import kernels
-from anybn.core.formulas import Gradients, Over, RowSpec, Spec, Statistics, Update
+from anybn.core.call import Call, Gradients, Statistics, Update
+from anybn.core.formulas import Over
 
 #: As kernels see them: 16-bit numbers as their bits.
 DTYPES = {
@@ -24,88 +25,63 @@ def supports(x: torch.Tensor) -> bool:
     return x.dtype in DTYPES and not x.is_neg() and bool(kernels().supports(DTYPES[x.dtype]))
 
 
-def batch_statistics(x: torch.Tensor, axis: int) -> Statistics:
-    return _from_views(kernels().batch_statistics(_view(x), axis))
+def batch_statistics(call: Call) -> Statistics:
+    return _from_views(kernels().batch_statistics(Call(_view(call.x), call.spec)))
 
 
-def train(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    spec: Spec,
-    out: torch.Tensor | None = None,
-    update: Update | None = None,
-) -> tuple[torch.Tensor, Statistics, None]:
-    parameters = _numbers(weight), _numbers(bias)
-    y, statistics = kernels().train(_view(x), *parameters, _view(residual), spec, _target(out))
-    return _delivered(y, x.dtype, out), _from_views(statistics), None
+def train(call: Call) -> tuple[torch.Tensor, Statistics, None]:
+    y, statistics = kernels().train(_in_views(call))
+    return _delivered(y, call), _from_views(statistics), None
 
 
-def evaluate(
-    x: torch.Tensor,
-    statistics: Statistics,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    spec: Spec,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    given = _views(statistics), _numbers(weight), _numbers(bias), _view(residual)
-    y = kernels().evaluate(_view(x), *given, spec, _target(out))
-    return _delivered(y, x.dtype, out)
+def evaluate(call: Call, statistics: Statistics) -> torch.Tensor:
+    return _delivered(kernels().evaluate(_in_views(call), _views(statistics)), call)
 
 
-def updated_running_statistics(statistics: Statistics, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
-    running = _view(update.running_mean), _view(update.running_var)
-    rule = update.momentum, update.ddof, update.propagate
-    mean, var = kernels().updated_running_statistics(*running, _views(statistics), *rule)
+def updated_running_statistics(update: Update, statistics: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
+    views = Update(_view(update.running_mean), _view(update.running_var), *update[2:])
+    mean, var = kernels().updated_running_statistics(views, _views(statistics))
     return torch.from_numpy(mean), torch.from_numpy(var)
 
 
 def gradients(
-    dy: torch.Tensor,
-    x: torch.Tensor,
+    call: Call,
     statistics: Statistics,
-    weight: torch.Tensor | None,
+    dy: torch.Tensor,
     active: torch.Tensor | None,
-    spec: Spec,
+    wants_residual: bool,
     over: Over | None = None,
 ) -> Gradients:
-    given = _views(statistics), _numbers(weight), _view(active)
-    grads = kernels().gradients(_view(dy), _view(x), *given, spec, over)
-    dx = _tensor(grads.x, x.dtype)
-    dresidual = dy if spec.differentiates_residual else None
+    views, weight = Call(_view(call.x), call.spec, _numbers(call.weight)), call.weight
+    dx, dweight, dbias, _ = kernels().gradients(views, _views(statistics), _view(dy), _view(active), over)
+    dx = _tensor(dx, call.x.dtype)
+    dresidual = dy if wants_residual else None
     if dresidual is not None and active is not None:
         dresidual = torch.where(active, dy, torch.zeros((), dtype=dy.dtype))
     if weight is None:
         return Gradients(dx, None, None, dresidual)
-    dweight, dbias = (torch.from_numpy(a).to(weight.dtype) for a in (grads.weight, grads.bias))
+    dweight, dbias = (torch.from_numpy(a).to(weight.dtype) for a in (dweight, dbias))
     return Gradients(dx, dweight, dbias, dresidual)
 
 
-def normalize_rows(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, spec: RowSpec
-) -> tuple[torch.Tensor, Statistics]:
-    y, statistics = kernels().row_kernels.normalize(_view(x), _numbers(weight), _numbers(bias), spec)
-    return _tensor(y, x.dtype), _from_views(statistics)
+def takes_rows(call: Call) -> bool:
+    """Whether `normalize_rows` takes such a call."""
+    rows = kernels().row_kernels
+    return rows is not None and bool(rows.takes(call))
 
 
-def row_gradients(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    statistics: Statistics,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    spec: RowSpec,
-) -> Gradients:
-    given = _views(statistics), _numbers(weight), _numbers(bias)
-    grads = kernels().row_kernels.gradients(_view(dy), _view(x), *given, spec)
+def normalize_rows(call: Call) -> tuple[torch.Tensor, Statistics]:
+    y, statistics = kernels().row_kernels.normalize(_in_views(call))
+    return _tensor(y, call.x.dtype), _from_views(statistics)
+
+
+def row_gradients(call: Call, statistics: Statistics, dy: torch.Tensor) -> Gradients:
+    grads = kernels().row_kernels.gradients(_in_views(call), _views(statistics), _view(dy))
     dweight, dbias = (
         None if parameter is None else torch.from_numpy(a).to(parameter.dtype)
-        for a, parameter in ((grads.weight, weight), (grads.bias, bias))
+        for a, parameter in ((grads.weight, call.weight), (grads.bias, call.bias))
     )
-    return Gradients(_tensor(grads.x, x.dtype), dweight, dbias, None)
+    return Gradients(_tensor(grads.x, call.x.dtype), dweight, dbias, None)
 
 
 def _view(a: torch.Tensor | None) -> Any:
@@ -131,12 +107,15 @@ def _tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return t if t.dtype is dtype else t.view(dtype)
 
 
-def _target(out: torch.Tensor | None) -> Any:
-    """The view that kernels write to; none for a lazily negated tensor, whose memory has the other sign."""
-    return None if out is None or out.is_neg() else _view(out)
+def _in_views(call: Call) -> Call:
+    """The call as kernels take it; without out where that is lazily negated, whose memory has the other sign."""
+    x, spec, weight, bias, residual, _, _, _, out = call
+    target = None if out is None or out.is_neg() else _view(out)
+    return Call(_view(x), spec, _numbers(weight), _numbers(bias), _view(residual), None, None, None, target)
 
 
-def _delivered(y: np.ndarray, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
+def _delivered(y: np.ndarray, call: Call) -> torch.Tensor:
+    out, dtype = call.out, call.x.dtype
     if out is None:
         return _tensor(y, dtype)
     return out.copy_(_tensor(y, dtype)) if out.is_neg() else out

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from anybn.core.formulas import dtype_name
+from anybn.core.call import dtype_name
 from anybn.kernels.cuda import launch as _cuda
 from anybn.kernels.cuda.arrays import CudaArrays
 from anybn.kernels.layout import Lying, of_strides

@@ -8,75 +8,52 @@ from __future__ import annotations
 import array_api_compat.torch
 import torch
 
-from anybn.core import formulas as _core
-from anybn.core.formulas import Gradients, Spec, Statistics, Update
+from anybn.core import formulas
+from anybn.core.call import Call, Gradients, Statistics, Update
 
 
 def supports(x: torch.Tensor) -> bool:
     return True
 
 
-def batch_statistics(x: torch.Tensor, axis: int) -> Statistics:
-    axes = _core.reduced_axes(x.ndim, axis)
-    var, mean = torch.var_mean(x.double(), axes, correction=0)
+def batch_statistics(call: Call) -> Statistics:
+    x, axis = call.x, call.spec.axis
+    var, mean = torch.var_mean(x.double(), formulas.reduced_axes(x.ndim, axis), correction=0)
     count = x.numel() // x.shape[axis]
     return Statistics(count, mean, None, var, var * count)
 
 
-def train(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    spec: Spec,
-    out: torch.Tensor | None = None,
-    update: Update | None = None,
-) -> tuple[torch.Tensor, Statistics, None]:
-    count = x.numel() // x.shape[spec.axis]
+def train(call: Call) -> tuple[torch.Tensor, Statistics, None]:
+    x, channels = call.x, call.x.shape[call.spec.axis]
+    count = x.numel() // channels
     # With momentum 1, the running statistics are the batch's; those that torch saves for backward lack the variance.
-    mean, unbiased = torch.zeros((2, x.shape[spec.axis]), dtype=_kept(x), device=x.device)
-    y = _normalized(x, weight, bias, residual, mean, unbiased, True, spec, out)
+    mean, unbiased = torch.zeros((2, channels), dtype=_channel_dtype(x), device=x.device)
+    y = _normalized(call, mean, unbiased, training=True)
     m2 = unbiased.double() * (count - 1)
     return y, Statistics(count, mean.double(), None, m2 / count, m2), None
 
 
-def evaluate(
-    x: torch.Tensor,
-    statistics: Statistics,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    spec: Spec,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    mean, var = statistics.mean.to(_kept(x)), statistics.var.to(_kept(x))
-    return _normalized(x, weight, bias, residual, mean, var, False, spec, out)
+def evaluate(call: Call, statistics: Statistics) -> torch.Tensor:
+    dtype = _channel_dtype(call.x)
+    return _normalized(call, statistics.mean.to(dtype), statistics.var.to(dtype), training=False)
 
 
-def updated_running_statistics(statistics: Statistics, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
-    running_mean, running_var, momentum, ddof, propagate = update
-    assert momentum is not None
-    return _core.updated_running_statistics(
-        array_api_compat.torch, running_mean, running_var, statistics, momentum, ddof, propagate
-    )
+def updated_running_statistics(update: Update, statistics: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
+    return formulas.updated_running_statistics(array_api_compat.torch, update, statistics)
 
 
 def gradients(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    statistics: Statistics,
-    weight: torch.Tensor | None,
-    active: torch.Tensor | None,
-    spec: Spec,
+    call: Call, statistics: Statistics, dy: torch.Tensor, active: torch.Tensor | None, wants_residual: bool
 ) -> Gradients:
+    x, spec, weight = call[:3]
     dy = dy if active is None else torch.where(active, dy, 0)
-    kept, affine = _kept(x), weight is not None
-    mean, var = statistics.mean.to(kept), statistics.var.to(kept)
-    rstd = torch.rsqrt(statistics.var + spec.eps).to(kept)
+    dtype, affine = _channel_dtype(x), weight is not None
+    mean, var = statistics.mean.to(dtype), statistics.var.to(dtype)
+    rstd = torch.rsqrt(statistics.var + spec.eps).to(dtype)
     dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
         dy.movedim(spec.axis, 1),
         x.movedim(spec.axis, 1),
-        None if weight is None else weight.to(kept),
+        None if weight is None else weight.to(dtype),
         mean,
         var,
         mean,
@@ -85,29 +62,20 @@ def gradients(
         spec.eps,
         [True, affine, affine],
     )
-    dx, dresidual = dx.movedim(1, spec.axis), dy if spec.differentiates_residual else None
+    dx, dresidual = dx.movedim(1, spec.axis), dy if wants_residual else None
     if weight is None:
         return Gradients(dx, None, None, dresidual)
     return Gradients(dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dresidual)
 
 
-def _kept(x: torch.Tensor) -> torch.dtype:
+def _channel_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which torch's operation takes what is per channel, along with x."""
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
-def _normalized(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    training: bool,
-    spec: Spec,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    weight, bias = (a if a is None else a.to(_kept(x)) for a in (weight, bias))
+def _normalized(call: Call, mean: torch.Tensor, var: torch.Tensor, training: bool) -> torch.Tensor:
+    x, spec, weight, bias, residual, _, _, _, out = call
+    weight, bias = (a if a is None else a.to(_channel_dtype(x)) for a in (weight, bias))
     cudnn = torch.backends.cudnn.enabled
     y = torch.batch_norm(x.movedim(spec.axis, 1), weight, bias, mean, var, training, 1.0, spec.eps, cudnn)
     y = y.movedim(1, spec.axis)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from anybn.core import formulas as _core
-from anybn.core.formulas import Gradients, Over, Spec, Statistics
+from anybn.core.call import Call, Gradients, Statistics, Update
+from anybn.core.formulas import Over
 from anybn.kernels.cpu import threads as _threads
 from anybn.kernels.layout import alike, as_float64, delivered, destination, parameter
 
@@ -64,9 +65,9 @@ def _sums(x: np.ndarray, block: tuple[slice, ...], origin: np.ndarray) -> tuple[
     return s1, _sum(d, precise)
 
 
-def batch_statistics(x: np.ndarray, axis: int) -> Statistics:
+def batch_statistics(call: Call) -> Statistics:
     """Mean and variance of every channel."""
-    how, x, _ = alike(x, axis)
+    how, x, _ = alike(call.x, call.spec.axis)
     x = how.of(x)
     blocks, channels, count = _blocks(x), x.shape[1], how.outer * how.inner
 
@@ -89,19 +90,14 @@ def _statistics(x: np.ndarray, count: int, sums: Callable[[np.ndarray], Any]) ->
     return _core.statistics_of_sums(sums, origin, count, x.dtype != np.float64)
 
 
-def train(
-    x: np.ndarray,
-    weight: np.ndarray | None,
-    bias: np.ndarray | None,
-    residual: np.ndarray | None,
-    spec: Spec,
-    out: np.ndarray | None,
-) -> tuple[np.ndarray, Statistics]:
+def train(call: Call) -> tuple[np.ndarray, Statistics]:
     """y and the statistics of x."""
+    x, spec, weight, bias, residual, _, _, _, out = call
     how, contiguous, (rest,) = alike(x, spec.axis, residual)
     if how.inner == 1:
-        statistics = batch_statistics(contiguous, spec.axis)
-        return evaluate(contiguous, statistics, weight, bias, rest, spec, out), statistics
+        call = Call(contiguous, spec, weight, bias, rest, None, None, None, out)
+        statistics = batch_statistics(call)
+        return evaluate(call, statistics), statistics
     y = destination(contiguous, out)
     x_in, y_in, rest_in = how.of(contiguous), how.of(y), None if rest is None else how.of(rest)
     mean, shift, var, m2 = np.empty((4, how.channels))
@@ -124,16 +120,9 @@ def train(
     return delivered(y, out), Statistics(count, mean, None if wide else shift, var, m2)
 
 
-def evaluate(
-    x: np.ndarray,
-    statistics: Statistics,
-    weight: np.ndarray | None,
-    bias: np.ndarray | None,
-    residual: np.ndarray | None,
-    spec: Spec,
-    out: np.ndarray | None,
-) -> np.ndarray:
+def evaluate(call: Call, statistics: Statistics) -> np.ndarray:
     """y with given statistics."""
+    x, spec, weight, bias, residual, _, _, _, out = call
     how, contiguous, (rest,) = alike(x, spec.axis, residual)
     y = destination(contiguous, out)
     x_in, y_in, rest_in = how.of(contiguous), how.of(y), None if rest is None else how.of(rest)
@@ -170,15 +159,10 @@ def _normalize(
 
 
 def gradients(
-    dy: np.ndarray,
-    x: np.ndarray,
-    statistics: Statistics,
-    weight: np.ndarray | None,
-    active: np.ndarray | None,
-    spec: Spec,
-    over: Over | None = None,
+    call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None, over: Over | None = None
 ) -> Gradients:
     """See `anybn.core.formulas.gradients`; weight's and bias's in float64, the residual's left out."""
+    x, spec, weight = call[:3]
     how, contiguous, (dy_like, active_like) = alike(x, spec.axis, dy, active)
     assert dy_like is not None
     dx = np.empty_like(contiguous)
@@ -220,14 +204,7 @@ def gradients(
     return Gradients(dx, dweight, dbias, None)
 
 
-def updated_running_statistics(
-    running_mean: np.ndarray,
-    running_var: np.ndarray,
-    statistics: Statistics,
-    momentum: float,
-    ddof: int,
-    propagate: bool,
-) -> tuple[np.ndarray, np.ndarray]:
+def updated_running_statistics(update: Update, statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
     """See `anybn.core.formulas.updated_running_statistics`."""
     with np.errstate(all="ignore"):
-        return _core.updated_running_statistics(np, running_mean, running_var, statistics, momentum, ddof, propagate)
+        return _core.updated_running_statistics(np, update, statistics)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anybn.core import formulas as _core
-from anybn.core.formulas import Gradients, Over, Spec, Statistics
+from anybn.core.call import Call, Gradients, Spec, Statistics, Update
+from anybn.core.formulas import Over
 from anybn.kernels.cpu import columns as _columns
 from anybn.kernels.cpu import rows as _rows
 from anybn.kernels.cpu import runs as _runs
@@ -111,20 +112,15 @@ def plan_of(how: Lying, itemsize: int, arrays: int, run: int = RUN) -> Plan:
 # -- the operations --------------------------------------------------------------------------------------------
 
 
-def train(
-    x: np.ndarray,
-    weight: np.ndarray | None,
-    bias: np.ndarray | None,
-    residual: np.ndarray | None,
-    spec: Spec,
-    out: np.ndarray | None,
-) -> tuple[np.ndarray, Statistics]:
+def train(call: Call) -> tuple[np.ndarray, Statistics]:
     """y and the statistics of x."""
+    x, spec, weight, bias, residual, _, _, _, out = call
     how, contiguous, (rest,) = alike(x, spec.axis, residual)
     plan = plan_of(how, x.itemsize, 1)
     if not plan.fits:
-        statistics = batch_statistics(contiguous, spec.axis)
-        return evaluate(contiguous, statistics, weight, bias, rest, spec, out), statistics
+        call = Call(contiguous, spec, weight, bias, rest, None, None, None, out)
+        statistics = batch_statistics(call)
+        return evaluate(call, statistics), statistics
     y = destination(contiguous, out)
     numbers, wide = np.empty((5, how.channels)), x.dtype != np.float64
     arrays = (how.flat(contiguous), how.flat(y), None if rest is None else how.flat(rest))
@@ -134,9 +130,9 @@ def train(
     return delivered(y, out), Statistics(how.outer * how.inner, numbers[0], None if wide else numbers[1], *numbers[2:4])
 
 
-def batch_statistics(x: np.ndarray, axis: int) -> Statistics:
+def batch_statistics(call: Call) -> Statistics:
     """Mean and variance of every channel."""
-    how, x, _ = alike(x, axis)
+    how, x, _ = alike(call.x, call.spec.axis)
     plan = plan_of(how, x.itemsize, 1)
     x = how.flat(x)
 
@@ -156,16 +152,9 @@ def _summed(plan: Plan, kernel: Any, *arguments: Any) -> np.ndarray:
     return sums
 
 
-def evaluate(
-    x: np.ndarray,
-    statistics: Statistics,
-    weight: np.ndarray | None,
-    bias: np.ndarray | None,
-    residual: np.ndarray | None,
-    spec: Spec,
-    out: np.ndarray | None,
-) -> np.ndarray:
+def evaluate(call: Call, statistics: Statistics) -> np.ndarray:
     """y with given statistics."""
+    x, spec, weight, bias, residual, _, _, _, out = call
     how, contiguous, (rest,) = alike(x, spec.axis, residual)
     plan = plan_of(how, x.itemsize, 1, EVALUATED_RUN)
     y = destination(contiguous, out)
@@ -186,15 +175,10 @@ def _writable(statistics: Statistics) -> tuple[np.ndarray, np.ndarray | None, np
 
 
 def gradients(
-    dy: np.ndarray,
-    x: np.ndarray,
-    statistics: Statistics,
-    weight: np.ndarray | None,
-    active: np.ndarray | None,
-    spec: Spec,
-    over: Over | None = None,
+    call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None, over: Over | None = None
 ) -> Gradients:
     """See `anybn.core.formulas.gradients`; weight's and bias's in float64, the residual's left out."""
+    x, spec, weight = call[:3]
     how, contiguous, (dy_like, active_like) = alike(x, spec.axis, dy, active)
     assert dy_like is not None
     plan = plan_of(how, x.itemsize, 2)
@@ -217,15 +201,9 @@ def gradients(
     return Gradients(dx, numbers[0], numbers[1], None)
 
 
-def updated_running_statistics(
-    running_mean: np.ndarray,
-    running_var: np.ndarray,
-    statistics: Statistics,
-    momentum: float,
-    ddof: int,
-    propagate: bool,
-) -> tuple[np.ndarray, np.ndarray]:
+def updated_running_statistics(update: Update, statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
     """See `anybn.core.formulas.updated_running_statistics`; the count is an int."""
+    running_mean, running_var, momentum, ddof, propagate = update
     running_mean, running_var = np.array(running_mean), np.array(running_var)
     batch = (statistics.mean, statistics.shift, statistics.m2, statistics.count)
     _kernels.update_running(*batch, ddof, momentum, propagate, running_mean, running_var)

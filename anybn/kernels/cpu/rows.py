@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from anybn.core.formulas import Gradients, RowSpec, Statistics
+from anybn.core.call import Call, Gradients, RowSpec, Statistics
 from anybn.kernels.cpu.cached import cached
 from anybn.kernels.cpu.columns import ROWS, merge_parts
 from anybn.kernels.cpu.runs import BLOCK, run_gradient_sums, run_sums
@@ -234,9 +234,10 @@ def plan_of(spec: RowSpec, itemsize: int, weighted: bool) -> Plan:
     )
 
 
-def takes(spec: RowSpec, weight: np.ndarray | None, bias: np.ndarray | None) -> bool:
+def takes(call: Call) -> bool:
     """Whether to call `normalize`; if not, a row is one of batch norm's channels, which several threads share."""
-    has_one = bias is None if weight is None else spec.values == spec.shape[2]
+    spec = call.spec
+    has_one = call.bias is None if call.weight is None else spec.values == spec.shape[2]
     return not (has_one and spec.values > LONG and math.prod(spec.shape) < FEW * spec.values)
 
 
@@ -248,10 +249,9 @@ def _spread(plan: Plan, values: np.ndarray | None, default: float) -> np.ndarray
     return values if plan.copies == 1 else values.repeat(plan.copies)
 
 
-def normalize(
-    x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, spec: RowSpec
-) -> tuple[np.ndarray, Statistics]:
+def normalize(call: Call) -> tuple[np.ndarray, Statistics]:
     """See `Backend.normalize_rows`."""
+    x, spec, weight, bias = call[:4]
     plan = plan_of(spec, x.itemsize, weight is not None or bias is not None)
     x = np.ascontiguousarray(x)
     y, numbers = np.empty_like(x), np.empty((5, plan.rows[0]))
@@ -261,15 +261,9 @@ def normalize(
     return y, Statistics(spec.values, numbers[0], shift, numbers[2], numbers[3])
 
 
-def gradients(
-    dy: np.ndarray,
-    x: np.ndarray,
-    statistics: Statistics,
-    weight: np.ndarray | None,
-    bias: np.ndarray | None,
-    spec: RowSpec,
-) -> Gradients:
+def gradients(call: Call, statistics: Statistics, dy: np.ndarray) -> Gradients:
     """See `Backend.row_gradients`; weight's and bias's in float64."""
+    x, spec, weight, bias = call[:4]
     plan = plan_of(spec, x.itemsize, weight is not None or bias is not None)
     dy, x = np.ascontiguousarray(dy), np.ascontiguousarray(x)
     dx, partial = np.empty_like(x), np.empty((2, plan.parts, plan.parameters))

@@ -6,9 +6,7 @@ from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from anybn.backends.base import Backend
-from anybn.core import formulas as _core
-from anybn.core.formulas import Array, Gradients, Spec, Statistics, Update
+from anybn.core.call import Array, Call, Gradients, Statistics, Update, dtype_name
 from anybn.kernels.cuda import launch as _cuda
 from anybn.kernels.cuda.plan import MOST_BLOCKS, TYPES
 from anybn.kernels.layout import Lying, lying
@@ -64,26 +62,18 @@ class CudaArrays:
     # -- operations --------------------------------------------------------------------------------------------
 
     def supports(self, x: Array) -> bool:
-        return 0 < max(x.shape) <= MOST_BLOCKS[0] and 0 not in x.shape and _core.dtype_name(x.dtype) in TYPES
+        return 0 < max(x.shape) <= MOST_BLOCKS[0] and 0 not in x.shape and dtype_name(x.dtype) in TYPES
 
-    def batch_statistics(self, x: Array, axis: int) -> Statistics:
-        with self.on(x):
-            how, x, _ = self._arranged(x, axis)
+    def batch_statistics(self, call: Call) -> Statistics:
+        with self.on(call.x):
+            how, x, _ = self._arranged(call.x, call.spec.axis)
             arrays, statistics = self._statistics(x, how)
             self._call("statistics", x, how[1:], {"x": x, **arrays})
             return statistics
 
-    def train(
-        self,
-        x: Array,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        spec: Spec,
-        out: Array | None = None,
-        update: Update | None = None,
-    ) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
+    def train(self, call: Call) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
         """y, the statistics of x, and the updated running ones if that was asked for."""
+        x, spec, weight, bias, residual, _, _, update, out = call
         with self.on(x):
             how, x, (residual,) = self._arranged(x, spec.axis, residual)
             y = self._destination(x, out)
@@ -98,16 +88,8 @@ class CudaArrays:
                 self.note_update(x)
             return self._delivered(y, out), statistics, running
 
-    def evaluate(
-        self,
-        x: Array,
-        statistics: Statistics,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        spec: Spec,
-        out: Array | None = None,
-    ) -> Array:
+    def evaluate(self, call: Call, statistics: Statistics) -> Array:
+        x, spec, weight, bias, residual, _, _, _, out = call
         with self.on(x):
             how, x, (residual,) = self._arranged(x, spec.axis, residual)
             y = self._destination(x, out)
@@ -116,23 +98,23 @@ class CudaArrays:
             return self._delivered(y, out)
 
     def gradients(
-        self, dy: Array, x: Array, statistics: Statistics, weight: Array | None, active: Array | None, spec: Spec
+        self, call: Call, statistics: Statistics, dy: Array, active: Array | None, wants_residual: bool
     ) -> Gradients:
+        x, spec, weight = call[:3]
         with self.on(x):
             given = dy
             how, x, (dy, active) = self._arranged(x, spec.axis, dy, active)
             dx = self.beside(x)
-            wanted = spec.differentiates_residual
-            dresidual = self.beside(x) if wanted and active is not None else None
+            dresidual = self.beside(x) if wants_residual and active is not None else None
             dweight = dbias = None
             if weight is not None:
                 dweight, dbias = self.per_channel(x, 2, how.channels, weight.dtype)
             arrays = {"dy": dy, "x": x, "y": dx, "active": active, "dresidual": dresidual, "weight": weight}
             arrays |= {"dweight": dweight, "dbias": dbias, **_known(statistics)}
             self._call("backward", x, how[1:], arrays, eps=spec.eps, training=statistics.count is not None)
-            return Gradients(dx, dweight, dbias, given if wanted and dresidual is None else dresidual)
+            return Gradients(dx, dweight, dbias, given if wants_residual and dresidual is None else dresidual)
 
-    def updated_running_statistics(self, statistics: Statistics, update: Update) -> tuple[Array, Array]:
+    def updated_running_statistics(self, update: Update, statistics: Statistics) -> tuple[Array, Array]:
         """By a launch of its own. The count is an int."""
         with self.on(update.running_mean):
             arrays, options = {**_known(statistics), "m2": statistics.m2}, dict[str, Any]()
@@ -141,7 +123,7 @@ class CudaArrays:
             self._commit(statistics, arrays, options)
             return running
 
-    def update_in_place(self, statistics: Statistics, update: Update, counter: Array | None) -> None:
+    def update_in_place(self, update: Update, statistics: Statistics, counter: Array | None) -> None:
         """Fold statistics into the running ones where these lie, and count the batch, all without waiting.
 
         Counter is 0-d, int64; with momentum None it makes the average cumulative. The count is an int.
@@ -185,7 +167,7 @@ class CudaArrays:
     def _statistics(self, x: Array, how: Lying) -> tuple[dict[str, Array | None], Statistics]:
         """Room for those of x: by the kernels' names, and as a whole."""
         mean, shift, var, m2 = self.per_channel(x, 4, how.channels)
-        shift = shift if _core.dtype_name(x.dtype) == "float64" else None
+        shift = shift if dtype_name(x.dtype) == "float64" else None
         arrays = {"mean": mean, "shift": shift, "var": var, "m2": m2}
         return arrays, Statistics(how.outer * how.inner, mean, shift, var, m2)
 
@@ -220,105 +202,12 @@ class CudaArrays:
             elif name in ("weight", "bias"):
                 a = self.vector(a)
             if name in dtypes:
-                dtypes[name] = _core.dtype_name(a.dtype)
+                dtypes[name] = dtype_name(a.dtype)
             fields[name] = self.pointer(a)
             held.append(a)
         parameters = {"parameter_dtype": dtypes["weight"], "running_dtype": dtypes["running_mean"]}
-        _cuda.call(op, self.gpu(x), shape, _core.dtype_name(x.dtype), **parameters, **fields)
+        _cuda.call(op, self.gpu(x), shape, dtype_name(x.dtype), **parameters, **fields)
 
 
 def _known(statistics: Statistics) -> dict[str, Array | None]:
     return {"mean": statistics.mean, "shift": statistics.shift, "var": statistics.var}
-
-
-class CudaBackend(Backend):
-    """A backend whose arrays are all a GPU's. What the kernels do not take goes to the core, on the same device."""
-
-    kernels: CudaArrays
-
-    def _takes(self, x: Array, mask: Array | None) -> bool:
-        return mask is None and self.kernels.supports(x)
-
-    def batch_statistics(self, x: Array, axis: int, mask: Array | None) -> Statistics:
-        return (
-            self.kernels.batch_statistics(x, axis) if self._takes(x, mask) else super().batch_statistics(x, axis, mask)
-        )
-
-    def train(
-        self,
-        x: Array,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        mask: Array | None,
-        spec: Spec,
-        out: Array | None = None,
-    ) -> tuple[Array, Statistics]:
-        y, statistics, _ = CudaBackend.train_and_update(self, None, x, weight, bias, residual, mask, spec, out)
-        return y, statistics
-
-    def train_and_update(
-        self,
-        update: Update | None,
-        x: Array,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        mask: Array | None,
-        spec: Spec,
-        out: Array | None = None,
-    ) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
-        if self._takes(x, mask):
-            return self.kernels.train(x, weight, bias, residual, spec, out, update)
-        with self.kernels.on(x):
-            return (*super().train(x, weight, bias, residual, mask, spec, out), None)
-
-    def evaluate(
-        self,
-        x: Array,
-        statistics: Statistics,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        mask: Array | None,
-        spec: Spec,
-        out: Array | None = None,
-    ) -> Array:
-        if self._takes(x, mask):
-            return self.kernels.evaluate(x, statistics, weight, bias, residual, spec, out)
-        with self.kernels.on(x):
-            return super().evaluate(x, statistics, weight, bias, residual, mask, spec, out)
-
-    def updated_running_statistics(
-        self,
-        running_mean: Array,
-        running_var: Array,
-        statistics: Statistics,
-        momentum: float | Array,
-        ddof: int,
-        propagate: bool,
-    ) -> tuple[Array, Array]:
-        update = Update(running_mean, running_var, momentum, ddof, propagate)
-        if isinstance(statistics.count, int) and isinstance(momentum, (int, float)) and running_mean.size:
-            new = self.kernels.updated_running_statistics(statistics, update)
-        else:
-            with self.kernels.on(running_mean):
-                rule = momentum, ddof, propagate
-                new = super().updated_running_statistics(running_mean, running_var, statistics, *rule)
-        self.kernels.note_update(running_mean)
-        return new
-
-    def gradients(
-        self,
-        dy: Array,
-        x: Array,
-        statistics: Statistics,
-        weight: Array | None,
-        active: Array | None,
-        mask: Array | None,
-        spec: Spec,
-    ) -> Gradients:
-        if self._takes(x, mask):
-            return self.kernels.gradients(dy, x, statistics, weight, active, spec)
-        with self.kernels.on(x):
-            return super().gradients(dy, x, statistics, weight, active, mask, spec)

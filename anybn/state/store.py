@@ -1,0 +1,230 @@
+"""How a state learns: the two ways to change its arrays, by a swap of all of them and by writing in place.
+
+A state has a store, which holds its settings and arrays. `Store` has arrays of its own, and a change swaps the whole
+tuple. A torch module's store (`anybn.torch.state`) has the module's tensors, which others hold too, and writes to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from anybn import _checks, _lock
+from anybn.backends.base import Backend
+from anybn.backends.registry import backend_for
+from anybn.core.call import Array, Statistics, Update, dtype_name
+from anybn.core.moments import Moments
+from anybn.state.arrays import Arrays, dtype_of, numpy_dtype, placed, require_storable, storable
+
+
+class Batch(NamedTuple):
+    """What a training call has found, and is to be learnt."""
+
+    backend: Backend
+    x: Array
+    statistics: Statistics
+    propagate: bool
+    """whether channels whose statistics are not finite learn them"""
+    before: Arrays
+    """the store's arrays as the call met them, perhaps overtaken by another thread since"""
+    beside: Arrays
+    """the same beside x"""
+    running: tuple[Array, Array] | None = None
+    """the running statistics that the backend has made of these in the same pass"""
+
+
+class Store:
+    """Settings and arrays of its own."""
+
+    __slots__ = ("arrays", "block", "ddof", "dtype", "eps", "momentum", "num_features")
+
+    num_features: int
+    eps: float
+    momentum: float | None
+    ddof: int
+    dtype: str
+    """of weight and bias, by name"""
+    arrays: Arrays
+    block: Any
+    """the open block of `anybn.accumulate`, which takes what would be learnt; or None"""
+
+    SETTINGS = ("num_features", "eps", "momentum", "ddof", "dtype")
+
+    @classmethod
+    def of(cls, settings: tuple[Any, ...], arrays: Arrays) -> Store:
+        """A store with these settings, checked before, in the order of `SETTINGS`."""
+        store = cls()
+        for name, value in zip(cls.SETTINGS, settings, strict=True):
+            setattr(store, name, value)
+        store.arrays, store.block = arrays, None
+        return store
+
+    def settings(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.SETTINGS)
+
+    @property
+    def owner(self) -> Any:
+        """What stays the same object from call to call: a torch module's store is made for each."""
+        return self
+
+    def copy(self) -> Store:
+        """A store of its own with the same settings and values, in the same place."""
+        arrays = self.arrays
+        twins = {name: backend_for(a).twin(a) for name, a in arrays.held().items()}
+        return Store.of(self.settings(), arrays._replace(**twins))
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def beside(self, backend: Backend, x: Array) -> tuple[Arrays, Arrays]:
+        """(the arrays as they are, the arrays beside x). The state itself moves when the call has succeeded."""
+        arrays = self.arrays
+        return arrays, placed(arrays, self.dtype, backend, backend.device_of(x))
+
+    def planned_update(self, arrays: Arrays, propagate: bool) -> Update | None:
+        """How arrays take in a batch; None where a backend must not do that while it normalizes."""
+        momentum = 1.0 / (arrays.num_batches_tracked + 1) if self.momentum is None else self.momentum
+        return Update(arrays.running_mean, arrays.running_var, momentum, self.ddof, propagate)
+
+    # -- changing ----------------------------------------------------------------------------------------------
+
+    def swap(self, change: Callable[[Arrays], Arrays]) -> None:
+        """Replace the arrays by ``change(arrays)``: worked out without the lock, and again if another was faster."""
+        while True:
+            before = self.arrays
+            after = change(before)
+            with _lock.commits:
+                if self.arrays is before:
+                    self.arrays = after
+                    return
+
+    def settle(self, backend: Backend, before: Arrays, beside: Arrays) -> None:
+        """Adopt the arrays moved for a call that is done, unless the state has changed since or may not keep them."""
+        if beside is not before and storable(backend, beside, before):
+            with _lock.commits:
+                if self.arrays is before:
+                    self.arrays = beside
+
+    def learn(self, batch: Batch) -> None:
+        """Count the batch and fold its statistics into the running ones: one swap, after everything has succeeded."""
+
+        def change(old: Arrays) -> Arrays:
+            backend, arrays, running = batch.backend, batch.beside, batch.running
+            if old is not batch.before:  # overtaken, and so is what was made of it
+                arrays, running = placed(old, self.dtype, backend, backend.device_of(batch.x)), None
+            if running is None:
+                update = self.planned_update(arrays, batch.propagate)
+                assert update is not None
+                running = backend.update(update, batch.statistics)
+            mean, var = map(backend.frozen, running)
+            arrays = Arrays(arrays.weight, arrays.bias, mean, var, arrays.num_batches_tracked + 1)
+            require_storable(backend, arrays, old)
+            return arrays
+
+        self.swap(change)
+
+    def put(self, name: str, value: Array) -> None:
+        """Take value as it is where its dtype allows (a torch Parameter stays itself); the state moves beside it."""
+        backend = backend_for(value, name)
+        _checks.state_array(backend, name, value, self.num_features)
+        device = backend.device_of(value)
+        wanted = dtype_of(name, self.dtype, backend, device)
+        dtype = backend.dtype(wanted)
+        if value.dtype != dtype:
+            if backend.records(value):
+                given = dtype_name(value.dtype)
+                raise TypeError(
+                    f"{name} has dtype {given} and requires grad, but the state keeps {wanted}, and a copy would "
+                    f"not be trained: make the state with dtype={given!r}"
+                )
+            value = backend.namespace(value).astype(value, dtype)
+        stored = backend.detached(value) if name.startswith("running") else value
+
+        def change(arrays: Arrays) -> Arrays:
+            others = arrays._replace(**{name: None})
+            for other, array in others.held().items():
+                if backend.owns(type(array)) and backend.overlaps(value, array):
+                    raise ValueError(f"{name} shares memory with {other}: give it a copy")
+            if not backend.is_traced(value):
+                others = placed(others, self.dtype, backend, device)
+            return others._replace(**{name: stored})
+
+        self.swap(change)
+
+    def fill(self, values: dict[str, Any]) -> None:
+        """Take over NumPy values and a count by field name, at once, where the present ones are and in their dtypes."""
+
+        def change(arrays: Arrays) -> Arrays:
+            new = dict(values)
+            for name, old in arrays.held().items():
+                if name not in values:
+                    continue
+                backend = backend_for(old)
+                device = backend.device_of(old)
+                dtype = numpy_dtype(dtype_of(name, self.dtype, backend, device))
+                new[name] = backend.from_numpy(values[name].astype(dtype), device)
+                if name.startswith("running"):
+                    new[name] = backend.frozen(new[name])
+                else:
+                    new[name] = backend.refilled(old, new[name])
+            return arrays._replace(**new)
+
+        self.swap(change)
+
+    def move(self, backend: Backend, device: Any) -> None:
+        def change(arrays: Arrays) -> Arrays:
+            moved = placed(arrays, self.dtype, backend, device)
+            require_storable(backend, moved, arrays)
+            return moved
+
+        self.swap(change)
+
+
+class Block:
+    """What one state has seen within an open block of `anybn.accumulate`."""
+
+    def __init__(self) -> None:
+        self.latest: Batch | None = None
+        self.moments: Moments | None = None
+
+    def add(self, batch: Batch) -> None:
+        """Merge the batch's moments. One thread after the other, so that none is lost."""
+        backend, s = batch.backend, batch.statistics
+        with _lock.commits, backend.no_grad():
+            detached = (backend.detached(a) for a in (s.count, s.mean, s.m2, s.shift))
+            moments = Moments(*detached)  # type: ignore[arg-type]
+            if self.latest is not None and self.moments is not None:
+                moments = self._moments_beside(batch, self.latest, self.moments) + moments
+                batch = batch._replace(propagate=batch.propagate or self.latest.propagate)
+            self.latest, self.moments = batch, moments
+
+    def close(self, store: Any) -> None:
+        """Let the state learn all of it as one batch."""
+        if self.latest is None or self.moments is None:
+            return
+        backend, x, moments = self.latest.backend, self.latest.x, self.moments
+        with backend.no_grad():
+            statistics = Statistics(moments.count, moments.mean, moments.shift, moments.var(), moments.m2)
+        store.learn(Batch(backend, x, statistics, self.latest.propagate, *store.beside(backend, x)))
+
+    @staticmethod
+    def _moments_beside(batch: Batch, latest: Batch, moments: Moments) -> Moments:
+        """The moments so far, beside an x that may be of another library."""
+        backend, device = batch.backend, batch.backend.device_of(batch.x)
+        if backend.holds(moments.mean, device):
+            return moments
+        to_numpy = latest.backend.to_numpy
+        count = moments.count if isinstance(moments.count, int) else int(to_numpy(moments.count).flat[0])
+        mean, m2, shift = (
+            np.zeros(1) if a is None else to_numpy(a).astype("float64")
+            for a in (moments.mean, moments.m2, moments.shift)
+        )
+        dtype = "float64" if backend.has_float64(device) else "float32"
+        there = mean.astype(dtype)
+        rest = shift + (mean - there)
+        return Moments(count, *(backend.from_numpy(a.astype(dtype), device) for a in (there, m2, rest)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of what the block belongs to is not in the block."""
+        return type(None), ()

@@ -1,0 +1,132 @@
+"""What anybn is inside torch.compile and torch.export, neither of which can follow its dispatch.
+
+Under torch.compile, batch norm is the operations of `anybn.backends.torch.ops`. Under torch.export, a module is taken
+apart into torch's own operations instead, and what was exported runs without anybn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybn import _checks, _functional
+from anybn.backends.torch import TorchBackend, ops
+from anybn.core.call import Call, Spec, Statistics, Update
+from anybn.errors import StateError
+from anybn.state.state import BatchNormState
+from anybn.state.store import Store
+
+_TORCH = TorchBackend()
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7
+
+
+def _check(x: Tensor, residual: Tensor | None, axis: int, channels: int) -> None:
+    """What torch.compile can look at of the checks; where it fails, the check itself has the words."""
+    if not -x.ndim <= axis < x.ndim or x.ndim < 2 or x.shape[axis] != channels or not x.dtype.is_floating_point:
+        _checks.batch(x, _TORCH, axis, channels)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        _checks.like_x("residual", residual, x, _TORCH)
+
+
+def eagerly(function: Any) -> Any:
+    """What torch.compile ends its graph at. A group's collectives must keep their order on all members, and a compiler
+    may exchange those of parallel branches, by sizes that differ from member to member."""
+    return torch.compiler.disable(function)
+
+
+def _evaluated(x: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
+    if not is_exporting():
+        return ops.evaluate(x, mean, var, *rest)
+    weight, bias, residual, *spec = rest
+    return _TORCH.evaluate(Call(x, Spec(*spec), weight, bias, residual), Statistics(None, mean, None, var))
+
+
+def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """A module's forward pass where torch records it, for torch.compile or torch.export."""
+    over_group = module.group is not None and (module.training or module.running_mean is None)
+    if over_group or (module._block is not None and module.training):
+        if is_exporting():
+            raise NotImplementedError("torch.export cannot take a group or accumulate into its graph: export without")
+        return eagerly(module.forward)(x, residual, activation)
+    module._check_input_dim(x)
+    _check(x, residual, 1, module.num_features)
+    eps, momentum = module.eps, module.momentum
+    if not eps > 0 or not (momentum is None or 0 <= momentum <= 1):
+        _checks.eps(eps), _checks.momentum(momentum)
+    _checks.choice("activation", activation, (None, "relu"))
+    relu, mean, var = activation == "relu", module.running_mean, module.running_var
+    parameters = module.weight, module.bias, residual
+    if x.numel() and (module.training or mean is None):
+        count = x.numel() // x.shape[1]
+        if count < 2:
+            _checks.enough_values(count, tuple(x.shape), False)
+        commits = module.training and module.track_running_stats and mean is not None
+        if is_exporting():
+            y, statistics, _ = _TORCH.train(Call(x, Spec(1, eps, relu), *parameters))
+            if commits:
+                update = Update(mean, var, momentum, 1, False)
+                _TORCH.update_in_place(update, statistics, module.num_batches_tracked)
+            return y
+        y, rows = ops.train(x, *parameters, 1, eps, relu)
+        if commits:
+            ops.commit(mean, var, module.num_batches_tracked, rows.detach(), count, momentum, 1)
+        return y
+    return _evaluated(x, mean, var, *parameters, 1, eps, relu)
+
+
+def batch_norm(
+    x: Tensor,
+    state: BatchNormState,
+    *,
+    training: bool = False,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    nonfinite: str = "skip",
+    group: Any = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """What `anybn.batch_norm` is inside torch.compile, which cannot follow its dispatch; the state is replaced too."""
+    if group is not None:
+        options = {"mask": mask, "residual": residual, "nonfinite": nonfinite, "group": group, "out": out}
+        call = eagerly(_functional.batch_norm)
+        return call(x, state, training=training, axis=axis, activation=activation, **options)
+    if mask is not None or out is not None or nonfinite != "skip":
+        raise NotImplementedError("torch.compile cannot take mask, out and nonfinite into its graph: leave them")
+    if not isinstance(x, Tensor):
+        raise NotImplementedError("torch.compile takes batch norm of torch tensors into its graph, and no other arrays")
+    if not isinstance(state, BatchNormState):
+        raise NotImplementedError(f"torch.compile takes states of anybn into its graph, and no {type(state).__name__}")
+    store = state._store
+    if type(store) is not Store:
+        raise NotImplementedError("torch.compile cannot take a module's state into its graph: call the module itself")
+    arrays = store.arrays
+    for array in arrays[:4]:
+        if array is not None and not isinstance(array, Tensor):
+            raise StateError("torch.compile cannot move a state: call state.to(x) before")
+    _check(x, residual, axis, store.num_features)
+    _checks.choice("activation", activation, (None, "relu"))
+    axis, eps, relu = axis % x.ndim, store.eps, activation == "relu"
+    mean, var = arrays.running_mean, arrays.running_var
+    if not x.numel() or not (training or mean is None):
+        zeros = x.new_zeros(x.shape[axis], dtype=ops.working_dtype(x)) if mean is None or var is None else None
+        running = (mean, var) if zeros is None else (zeros, zeros)
+        return _evaluated(x, *running, arrays.weight, arrays.bias, residual, axis, eps, relu)
+    if is_exporting():
+        raise StateError("torch.export cannot keep a state that a call changes: export one of anybn.torch's modules")
+    count = x.numel() // x.shape[axis]
+    if count < 2:
+        _checks.enough_values(count, tuple(x.shape), False)
+    y, rows = ops.train(x, arrays.weight, arrays.bias, residual, axis, eps, relu)
+    if training and mean is not None and var is not None:
+        mean, var, batches = mean.clone(), var.clone(), arrays.num_batches_tracked + 1
+        momentum = 1.0 / batches if store.momentum is None else store.momentum
+        ops.commit(mean, var, None, rows.detach(), count, momentum, store.ddof)
+        store.arrays = arrays._replace(running_mean=mean, running_var=var, num_batches_tracked=batches)
+    return y
+
+
+_functional.compiled = torch.compiler.is_compiling, batch_norm
