@@ -14,7 +14,6 @@ from anybn.backends.registry import backend_for
 from anybn.core import formulas as _core
 from anybn.core.formulas import Array, Gradients, Spec, Statistics
 from anybn.core.moments import Moments
-from anybn.errors import NonFiniteError
 from anybn.groups import exchange as _synchronized
 from anybn.groups.exchange import Members
 from anybn.state.state import Arrays, BatchNormState
@@ -335,11 +334,4 @@ def _finish(call: _Call, statistics: Statistics, running: tuple[Array, Array] | 
 
 def _require_finite(backend: Backend, statistics: Statistics) -> None:
     mean, var = (backend.to_numpy(backend.detached(a)) for a in (statistics.mean, statistics.var))
-    channels = tuple(int(c) for c in np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var))))
-    if channels:
-        named = ", ".join(map(str, channels[:10])) + (", ..." if len(channels) > 10 else "")
-        raise NonFiniteError(
-            f"x gives statistics that are NaN or infinite in {len(channels)} of {len(mean)} channels ({named}): "
-            'look for NaN or inf in x, or use nonfinite="skip"',
-            channels,
-        )
+    _checks.finite_statistics("x gives", mean, var, 'look for NaN or inf in x, or use nonfinite="skip"')
