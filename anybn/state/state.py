@@ -13,9 +13,10 @@ import numpy as np
 from anybn import _checks
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for, resolve_target
+from anybn.checkpoints import translation
 from anybn.core import formulas as _core
 from anybn.core.formulas import Array, Statistics, Update
-from anybn.errors import StateError
+from anybn.errors import CheckpointError, StateError
 
 # Held for nothing but the comparison and the swap in `BatchNormState._update`. One lock for all states can be renewed
 # in a forked child, where the thread that held it does not exist.
@@ -400,9 +401,7 @@ class BatchNormState:
         >>> list(anybn.BatchNormState(3).state_dict("keras"))
         ['gamma', 'beta', 'moving_mean', 'moving_variance']
         """
-        from anybn import interop
-
-        return interop.state_dict(self, convention)
+        return translation.encode(self._settings(), self._arrays._asdict(), convention)
 
     def load_state_dict(self, mapping: Mapping[str, Array], convention: str = "torch") -> None:
         """Take over the arrays of a mapping, from any library; all of them or, on an error, none.
@@ -422,18 +421,16 @@ class BatchNormState:
         anybn.errors.CheckpointError: nothing was loaded: missing key 'moving_variance'
         >>> state.load_state_dict(keras | {"moving_variance": np.ones(2)}, "keras")
         """
-        from anybn import interop
-
-        interop.load_state_dict(self, mapping, convention)
+        self._replace_values(translation.decode(mapping, self._settings(), convention))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with the arrays, the settings and a checksum; the old file stays until it is whole.
 
         Raises BackendNotInstalled without safetensors, OSError if the file cannot be written.
         """
-        from anybn.checkpoints import files as _checkpoint
+        from anybn.checkpoints import files  # late: json and hashlib take time to import
 
-        _checkpoint.save(self, path)
+        files.save(path, self._settings(), self._arrays._asdict())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> BatchNormState:
@@ -447,9 +444,22 @@ class BatchNormState:
         >>> anybn.BatchNormState.load(path)
         BatchNormState(3, eps=1e-05, momentum=None) on numpy, 0 batches tracked
         """
-        from anybn.checkpoints import files as _checkpoint
+        from anybn.checkpoints import files
 
-        return _checkpoint.load(path)
+        settings, arrays = files.load(path)
+        try:
+            state = BatchNormState(**settings)
+            if not state.track_running_stats:
+                state.num_batches_tracked = int(arrays.pop("num_batches_tracked"))
+            state.load_state_dict(arrays)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} holds no valid state ({error})") from error
+        return state
+
+    def _settings(self) -> dict[str, Any]:
+        """By the names under which a new state takes them."""
+        names = "num_features", "eps", "momentum", "affine", "track_running_stats", "ddof", "dtype"
+        return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
         settings = [str(self._num_features), f"eps={self._eps}", f"momentum={self._momentum}"]
