@@ -65,10 +65,10 @@ def load_batch_norms(
             "e.g. {w.path: w for w in model.weights} from Keras"
         )
     path.open("rb").close()  # the OSError of a file that is not there tells more than what a library makes of it
-    with files.damage_told(path):
+    with files.checkpoint_errors(path):
         if suffix == ".onnx":
             layers = read(path)
-        elif suffix == ".safetensors" and files.is_own(path):
+        elif suffix == ".safetensors" and files.holds_a_state(path):
             layers = None
         else:
             layers = _layers(read(path, lambda keys: _keys_of(_batch_norms_among(keys, rows))), rows)
@@ -118,6 +118,7 @@ def _has_statistics(rules: Convention, names: Mapping[str, list[str]]) -> bool:
 
 
 def _layers(arrays: Mapping[str, Any], rows: list[Convention]) -> dict[str, Layer]:
+    """The batch norms among a model's arrays, by name."""
     layers = {}
     for layer, (rules, names) in _batch_norms_among(arrays, rows).items():
         first = {name: arrays[keys[0]] for name, keys in names.items()}

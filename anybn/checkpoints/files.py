@@ -132,7 +132,7 @@ Needed = Callable[[Iterable[str]], list[str]]
 
 
 @contextmanager
-def damage_told(path: Path) -> Iterator[None]:
+def checkpoint_errors(path: Path) -> Iterator[None]:
     """What a library raises about a file that is not what its suffix says is a CheckpointError."""
     try:
         yield
@@ -144,7 +144,7 @@ def damage_told(path: Path) -> Iterator[None]:
         ) from error
 
 
-def is_own(path: Path) -> bool:
+def holds_a_state(path: Path) -> bool:
     """Whether `save` wrote a safetensors file; also if one of its marks is damaged, so that `load` refuses it."""
     with _safetensors().safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}

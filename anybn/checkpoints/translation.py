@@ -35,8 +35,12 @@ def quantities_of(settings: Mapping[str, Any], convention: str) -> dict[str, str
             f"state has track_running_stats=False, but {convention} always has running statistics: use torch's or "
             "MLX's convention, or a state that tracks them"
         )
+    return _quantities_of(settings, rules)
+
+
+def _quantities_of(settings: Mapping[str, Any], rules: Convention) -> dict[str, str]:
     left_out = set() if settings["affine"] or rules.always_affine else {"weight", "bias"}
-    left_out |= set() if settings["track_running_stats"] else set(_FIELDS[2:])
+    left_out |= set() if settings["track_running_stats"] else {*_RUNNING, "num_batches_tracked"}
     return {name: quantity for name, quantity in rules.names.items() if quantity not in left_out}
 
 
@@ -104,16 +108,12 @@ def _scalar_beside(value: int | bool | Array, like: Array) -> Array:
 
 def decode(mapping: Mapping[str, Any], settings: Mapping[str, Any], convention: str) -> dict[str, Any]:
     """{field: value in NumPy} for a batch norm that has these settings, see `BatchNormState.load_state_dict`."""
-    rules = convention_called(convention)
     wanted = quantities_of(settings, convention)
     layer = layer_of(mapping, convention, {})
     extra = [f"extra key {name!r}" for name in layer.arrays if name not in wanted]
-    required = {name for name, quantity in wanted.items() if quantity not in ("weight", "bias")}
-    affine = wanted.keys() - required
-    if len(rules.affine) != 2 or not affine & layer.arrays.keys():
-        required |= affine
     known = {name: a for name, a in layer.arrays.items() if name in wanted}
-    return _values(layer._replace(arrays=known, problems=layer.problems + extra), settings, required)
+    layer = layer._replace(arrays=known, problems=layer.problems + extra)
+    return _values(layer, settings, _required(wanted, layer))
 
 
 def decode_layer(layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -123,27 +123,27 @@ def decode_layer(layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
     quantities = {rules.names[name]: array for name, array in layer.arrays.items()}
     shapes = [np.shape(a) for quantity, a in quantities.items() if quantity not in _COUNTS]
     affine = [quantities[q] for q in ("weight", "bias") if q in quantities]
-    tracks = not rules.track or any(q.startswith("running") for q in quantities)
-    optional = {*_COUNTS, "ignored_weight"}
-    if "running_mean" in rules.names.values():
-        optional |= {"hidden_mean", "hidden_var"}
-    else:
-        optional -= {"counter"}
-    if not tracks:
-        optional |= {*_RUNNING}
-    if not rules.always_affine and (len(rules.affine) == 2 or not affine):
-        optional |= {"weight", "bias"}
     if not shapes:
-        raise CheckpointError(
-            f"nothing was loaded: {'; '.join([*layer.problems, 'there is no array of a batch norm'])}"
-        )
+        problems = [*layer.problems, "there is no array of a batch norm"]
+        raise CheckpointError(f"nothing was loaded: {'; '.join(problems)}")
     settings |= {
         "num_features": math.prod(shapes[0]),
         "affine": bool(affine) or rules.always_affine,
-        "track_running_stats": tracks,
+        "track_running_stats": not rules.track or any(q.startswith("running") for q in quantities),
         "dtype": _widest_dtype(affine),
     }
-    return settings, _values(layer, settings, {name for name, q in rules.names.items() if q not in optional})
+    optional = {"num_batches_tracked", "unfilled", "ignored_weight"}
+    if "running_mean" in rules.names.values():  # beside which hidden averages tell nothing new
+        optional |= {"hidden_mean", "hidden_var", "counter"}
+    wanted = {name: q for name, q in _quantities_of(settings, rules).items() if q not in optional}
+    return settings, _values(layer, settings, _required(wanted, layer))
+
+
+def _required(wanted: Mapping[str, str], layer: Layer) -> set[str]:
+    """Those of the wanted names that may not be missing: all, but for weight or bias where each has its own switch."""
+    affine = {name for name, quantity in wanted.items() if quantity in ("weight", "bias")}
+    one_is_enough = len(layer.convention.affine) == 2 and affine & layer.arrays.keys()
+    return wanted.keys() - affine if one_is_enough else set(wanted)
 
 
 def layer_of(mapping: Mapping[str, Any], convention: str, settings: Mapping[str, float]) -> Layer:
