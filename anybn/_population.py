@@ -133,7 +133,7 @@ class Participants:
         return of_all
 
 
-def with_progress(batches: Iterable[Any], progress: bool, description: str = "recalibrate") -> Iterator[Any]:
+def with_progress(batches: Iterable[Any], progress: bool, description: str) -> Iterator[Any]:
     """batches, behind a progress bar if there is to be one."""
     if not progress:
         return iter(batches)

@@ -86,7 +86,7 @@ def recalibrate(
     )
     population = Population(state.num_features)
     with participants.failing_together():
-        for batch in with_progress(batches, progress):
+        for batch in with_progress(batches, progress, "recalibrate"):
             population.add(batch, axis)
     participants.agree_on_layer(0)
     population = participants.merged(population)

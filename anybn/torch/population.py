@@ -36,11 +36,18 @@ def recalibrate(
     with participants.failing_together():
         _check(layers, batches, one_pass)
     run = _forward if forward is None else forward
+
+    def run_all(description: str) -> Iterator[None]:
+        for batch in with_progress(batches, progress, description):
+            with suppress(_StopForward):
+                run(model, batch)
+            yield
+
     with _evaluating(model), _restored_on_error(layers):
         if one_pass:
-            _in_one_pass(model, layers, batches, run, progress, participants)
+            _in_one_pass(layers, run_all, participants)
         else:
-            _one_by_one(model, layers, batches, run, progress, participants)
+            _one_by_one(layers, run_all, participants)
     return model
 
 
@@ -61,22 +68,15 @@ def _forward(model: torch.nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
-def _in_one_pass(
-    model: torch.nn.Module,
-    layers: list[Any],
-    batches: Any,
-    run: Callable[[Any, Any], Any],
-    progress: bool,
-    participants: Participants,
-) -> None:
+def _in_one_pass(layers: list[Any], run_all: Callable[[str], Iterator[None]], participants: Participants) -> None:
     seen = {layer: Population(layer.num_features) for layer in layers}
 
     def observe(layer: Any, x: torch.Tensor) -> None:
         seen[layer].add(x, 1)
 
     with participants.failing_together(), _observed(layers, observe), _normalizing_with_batches(layers):
-        for batch in with_progress(batches, progress):
-            run(model, batch)
+        for _ in run_all("recalibrate"):
+            pass
     participants.agree_on_layer(0)
     populations = {layer: participants.merged(population) for layer, population in seen.items()}
     reached = {layer: population for layer, population in populations.items() if population.moments.count}
@@ -86,22 +86,13 @@ def _in_one_pass(
         _write(layer, population)
 
 
-def _one_by_one(
-    model: torch.nn.Module,
-    layers: list[Any],
-    batches: Any,
-    run: Callable[[Any, Any], Any],
-    progress: bool,
-    participants: Participants,
-) -> None:
+def _one_by_one(layers: list[Any], run_all: Callable[[str], Iterator[None]], participants: Participants) -> None:
     """Each pass is for the first layer that is called and not done, until there is none."""
     done: list[Any] = []
     while len(done) < len(layers):
         next_layer = _NextLayer(done)
         with participants.failing_together(), _observed(layers, next_layer):
-            for batch in with_progress(batches, progress, f"batch norm {len(done) + 1} of {len(layers)}"):
-                with suppress(_StopForward):
-                    run(model, batch)
+            for _ in run_all(f"batch norm {len(done) + 1} of {len(layers)}"):
                 next_layer.end_batch()
         index = None if next_layer.layer is None else layers.index(next_layer.layer)
         found = participants.agree_on_layer(index)
