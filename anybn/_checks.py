@@ -14,6 +14,7 @@ import numpy as np
 
 from anybn.backends.base import Backend
 from anybn.core.call import Array, dtype_name
+from anybn.errors import NonFiniteError
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 
@@ -259,4 +260,20 @@ def enough_values(count: int, x: Array, masked: bool) -> None:
         raise ValueError(
             f"training needs more than 1 value per channel, got shape {shape_of(x)}{unmasked}: "
             "use a larger batch, eval mode, or a layer or group norm"
+        )
+
+
+def named_channels(channels: tuple[int, ...]) -> str:
+    """The first ten."""
+    return ", ".join(map(str, channels[:10])) + (", ..." if len(channels) > 10 else "")
+
+
+def finite_statistics(what_gives: str, mean: np.ndarray, var: np.ndarray, advice: str) -> None:
+    """Raises NonFiniteError that names the channels where one of them is not finite."""
+    channels = tuple(int(c) for c in np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var))))
+    if channels:
+        raise NonFiniteError(
+            f"{what_gives} statistics that are NaN or infinite in {len(channels)} of {len(mean)} channels "
+            f"({named_channels(channels)}): {advice}",
+            channels,
         )

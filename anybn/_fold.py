@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from anybn import _checks
 from anybn.backends.registry import backend_for
-from anybn.core import formulas as _core
 from anybn.core.call import Array, Statistics
+from anybn.core.formulas import rounded_to, scale_of
 from anybn.state.state import BatchNormState
 
 
@@ -71,7 +71,7 @@ def fold(
     _, arrays = state._store.beside(backend, weight)
     statistics = Statistics(None, arrays.running_mean, None, arrays.running_var)
     working = statistics.mean.dtype
-    scale = _core.scale_of(xp, statistics, arrays.weight, state.eps)
+    scale = scale_of(xp, statistics, arrays.weight, state.eps)
     shift = -statistics.mean if bias is None else xp.astype(bias, working) - statistics.mean
     shift = shift * scale
     if arrays.bias is not None:
@@ -81,4 +81,4 @@ def fold(
     by_group = [1] * split.ndim
     by_group[0], by_group[index + 1] = in_groups, shape[index]
     folded = xp.reshape(split * xp.reshape(scale, tuple(by_group)), shape)
-    return _core.rounded_to(xp, folded, weight.dtype), _core.rounded_to(xp, shift, weight.dtype)
+    return rounded_to(xp, folded, weight.dtype), rounded_to(xp, shift, weight.dtype)

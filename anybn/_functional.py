@@ -14,7 +14,6 @@ from anybn.backends.registry import backend_for
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Spec, Statistics, dtype_name, root_module
 from anybn.core.moments import Moments
-from anybn.errors import NonFiniteError
 from anybn.groups import engines, exchange
 from anybn.state.arrays import Arrays
 from anybn.state.state import BatchNormState
@@ -340,11 +339,4 @@ def finish(checked: Checked, statistics: Statistics, running: tuple[Array, Array
 
 def _require_finite(backend: Backend, statistics: Statistics) -> None:
     mean, var = (backend.to_numpy(backend.detached(a)) for a in (statistics.mean, statistics.var))
-    channels = tuple(int(c) for c in np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var))))
-    if channels:
-        named = ", ".join(map(str, channels[:10])) + (", ..." if len(channels) > 10 else "")
-        raise NonFiniteError(
-            f"x gives statistics that are NaN or infinite in {len(channels)} of {len(mean)} channels ({named}): "
-            'look for NaN or inf in x, or use nonfinite="skip"',
-            channels,
-        )
+    _checks.finite_statistics("x gives", mean, var, 'look for NaN or inf in x, or use nonfinite="skip"')

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,7 +25,8 @@ from speed import RESULTS, Row, context, write
 
 import anybn
 from anybn import norms
-from anybn.cli import bench as _bench
+from anybn.cli.comparison import BARS, WrongResult, use_threads
+from anybn.cli.timing import QUIET, SETTLE, Run, duration, quietest
 from anybn.conformance import inputs, oracle
 
 F = torch.nn.functional
@@ -106,7 +106,7 @@ def torchs(case: Case, x: Any, weight: Any, bias: Any) -> Any:
     return F.layer_norm(x, weight.shape, weight, bias)
 
 
-def contestants(case: Case, data: Data) -> dict[str, _bench.Run]:
+def contestants(case: Case, data: Data) -> dict[str, Run]:
     x, dy, *parameters = map(torch.from_numpy, data)
     if case.op == "forward":
         return {
@@ -115,7 +115,7 @@ def contestants(case: Case, data: Data) -> dict[str, _bench.Run]:
             "torch.nn": lambda: torchs(case, x, *parameters),
         }
 
-    def recorded(call: Any) -> _bench.Run:
+    def recorded(call: Any) -> Run:
         given = [a.clone().requires_grad_() for a in (x, *parameters[: 1 if case.norm == "rms" else 2])]
         with torch.enable_grad():
             y = call(case, *given, *([None] if case.norm == "rms" else []))
@@ -160,7 +160,7 @@ def blocks(case: Case, data: Data) -> Iterator[tuple[slice, Any, Any, Any]]:
         yield which, xhat, dx, dy
 
 
-def check(case: Case, data: Data, runs: dict[str, _bench.Run]) -> None:
+def check(case: Case, data: Data, runs: dict[str, Run]) -> None:
     """Raise WrongResult unless ours are right to the bar of accuracy.py."""
     results = {}
     for name in ("numpy", "torch"):
@@ -171,8 +171,8 @@ def check(case: Case, data: Data, runs: dict[str, _bench.Run]) -> None:
 
     def compare(what: str, name: str, value: np.ndarray, expected: Any) -> None:
         error = oracle.error(value, expected, "float32")
-        if not error <= _bench.BARS["float32"]:
-            raise _bench.WrongResult(f"{case}: {what} of anybn on {name} is {error:.3g} eps off")
+        if not error <= BARS["float32"]:
+            raise WrongResult(f"{case}: {what} of anybn on {name} is {error:.3g} eps off")
 
     for which, xhat, expected, dy in blocks(case, data):
         for name, found in results.items():
@@ -193,17 +193,12 @@ def measure(case: Case, rounds: int, seconds: float, attempts: int) -> Row:
     with torch.no_grad():
         runs = contestants(case, data)
         check(case, data, runs)
-        quietest = _bench.watched(runs, rounds, seconds, _bench.SETTLE)
-        for _ in range(attempts - 1):
-            if quietest.busy <= _bench.QUIET:
-                break
-            time.sleep(5)
-            quietest = min(quietest, _bench.watched(runs, rounds, seconds, _bench.SETTLE), key=lambda m: m.busy)
-    us = {name: round(timing.median * 1e6, 2) for name, timing in quietest.timings.items()}
+        measured = quietest(runs, rounds, seconds, SETTLE, attempts)
+    us = {name: round(timing.median * 1e6, 2) for name, timing in measured.timings.items()}
     row: Row = {**case._asdict(), "dtype": "float32", "us": us}
     row |= {f"{name}_ratio": round(us["torch.nn"] / us[name], 3) for name in ("torch", "numpy")}
-    row["spread"] = {name: round(timing.spread, 3) for name, timing in quietest.timings.items()}
-    return row | {"busy": round(quietest.busy, 2)}
+    row["spread"] = {name: round(timing.spread, 3) for name, timing in measured.timings.items()}
+    return row | {"busy": round(measured.busy, 2)}
 
 
 def markdown(rows: list[Row]) -> str:
@@ -211,7 +206,7 @@ def markdown(rows: list[Row]) -> str:
     for row in rows:
         ours = " | ".join(f"**{row[f'{name}_ratio']:.1f}**" for name in ("torch", "numpy"))
         name = f"{row['norm']} norm {row['op']}, {tuple(row['shape'])}"
-        lines.append(f"| {name} | {ours} | {_bench.duration(row['us']['torch.nn'] * 1e-6)} |")
+        lines.append(f"| {name} | {ours} | {duration(row['us']['torch.nn'] * 1e-6)} |")
     return "\n".join(lines)
 
 
@@ -238,7 +233,7 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="put the summary into README.md")
     options = parser.parse_args()
     how = {"rounds": 5, "seconds": 0.3, "attempts": 1} if options.quick else {"rounds": 15, "seconds": 2, "attempts": 5}
-    _bench.use_threads(options.threads)
+    use_threads(options.threads)
     surroundings = context(options.threads, jax=False)
     rows = []
     for norm in options.norm or SHAPES:
@@ -248,7 +243,7 @@ def main() -> None:
                 print({key: rows[-1][key] for key in (*Case._fields, "us", "torch_ratio", "numpy_ratio", "busy")})
     write(RESULTS / "norms.jsonl", "\n".join(map(json.dumps, rows)))
     print(summary(rows))
-    quiet = [row for row in rows if row["busy"] <= _bench.QUIET]
+    quiet = [row for row in rows if row["busy"] <= QUIET]
     if len(quiet) < len(rows):
         print(f"other processes used the CPUs during {len(rows) - len(quiet)} of {len(rows)} rows: no result")
     if options.readme:

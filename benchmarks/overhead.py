@@ -16,13 +16,14 @@ from speed import RESULTS, context, write
 
 import anybn
 import anybn.torch
-from anybn.cli import bench as _bench
+from anybn.cli.comparison import TINY, WrongResult, use_threads
+from anybn.cli.timing import Run, watched
 from anybn.conformance import inputs, oracle
 
-SHAPE = _bench.TINY
+SHAPE = TINY
 
 
-def contestants(training: bool, recorded: bool) -> dict[str, _bench.Run]:
+def contestants(training: bool, recorded: bool) -> dict[str, Run]:
     """The modules, and the layer that takes any library's arrays."""
     x = torch.from_numpy(inputs.cast(inputs.normal(SHAPE), "float32"))
     layer = anybn.BatchNorm1d(SHAPE[1]).to("torch").train(training)
@@ -47,18 +48,18 @@ def contestants(training: bool, recorded: bool) -> dict[str, _bench.Run]:
         y = call()
         error = oracle.error(y.detach().numpy(), oracle.normalize(x.numpy(), mean, var), "float32")
         if not error <= 4 or y.requires_grad is not recorded:
-            raise _bench.WrongResult(f"{name} is {error:.3g} eps off")
+            raise WrongResult(f"{name} is {error:.3g} eps off")
     return {name: (lambda call=bn: call(x)) for name, bn in callables.items()}
 
 
 def main() -> None:
-    _bench.use_threads(min(2, anybn.get_num_threads()))
+    use_threads(min(2, anybn.get_num_threads()))
     rows = []
     for training in (True, False):
         for recorded in (True, False):
             runs = contestants(training, recorded)
             with torch.set_grad_enabled(recorded):
-                measured = _bench.watched(runs, rounds=100, seconds=5, settle=1e-3)
+                measured = watched(runs, rounds=100, seconds=5, settle=1e-3)
             us = {name: round(timing.median * 1e6, 2) for name, timing in measured.timings.items()}
             row = {"training": training, "grad": recorded, "us": us, "busy": round(measured.busy, 2)}
             rows.append(row | {"ratio": round(us["torch.nn"] / us["anybn.torch"], 2)})

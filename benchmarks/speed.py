@@ -32,8 +32,21 @@ from pathlib import Path
 from typing import Any
 
 import anybn
-from anybn.cli import bench as _bench
-from anybn.cli.bench import FIRST, LAST, LAYOUTS, OPS, QUIET, ROWS, Case, Data, Run, Timing
+from anybn.cli.comparison import (
+    BARS,
+    FIRST,
+    LAST,
+    LAYOUTS,
+    OPS,
+    ROWS,
+    Case,
+    Data,
+    as_users_have_it,
+    cases,
+    measure,
+    use_threads,
+)
+from anybn.cli.timing import QUIET, SETTLE, Run, Timing
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -62,7 +75,7 @@ def with_jax(case: Case, data: Data) -> dict[str, Run]:
     import jax.numpy as jnp
 
     jax.config.update("jax_enable_x64", case.dtype == "float64")
-    x, dy, residual = (jnp.asarray(_bench.as_users_have_it(case, a)) for a in data[:3])
+    x, dy, residual = (jnp.asarray(as_users_have_it(case, a)) for a in data[:3])
     weight, bias, running_mean, running_var = map(jnp.asarray, data[3:])
     axis = x.ndim - 1 if case.layout == LAST else 1
     axes = tuple(i for i in range(x.ndim) if i != axis)
@@ -276,11 +289,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", action="append", choices=OPS, help="repeat it; default: all")
     parser.add_argument("--layout", action="append", choices=LAYOUTS, help="repeat it; default: all")
-    parser.add_argument("--dtype", choices=_bench.BARS, default="float32", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=BARS, default="float32", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=min(2, anybn.get_num_threads()), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=15, help="at least, per case; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=2.0, help="at least, per case; default: %(default)s")
-    parser.add_argument("--settle", type=float, default=_bench.SETTLE, help="seconds not timed; default: %(default)s")
+    parser.add_argument("--settle", type=float, default=SETTLE, help="seconds not timed; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="5 rounds and 0.3 seconds")
     parser.add_argument("--jax", action="store_true", help="measure JAX too")
     parser.add_argument("--compile-time", action="store_true", help="measure the first calls instead")
@@ -298,13 +311,13 @@ def main() -> None:
     if options.compile_time:
         print_compile_times(surroundings)
         return
-    _bench.use_threads(options.threads)
+    use_threads(options.threads)
     how = {"rounds": options.rounds, "seconds": options.seconds, "settle": options.settle, "attempts": 5}
     if options.jax:
         how["others"] = with_jax
     rows = []
-    for case in _bench.cases(options.op or OPS, options.layout or LAYOUTS, options.dtype):
-        for row in rows_of(case, *_bench.measure(case, **how), surroundings):
+    for case in cases(options.op or OPS, options.layout or LAYOUTS, options.dtype):
+        for row in rows_of(case, *measure(case, **how), surroundings):
             rows.append(row)
             print(line(row), flush=True)
     write(options.output, "\n".join(map(json.dumps, rows)))

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 
-from anybn.cli.bench import (
+from anybn.cli.comparison import (
     FIRST,
     LAST,
     ROWS,

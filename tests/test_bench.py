@@ -8,41 +8,42 @@ import numpy as np
 import pytest
 
 import anybn
+from anybn.cli import comparison, timing
 from anybn.cli import main as cli
 
 bench = pytest.importorskip("anybn.cli.bench", exc_type=ImportError)
 
-SHAPES = {bench.FIRST: (6, 5, 4, 3), bench.LAST: (2, 5, 3, 4, 3), bench.ROWS: (9, 7)}
-SMALL = [bench.Case(op, layout, shape) for op in bench.OPS for layout, shape in SHAPES.items()]
+SHAPES = {comparison.FIRST: (6, 5, 4, 3), comparison.LAST: (2, 5, 3, 4, 3), comparison.ROWS: (9, 7)}
+SMALL = [comparison.Case(op, layout, shape) for op in comparison.OPS for layout, shape in SHAPES.items()]
 
 
 @pytest.fixture(autouse=True)
 def gradients_and_threads():
     threads = anybn.get_num_threads()
-    with bench.without_grad():
+    with comparison.without_grad():
         yield
     anybn.set_num_threads(threads)
 
 
 def test_cases_are_every_op_on_every_layout():
-    cases = bench.cases()
-    assert len(cases) == len({*cases}) == 4 * (2 * len(bench.IMAGES) + len(bench.TABLES)) + 1
-    assert bench.cases(["call"]) == [bench.Case("call", bench.ROWS, bench.TINY)]
-    assert {case.shape for case in bench.cases(["backward"], [bench.LAST])} == {*bench.IMAGES}
-    assert {case.dtype for case in bench.cases(dtype="float64")} == {"float64"}
+    cases = comparison.cases()
+    assert len(cases) == len({*cases}) == 4 * (2 * len(comparison.IMAGES) + len(comparison.TABLES)) + 1
+    assert comparison.cases(["call"]) == [comparison.Case("call", comparison.ROWS, comparison.TINY)]
+    assert {case.shape for case in comparison.cases(["backward"], [comparison.LAST])} == {*comparison.IMAGES}
+    assert {case.dtype for case in comparison.cases(dtype="float64")} == {"float64"}
 
 
 def test_layouts_lie_in_memory_as_they_say():
     for layout, shape in SHAPES.items():
-        x = bench.Data.of(bench.Case("forward", layout, shape)).x
+        x = comparison.Data.of(comparison.Case("forward", layout, shape)).x
         assert x.shape == shape
-        assert (np.moveaxis(x, 1, -1) if layout == bench.LAST else x).flags.c_contiguous
+        assert (np.moveaxis(x, 1, -1) if layout == comparison.LAST else x).flags.c_contiguous
 
 
 def test_torch_sees_the_same_memory():
     torch = pytest.importorskip("torch")
-    data = bench.Data.of(bench.Case("forward", bench.LAST, (2, 5, 4, 3), "bfloat16"))
-    x = bench.to_torch(data.x)
+    data = comparison.Data.of(comparison.Case("forward", comparison.LAST, (2, 5, 4, 3), "bfloat16"))
+    x = comparison.to_torch(data.x)
     assert x.dtype == torch.bfloat16
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert x.data_ptr() == data.x.ctypes.data
@@ -52,59 +53,59 @@ def test_torch_sees_the_same_memory():
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_right_results_pass(case, dtype):
     case = case._replace(dtype=dtype)
-    data = bench.Data.of(case)
-    bench.check(case, data, bench.anybns(case, data))
+    data = comparison.Data.of(case)
+    comparison.check(case, data, comparison.anybns(case, data))
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_wrong_results_do_not(case):
-    data = bench.Data.of(case)
-    for name, run in bench.anybns(case, data).items():
+    data = comparison.Data.of(case)
+    for name, run in comparison.anybns(case, data).items():
         right = run() if isinstance(run(), tuple) else (run(),)
         for i, array in enumerate(right):
             for wrong in (array + 4 * abs(array).max() * 2.0**-23, array * np.nan, array * 2):
                 result = tuple(wrong if i == j else a for j, a in enumerate(right))
-                with pytest.raises(bench.WrongResult, match=f"of anybn on {name}"):
-                    bench.check(case, data, {name: lambda result=result: result})
+                with pytest.raises(comparison.WrongResult, match=f"of anybn on {name}"):
+                    comparison.check(case, data, {name: lambda result=result: result})
 
 
 def test_wrong_dtypes_do_not():
-    case = bench.Case("forward", bench.ROWS, (9, 7), "float64")
-    data = bench.Data.of(case)
-    narrow = bench.anybn_on_numpy(case, data)().astype(np.float32)
-    with pytest.raises(bench.WrongResult, match="is float32"):
-        bench.check(case, data, {"numpy": lambda: narrow})
+    case = comparison.Case("forward", comparison.ROWS, (9, 7), "float64")
+    data = comparison.Data.of(case)
+    narrow = comparison.anybn_on_numpy(case, data)().astype(np.float32)
+    with pytest.raises(comparison.WrongResult, match="is float32"):
+        comparison.check(case, data, {"numpy": lambda: narrow})
 
 
 def test_a_wrong_value_in_the_last_channel_is_found():
-    case = bench.Case("forward", bench.FIRST, (2, 3, 1024, 1024))  # more than one block of channels
-    data = bench.Data.of(case)
-    y = bench.anybn_on_numpy(case, data)()
-    bench.check(case, data, {"numpy": lambda: y})
+    case = comparison.Case("forward", comparison.FIRST, (2, 3, 1024, 1024))  # more than one block of channels
+    data = comparison.Data.of(case)
+    y = comparison.anybn_on_numpy(case, data)()
+    comparison.check(case, data, {"numpy": lambda: y})
     y[-1, -1, -1, -1] += 1e-3
-    with pytest.raises(bench.WrongResult, match="channels from 2"):
-        bench.check(case, data, {"numpy": lambda: y})
+    with pytest.raises(comparison.WrongResult, match="channels from 2"):
+        comparison.check(case, data, {"numpy": lambda: y})
 
 
 def test_nothing_is_timed_before_the_check(monkeypatch):
-    monkeypatch.setattr(bench, "anybn_on_numpy", lambda case, data: lambda: data.x)
-    monkeypatch.setattr(bench, "interleaved", lambda *_: pytest.fail("timed"))
-    with pytest.raises(bench.WrongResult):
-        bench.measure(SMALL[0], rounds=1, seconds=0)
+    monkeypatch.setattr(comparison, "anybn_on_numpy", lambda case, data: lambda: data.x)
+    monkeypatch.setattr(timing, "interleaved", lambda *_: pytest.fail("timed"))
+    with pytest.raises(comparison.WrongResult):
+        comparison.measure(SMALL[0], rounds=1, seconds=0)
 
 
 def test_every_contestant_runs_equally_often(monkeypatch):
     calls = []
     runs = {name: lambda name=name: calls.append(name) for name in "abc"}
-    monkeypatch.setattr(bench, "repeats_of", lambda _: 2)
-    timings = bench.interleaved(runs, rounds=5, seconds=0, settle=0)
+    monkeypatch.setattr(timing, "repeats_of", lambda _: 2)
+    timings = timing.interleaved(runs, rounds=5, seconds=0, settle=0)
     assert [calls.count(name) for name in "abc"] == [5 * 3] * 3  # one that is not timed, and two
     assert len({"".join(calls[i : i + 9]) for i in range(0, 45, 9)}) > 1
     assert {*timings} == {*"abc"}
 
 
 def test_timing_is_median_and_spread():
-    assert bench.timing([4.0, 1.0, 3.0, 2.0, 5.0]) == (3.0, 2 / 3)
+    assert timing.summary([4.0, 1.0, 3.0, 2.0, 5.0]) == (3.0, 2 / 3)
 
 
 def test_the_faster_of_torch_s_ways_counts(monkeypatch):
@@ -113,19 +114,19 @@ def test_the_faster_of_torch_s_ways_counts(monkeypatch):
 
     def interleaved(runs, rounds, seconds, settle):
         assert {*runs} == {*times}
-        return {name: bench.Timing(times[name], 0.0) for name in runs}
+        return {name: timing.Timing(times[name], 0.0) for name in runs}
 
-    monkeypatch.setattr(bench, "interleaved", interleaved)
-    case = bench.Case("add + relu", bench.ROWS, (9, 7))
-    assert bench.measure(case, rounds=1, seconds=0).timings["torch.nn"] == (2.0, 0.0)
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    case = comparison.Case("add + relu", comparison.ROWS, (9, 7))
+    assert comparison.measure(case, rounds=1, seconds=0).timings["torch.nn"] == (2.0, 0.0)
 
 
 def test_a_busy_machine_is_tried_again(monkeypatch):
     busy = iter([1.0, 0.5, 0.7, 0.0])
-    monkeypatch.setattr(bench, "watched", lambda *_: bench.Measured({}, next(busy)))
-    monkeypatch.setattr(bench.time, "sleep", lambda _: None)
-    assert bench.measure(SMALL[0], rounds=1, seconds=0, attempts=3).busy == 0.5
-    assert bench.measure(SMALL[0], rounds=1, seconds=0, attempts=3).busy == 0.0
+    monkeypatch.setattr(timing, "watched", lambda *_: timing.Measured({}, next(busy)))
+    monkeypatch.setattr(timing.time, "sleep", lambda _: None)
+    assert comparison.measure(SMALL[0], rounds=1, seconds=0, attempts=3).busy == 0.5
+    assert comparison.measure(SMALL[0], rounds=1, seconds=0, attempts=3).busy == 0.0
 
 
 # -- the command -----------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def test_a_busy_machine_is_tried_again(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     real = bench.measure
-    chosen = [bench.Case("forward", layout, SHAPES[layout]) for layout in (bench.FIRST, bench.ROWS)]
+    chosen = [comparison.Case("forward", layout, SHAPES[layout]) for layout in (comparison.FIRST, comparison.ROWS)]
     monkeypatch.setattr(bench, "cases", lambda *_: chosen)
     monkeypatch.setattr(bench, "measure", lambda case, **_: real(case, rounds=1, seconds=0, settle=0))
 
@@ -143,12 +144,15 @@ def small(monkeypatch):
 def test_bench_prints_a_table_and_draws(with_torch, small, tmp_path, capsys, monkeypatch):
     if with_torch:
         pytest.importorskip("torch")
-    monkeypatch.setattr(bench, "has_torch", lambda: with_torch)
+    monkeypatch.setattr(comparison, "has_torch", lambda: with_torch)
     path = tmp_path / "bars.png"
     assert cli.main(["bench", f"--png={path}"]) == 0
     header, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
     assert ("torch.nn" in header) == with_torch
-    assert [row.partition(")")[0] + ")" for row in rows] == [str(SHAPES[bench.FIRST]), str(SHAPES[bench.ROWS])]
+    assert [row.partition(")")[0] + ")" for row in rows] == [
+        str(SHAPES[comparison.FIRST]),
+        str(SHAPES[comparison.ROWS]),
+    ]
     assert all(row.count(" us ") + row.count(" ms ") >= 2 for row in rows)
     assert path.read_bytes().startswith(b"\x89PNG\r\n")
 
@@ -161,7 +165,7 @@ def test_bench_says_when_the_machine_is_busy(small, tmp_path, capsys, monkeypatc
 
 
 def test_bench_fails_on_a_wrong_result(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "anybn_on_numpy", lambda case, data: lambda: 2 * data.x)
+    monkeypatch.setattr(comparison, "anybn_on_numpy", lambda case, data: lambda: 2 * data.x)
     assert cli.main(["bench", f"--png={tmp_path / 'a.png'}"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -179,7 +183,6 @@ def test_bench_names_the_extra_if_something_is_missing(missing, capsys, monkeypa
         return real(name, *args, **kwargs)
 
     monkeypatch.delitem(sys.modules, "anybn.cli.bench")
-    monkeypatch.delattr(anybn, "_bench")
     monkeypatch.setattr(builtins, "__import__", importing)
     assert cli.main(["bench"]) == 1
     err = capsys.readouterr().err

@@ -1,8 +1,11 @@
-"""``python -m anybn``: info, demo and check."""
+"""``python -m anybn``, and ``anybn``: info, demo and check."""
 
 import builtins
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 import anybn
 from anybn import BackendInfo
 from anybn.cli import main as cli
+from anybn.cli.net import CLASSES, LEARNING_RATE, SGD_MOMENTUM, Net, windows
 
 demo = pytest.importorskip("anybn.cli.demo", exc_type=ImportError)
 
@@ -45,8 +49,8 @@ def test_info_lists_what_is_installed_and_how_to_install_the_rest(capsys, monkey
 @pytest.mark.parametrize("batch_norm", [True, False])
 @pytest.mark.parametrize("kind", ["conv", "dense"])
 def test_gradients_are_the_slopes_of_the_loss(kind, batch_norm, monkeypatch):
-    net, rng = demo.Net(kind, 0, batch_norm=batch_norm), np.random.default_rng(0)
-    labels = np.eye(demo.CLASSES)[rng.integers(0, demo.CLASSES, 6)]
+    net, rng = Net(kind, 0, batch_norm=batch_norm), np.random.default_rng(0)
+    labels = np.eye(CLASSES)[rng.integers(0, CLASSES, 6)]
     x = rng.standard_normal((6, 8, 8, 1) if kind == "conv" else (6, 64))
     parameters = [
         (i, name)
@@ -78,7 +82,7 @@ def test_gradients_are_the_slopes_of_the_loss(kind, batch_norm, monkeypatch):
 def test_convolution_equals_its_definition():
     rng = np.random.default_rng(0)
     x, weight = rng.standard_normal((2, 5, 4, 3)), rng.standard_normal((3, 3, 3, 2))
-    y = demo.windows(x)[0] @ weight.reshape(27, 2)
+    y = windows(x)[0] @ weight.reshape(27, 2)
     expected = np.zeros((2, 5, 4, 2))
     for h, w, i, j in np.ndindex(5, 4, 3, 3):
         if 0 <= h + i - 1 < 5 and 0 <= w + j - 1 < 4:
@@ -87,17 +91,17 @@ def test_convolution_equals_its_definition():
 
 
 def test_descent_has_momentum():
-    net = demo.Net("dense", 0, batch_norm=True)
+    net = Net("dense", 0, batch_norm=True)
     last = len(net.layers) - 1
     before, gradient = net.layers[last].state.bias, np.arange(10.0)
     for _ in range(2):
         net.descend(last, anybn.Gradients(None, None, gradient, None))
-    expected = before - demo.LEARNING_RATE * (2 + demo.SGD_MOMENTUM) * gradient
+    expected = before - LEARNING_RATE * (2 + SGD_MOMENTUM) * gradient
     np.testing.assert_allclose(net.layers[last].state.bias, expected, rtol=1e-15)
 
 
 def test_state_difference_sees_one_value_one_batch_and_nan():
-    a, b = (demo.Net("dense", 0, batch_norm=True) for _ in range(2))
+    a, b = (Net("dense", 0, batch_norm=True) for _ in range(2))
     assert demo.state_difference(a, b) == 0
     state = a.norms[1].state
     state.running_var = np.where(np.arange(64) == 7, 1 + 1e-9, 1)
@@ -179,7 +183,6 @@ def test_demo_names_the_extra_if_something_is_missing(missing, capsys, monkeypat
         return real(name, *args, **kwargs)
 
     monkeypatch.delitem(sys.modules, "anybn.cli.demo")
-    monkeypatch.delattr(anybn, "_demo")
     monkeypatch.setattr(builtins, "__import__", importing)
     assert cli.main(["demo"]) == 1
     out, err = capsys.readouterr()
@@ -272,3 +275,8 @@ def test_a_command_is_required(capsys):
 def test_module_runs():
     done = subprocess.run([sys.executable, "-m", "anybn", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"anybn {anybn.__version__}\n"
+
+
+def test_the_console_script_is_the_same_command():
+    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+    assert EntryPoint("anybn", project["scripts"]["anybn"], "console_scripts").load() is cli.main

@@ -1,5 +1,6 @@
 """recalibrate: the statistics of all the data, whatever the batches; and nothing else changes, on an error nothing."""
 
+import subprocess
 import sys
 
 import numpy as np
@@ -284,3 +285,16 @@ def test_a_layer_called_twice_counts_all_its_inputs():
         both = torch.cat([everything, model[1](norm(everything))])
     anybn.recalibrate(model, batches)
     assert oracle.error(norm.running_var.numpy(), oracle.statistics(both.numpy()).var(1), "float32", 1) <= 8
+
+
+def test_a_model_of_somebody_who_never_imports_anybn_torch():
+    pytest.importorskip("torch", reason="torch: not installed")
+    code = (
+        "import sys, torch, anybn\n"
+        "norm = torch.nn.BatchNorm1d(1)\n"
+        "assert 'anybn.torch' not in sys.modules\n"
+        "anybn.recalibrate(norm, [torch.tensor([[1.0], [3.0]])])\n"
+        "print(*norm.running_mean.tolist(), *norm.running_var.tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2.0 2.0\n"

@@ -12,10 +12,10 @@ num_batches_tracked), or
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from anybn import _checks
 
@@ -80,12 +80,12 @@ class Convention:
 
     def state_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """eps, momentum and ddof as `BatchNormState` takes them, from settings by the framework's names and meaning."""
-        (eps_name, eps), (momentum_name, momentum) = self.eps, self.momentum
+        (eps_name, default_eps), (momentum_name, default_momentum) = self.eps, self.momentum
         for name in settings:
             if name not in (eps_name, momentum_name):
                 raise TypeError(f"{name!r} is no setting of this convention: it has {eps_name!r} and {momentum_name!r}")
-        eps = settings.get(eps_name, eps)
-        momentum = _checks.momentum(settings.get(momentum_name, momentum))
+        momentum = _checks.momentum(settings.get(momentum_name, default_momentum))
+        eps = _checks.eps(settings.get(eps_name, default_eps))
         if momentum is None and not self.cumulative:
             momentum = 0.9 if self.decay else 0.1  # not known, and of no consequence before training goes on
         if self.decay:
@@ -249,3 +249,34 @@ CONVENTIONS: dict[str, Convention] = {
         aliases={"running_mean": "moving_mean", "running_var": "moving_var"},
     ),
 }
+
+
+def convention_called(name: str) -> Convention:
+    """The row of `CONVENTIONS`. Raises ValueError for a name that is not there."""
+    return CONVENTIONS[_checks.choice("convention", name, tuple(CONVENTIONS))]
+
+
+# -- one layer of a model --------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """A batch norm as a framework has written it."""
+
+    convention: Convention
+    arrays: Mapping[str, Any]
+    """by the convention's names"""
+    settings: Mapping[str, float]
+    """eps and momentum that are told, by the convention's names"""
+    problems: list[str]
+    """found while it was read"""
+
+
+def flattened(tree: Mapping[Any, Any], separator: str = "/", prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings and tuples with their paths, as in "batch_norm/~/mean_ema/average"."""
+    for key, value in tree.items():
+        if isinstance(value, tuple):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            yield from flattened(value, separator, f"{prefix}{key}{separator}")
+        else:
+            yield f"{prefix}{key}", value

@@ -78,12 +78,12 @@ def add_demo(commands: Commands) -> None:
 
 def demo(options: argparse.Namespace) -> int:
     try:
-        from anybn.cli import demo as _demo
+        from anybn.cli.demo import run
     except ImportError as error:
         raise BackendNotInstalled(
             f'the demo needs scikit-learn, matplotlib, tqdm and safetensors ({error}): pip install "anybn[demo]"'
         ) from error
-    passed = _demo.run(
+    passed = run(
         epochs=options.epochs,
         seed=options.seed,
         layers=options.layers,
@@ -164,21 +164,23 @@ def add_bench(commands: Commands) -> None:
 
 def bench(options: argparse.Namespace) -> int:
     try:
-        from anybn.cli import bench as _bench
+        from anybn.cli.bench import run
+        from anybn.cli.comparison import WrongResult
+        from anybn.cli.timing import QUIET
     except ImportError as error:
         raise BackendNotInstalled(
             f'the benchmark needs matplotlib and tqdm ({error}): pip install "anybn[demo]"'
         ) from error
     try:
-        rows, busy = _bench.run(options.png)
-    except _bench.WrongResult as error:
+        rows, busy = run(options.png)
+    except WrongResult as error:
         print(f"anybn: {error}", file=sys.stderr)
         return 1
     print(table(rows))
     print(
         f"\nmedians of training forward passes on float32, {anybn.get_num_threads()} threads; every result was checked"
     )
-    if busy > _bench.QUIET:
+    if busy > QUIET:
         print(f"other processes used up to {busy:.1f} CPUs meanwhile: try again when the machine is quiet")
     print(f"bars: {options.png}")
     return 0

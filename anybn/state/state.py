@@ -11,7 +11,9 @@ import numpy as np
 
 from anybn import _checks
 from anybn.backends.registry import backend_for, resolve_target
+from anybn.checkpoints import translation
 from anybn.core.call import Array
+from anybn.errors import CheckpointError
 from anybn.state.arrays import Arrays, numpy_dtype, placed, read_only
 from anybn.state.store import Store
 
@@ -245,9 +247,7 @@ class BatchNormState:
         >>> list(anybn.BatchNormState(3).state_dict("keras"))
         ['gamma', 'beta', 'moving_mean', 'moving_variance']
         """
-        from anybn import interop
-
-        return interop.state_dict(self, convention)
+        return translation.encode(self._settings(), self._arrays._asdict(), convention)
 
     def load_state_dict(self, mapping: Mapping[str, Array], convention: str = "torch") -> None:
         """Take over the arrays of a mapping, from any library; all of them or, on an error, none.
@@ -267,18 +267,16 @@ class BatchNormState:
         anybn.errors.CheckpointError: nothing was loaded: missing key 'moving_variance'
         >>> state.load_state_dict(keras | {"moving_variance": np.ones(2)}, "keras")
         """
-        from anybn import interop
-
-        interop.load_state_dict(self, mapping, convention)
+        self._store.fill(translation.decode(mapping, self._settings(), convention))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with the arrays, the settings and a checksum; the old file stays until it is whole.
 
         Raises BackendNotInstalled without safetensors, OSError if the file cannot be written.
         """
-        from anybn.checkpoints import files as _checkpoint
+        from anybn.checkpoints import files  # late: json and hashlib take time to import
 
-        _checkpoint.save(self, path)
+        files.save(path, self._settings(), self._arrays._asdict())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> BatchNormState:
@@ -292,9 +290,22 @@ class BatchNormState:
         >>> anybn.BatchNormState.load(path)
         BatchNormState(3, eps=1e-05, momentum=None) on numpy, 0 batches tracked
         """
-        from anybn.checkpoints import files as _checkpoint
+        from anybn.checkpoints import files
 
-        return _checkpoint.load(path)
+        settings, arrays = files.load(path)
+        try:
+            state = BatchNormState(**settings)
+            if not state.track_running_stats:
+                state.num_batches_tracked = int(arrays.pop("num_batches_tracked"))
+            state.load_state_dict(arrays)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} holds no valid state ({error})") from error
+        return state
+
+    def _settings(self) -> dict[str, Any]:
+        """By the names under which a new state takes them."""
+        names = "num_features", "eps", "momentum", "affine", "track_running_stats", "ddof", "dtype"
+        return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
         settings = [str(self.num_features), f"eps={self.eps}", f"momentum={self.momentum}"]

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from anybn._recalibrate import Everyone, Population, bar
+from anybn._population import Participants, Population, with_progress
 
 Layer = torch.nn.modules.batchnorm._BatchNorm
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class _Seen(BaseException):
+class _StopForward(BaseException):
     """Ends a forward pass that has shown what it was run for. No Exception, which the model itself might catch."""
 
 
@@ -32,15 +32,22 @@ def recalibrate(
     names = {m: name for name, m in model.named_modules() if isinstance(m, Layer)}
     layers = [m for m in names if isinstance(m.running_mean, torch.Tensor)]
     what = f"{[(names[m], m.num_features) for m in layers]}, one pass: {one_pass}"
-    everyone = Everyone(group, what, layers[0].running_mean if layers else torch.zeros(0))
-    with everyone.telling():
+    participants = Participants(group, what, layers[0].running_mean if layers else torch.zeros(0))
+    with participants.failing_together():
         _check(layers, batches, one_pass)
     run = _forward if forward is None else forward
+
+    def run_all(description: str) -> Iterator[None]:
+        for batch in with_progress(batches, progress, description):
+            with suppress(_StopForward):
+                run(model, batch)
+            yield
+
     with _evaluating(model), _restored_on_error(layers):
         if one_pass:
-            _in_one_pass(model, layers, batches, run, progress, everyone)
+            _in_one_pass(layers, run_all, participants)
         else:
-            _one_by_one(model, layers, batches, run, progress, everyone)
+            _one_by_one(layers, run_all, participants)
     return model
 
 
@@ -61,24 +68,17 @@ def _forward(model: torch.nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
-def _in_one_pass(
-    model: torch.nn.Module,
-    layers: list[Any],
-    batches: Any,
-    run: Callable[[Any, Any], Any],
-    progress: bool,
-    everyone: Everyone,
-) -> None:
+def _in_one_pass(layers: list[Any], run_all: Callable[[str], Iterator[None]], participants: Participants) -> None:
     seen = {layer: Population(layer.num_features) for layer in layers}
 
-    def look(layer: Any, x: torch.Tensor) -> None:
+    def observe(layer: Any, x: torch.Tensor) -> None:
         seen[layer].add(x, 1)
 
-    with everyone.telling(), _watching(layers, look), _by_themselves(layers):
-        for batch in bar(batches, progress):
-            run(model, batch)
-    everyone.next_layer(0)
-    populations = {layer: everyone.merged(population) for layer, population in seen.items()}
+    with participants.failing_together(), _observed(layers, observe), _normalizing_with_batches(layers):
+        for _ in run_all("recalibrate"):
+            pass
+    participants.agree_on_layer(0)
+    populations = {layer: participants.merged(population) for layer, population in seen.items()}
     reached = {layer: population for layer, population in populations.items() if population.moments.count}
     if not reached:
         raise ValueError("no batch reached a batch norm of the model: give some, which nobody has read before")
@@ -86,36 +86,28 @@ def _in_one_pass(
         _write(layer, population)
 
 
-def _one_by_one(
-    model: torch.nn.Module,
-    layers: list[Any],
-    batches: Any,
-    run: Callable[[Any, Any], Any],
-    progress: bool,
-    everyone: Everyone,
-) -> None:
-    """A pass for the first layer called that is not done, until there is none."""
+def _one_by_one(layers: list[Any], run_all: Callable[[str], Iterator[None]], participants: Participants) -> None:
+    """Each pass is for the first layer that is called and not done, until there is none."""
     done: list[Any] = []
     while len(done) < len(layers):
-        watch = _Watch(done)
-        with everyone.telling(), _watching(layers, watch):
-            for batch in bar(batches, progress, f"batch norm {len(done) + 1} of {len(layers)}"):
-                with suppress(_Seen):
-                    run(model, batch)
-                watch.next_batch()
-        found = everyone.next_layer(None if watch.layer is None else layers.index(watch.layer))
+        next_layer = _NextLayer(done)
+        with participants.failing_together(), _observed(layers, next_layer):
+            for _ in run_all(f"batch norm {len(done) + 1} of {len(layers)}"):
+                next_layer.end_batch()
+        index = None if next_layer.layer is None else layers.index(next_layer.layer)
+        found = participants.agree_on_layer(index)
         if found is None:
             break
         layer = layers[found]
-        population = Population(layer.num_features) if watch.layer is None else watch.population
-        _write(layer, everyone.merged(population))
+        population = Population(layer.num_features) if index is None else next_layer.population
+        _write(layer, participants.merged(population))
         done.append(layer)
     if not done:
         raise ValueError("no batch reached a batch norm of the model: give some, which nobody has read before")
 
 
-class _Watch:
-    """Looks at the input of the first layer that is called and not done, and ends forward passes at its last call."""
+class _NextLayer:
+    """The first layer that is called and not done. It collects its input, and ends forward passes at its last call."""
 
     population: Population
 
@@ -130,9 +122,9 @@ class _Watch:
             self.population.add(x, 1)
             self.calls += 1
             if self.calls == self.last_call:
-                raise _Seen
+                raise _StopForward
 
-    def next_batch(self) -> None:
+    def end_batch(self) -> None:
         self.last_call = self.last_call or self.calls  # the first batch ran to its end, which tells how often it calls
         self.calls = 0
 
@@ -147,9 +139,9 @@ def _write(layer: Any, population: Population) -> None:
 
 
 @contextmanager
-def _watching(layers: list[Any], look: Callable[[Any, torch.Tensor], None]) -> Iterator[None]:
+def _observed(layers: list[Any], observe: Callable[[Any, torch.Tensor], None]) -> Iterator[None]:
     def hook(layer: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        look(layer, args[0] if args else options["input"])
+        observe(layer, args[0] if args else options["input"])
 
     with ExitStack() as stack:
         for layer in layers:
@@ -175,9 +167,9 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _by_themselves(layers: list[Any]) -> Iterator[None]:
-    """Batch norms without statistics normalize with the batch's, and learn nothing; without a group, with nobody
-    else's."""
+def _normalizing_with_batches(layers: list[Any]) -> Iterator[None]:
+    """Without running statistics, layers normalize with the batch's and learn nothing; without a group, with no other
+    member's."""
     held = [
         (layer, {name: layer._buffers[name] for name in _BUFFERS[:2]}, vars(layer).get("group")) for layer in layers
     ]
