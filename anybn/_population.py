@@ -12,10 +12,10 @@ import numpy as np
 from anybn import _checks, _functional
 from anybn.backends.registry import backend_for
 from anybn.core.call import Array
-from anybn.core.moments import Moments
+from anybn.core.moments import Moments, merged
 from anybn.errors import BackendNotInstalled
 from anybn.groups.engines import AxisGroup, as_group
-from anybn.groups.exchange import has_ranks, merged_moments, named, require_presence, rows_of_all
+from anybn.groups.exchange import has_ranks, named, require_presence, rows_of_all
 
 
 class Population:
@@ -126,9 +126,10 @@ class Participants:
         moments = population.moments
         vectors = moments.mean, moments.m2, np.zeros_like(moments.mean) if moments.shift is None else moments.shift
         rows = self._rows_of_all(np.concatenate([[moments.count, population.batches], *vectors]))
-        of_all = Population(len(moments.mean))
+        of_all, count, (mean, m2, shift) = Population(len(moments.mean)), rows[:, :1], np.split(rows[:, 2:], 3, axis=1)
         with np.errstate(all="ignore"):
-            of_all.moments = merged_moments(rows[:, 0], *np.split(rows[:, 2:], 3, axis=1))
+            s = merged(np, int(count.sum()), count, mean, shift, m2)
+        of_all.moments = Moments(int(count.sum()), s.mean, s.m2, s.shift)
         of_all.batches = int(rows[:, 1].sum())
         return of_all
 

@@ -27,6 +27,7 @@ from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Statistics
+from anybn.core.moments import merged
 from anybn.state.state import BatchNormState
 
 __all__ = ["batch_norm", "batch_norm_vjp", "renorm_limits"]
@@ -206,25 +207,16 @@ class _Ghosts(NamedTuple):
         return channel if self.virtual == 1 else xp.sum(xp.reshape(channel, (self.virtual, -1)), axis=0)
 
     def merged(self, xp: Any, s: Statistics) -> Statistics:
-        """Of the whole batch, from those of its parts (Chan, Golub & LeVeque 1979)."""
+        """Of the whole batch, from those of its parts."""
         if self.virtual == 1 or s.m2 is None:
             return s
         mean, m2 = (xp.reshape(a, (self.virtual, -1)) for a in (s.mean, s.m2))
-        delta = mean - mean[:1, :]  # from the first, so that a mean far from 0 costs nothing
-        if s.shift is not None:
-            delta = delta + xp.reshape(s.shift, (self.virtual, -1))
-        count: Any = s.count
-        n: Any = count
-        if isinstance(count, int):
-            count *= self.virtual
-        else:  # per channel of every part: of a mask, or JAX's
-            count = xp.reshape(count, (self.virtual, -1))
-            n, count = xp.astype(count, mean.dtype), xp.sum(count, axis=0, dtype=count.dtype)[0]
-        divisor = formulas.divisor(xp, count, mean.dtype)
-        shift = xp.sum(delta * n, axis=0) / divisor
-        deviation = delta - shift
-        total = xp.sum(m2, axis=0) + xp.sum(deviation * deviation * n, axis=0)
-        return Statistics(count, mean[0, :], shift, total / divisor, total)
+        shift = None if s.shift is None else xp.reshape(s.shift, (self.virtual, -1))
+        if isinstance(s.count, int):
+            return merged(xp, s.count * self.virtual, s.count, mean, shift, m2)
+        count: Any = xp.reshape(s.count, (self.virtual, -1))  # per channel of every part: of a mask, or JAX's
+        total = xp.sum(count, axis=0, dtype=count.dtype)[0]
+        return merged(xp, total, xp.astype(count, mean.dtype), mean, shift, m2)
 
 
 class _Options(NamedTuple):

@@ -24,6 +24,7 @@ from anybn.backends.numpy import NumPyBackend
 from anybn.backends.registry import backend_for
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Spec, Statistics
+from anybn.core.moments import merged
 
 
 class DaskBackend(Backend):
@@ -212,21 +213,15 @@ def _in_place_of(axis: tuple[int, ...], keepdims: bool, channel: np.ndarray) -> 
 
 
 def _merged(parts: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
-    """Moments of all parts together (Chan, Golub & LeVeque 1979), their means measured from the first of them."""
+    """Moments of all parts together."""
     rows = _rows(parts, axis)
     if len(rows) == 1:
         return _in_place_of(axis, keepdims, rows[0])
-    count = rows["count"]
-    total = count.sum(0)
-    first = rows[np.argmax(count > 0, axis=0), np.arange(rows.shape[1])]
     with np.errstate(all="ignore"):
-        delta = np.where(count > 0, (rows["mean"] - first["mean"]) + (rows["shift"] - first["shift"]), 0)
-        offset = (delta * count).sum(0) / np.maximum(total, 1)
-        found = np.empty_like(first)
-        found["count"] = total
-        found["m2"] = rows["m2"].sum(0) + (count * (delta - offset) ** 2).sum(0)
+        count, mean, shift, _, m2 = merged(_XP, rows["count"].sum(0), *(rows[name] for name in _MOMENTS.names or ()))
+        found = np.empty_like(rows[0])
+        found["count"], found["m2"] = count, m2
         # Knuth's two-sum: mean + shift is what it was, and shift as small as can be.
-        mean, shift = first["mean"], first["shift"] + offset
         found["mean"] = mean + shift
         added = found["mean"] - mean
         found["shift"] = (mean - (found["mean"] - added)) + (shift - added)

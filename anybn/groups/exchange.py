@@ -23,7 +23,7 @@ import numpy as np
 
 from anybn.core import formulas as _core
 from anybn.core.call import Array, Call, Statistics, dtype_name
-from anybn.core.moments import Moments
+from anybn.core.moments import merged
 from anybn.errors import MemberError
 
 if TYPE_CHECKING:
@@ -247,33 +247,9 @@ def _from_rows(backend: Backend, xp: Any, head: Array, part: Part, vectors: int,
         count = int(heads[:, 0].sum())
         _require_values(count, f"the {group.size} members")
     mean, m2 = rows[:, k : k + channels], rows[:, k + channels : k + 2 * channels]
-    shift = None if part.shift is None else rows[:, k + 2 * channels : k + 3 * channels]
-    return _merged(xp, count, Part(rows[:, 0:1], mean, shift, m2))
-
-
-def _merged(xp: Any, count: Any, rows: Part) -> Statistics:
-    """Chan, Golub & LeVeque 1979, all members at once, with deviations from the mean of one of them.
-
-    Twice: the first mean is right up to its rounding, the deviations from it give the rest and the squares. A channel
-    that is constant everywhere has deviations of exactly 0.
-    """
-    n = _core.divisor(xp, count, rows.mean.dtype)
-    origin = xp.max(xp.where(rows.count > 0, rows.mean, xp.full_like(rows.mean, -xp.inf)), axis=0)
-    origin = xp.where(xp.isfinite(origin), origin, xp.zeros_like(origin))
-    mean = origin + xp.sum(rows.count * (rows.mean - origin), axis=0) / n
-    deviation = rows.mean - mean
-    if rows.shift is not None:
-        deviation = deviation + rows.shift
-    shift = xp.sum(rows.count * deviation, axis=0) / n
-    deviation = deviation - shift
-    m2 = xp.sum(rows.m2 + rows.count * deviation * deviation, axis=0)
-    return Statistics(count, mean, None if rows.shift is None else shift, m2 / n, m2)
-
-
-def merged_moments(count: np.ndarray, mean: np.ndarray, m2: np.ndarray, shift: np.ndarray) -> Moments:
-    """Of members in rows: ``(size,)``, and ``(size, C)``; NumPy."""
-    s = _merged(np, int(count.sum()), Part(count[:, None], mean, shift, m2))
-    return Moments(int(count.sum()), s.mean, s.m2, s.shift)
+    if part.shift is None:
+        return merged(xp, count, rows[:, 0:1], mean, None, m2)._replace(shift=None)
+    return merged(xp, count, rows[:, 0:1], mean, rows[:, k + 2 * channels : k + 3 * channels], m2)
 
 
 def _from_sums(backend: Backend, xp: Any, part: Part, members: Members) -> Statistics:
