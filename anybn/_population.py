@@ -14,8 +14,9 @@ from anybn.backends.registry import backend_for
 from anybn.core.call import Array
 from anybn.core.moments import Moments, merged
 from anybn.errors import BackendNotInstalled
+from anybn.groups.agreement import member_names, require_presence
 from anybn.groups.engines import AxisGroup, as_group
-from anybn.groups.exchange import has_ranks, named, require_presence, rows_of_all
+from anybn.groups.exchange import has_ranks, rows_of_all
 
 
 class Population:
@@ -112,7 +113,7 @@ class Participants:
         for column, what in (heads[:, 1], "what they recalibrate"), (heads[:, 2], "which batch norm came next"):
             seen = column[column >= 0]
             if (seen != seen[:1]).any():
-                told = " and ".join(named(np.flatnonzero(column == v)) for v in dict.fromkeys(seen))
+                told = " and ".join(member_names(np.flatnonzero(column == v)) for v in dict.fromkeys(seen))
                 raise ValueError(
                     f"{told} of the group differ in {what}: give all members the same layer or model, and the same "
                     "options"

@@ -173,6 +173,28 @@ def test_recalibrate_takes_a_group_of_processes():
     assert inputs.state_values(state) == inputs.state_values(whole)
 
 
+@pytest.mark.parametrize("with_to_numpy", [False, True])
+def test_a_group_that_sums_another_library_s_arrays(with_to_numpy):
+    """Where there is no x, a group may make the arrays that it sums, and need not bring their sum back."""
+    xp, received = pytest.importorskip("array_api_strict", reason="array_api_strict: not installed"), []
+
+    class Strict(Alone):
+        def from_numpy(self, values):
+            return xp.asarray(values)
+
+    def to_numpy(self, array):
+        received.append(array)
+        return np.from_dlpack(array)
+
+    if with_to_numpy:
+        Strict.to_numpy = to_numpy
+    whole, state = anybn.BatchNormState(3), anybn.BatchNormState(3)
+    anybn.recalibrate(whole, [inputs.normal((4, 3))])
+    anybn.recalibrate(state, [inputs.normal((4, 3))], group=Strict())
+    assert inputs.state_values(state) == inputs.state_values(whole)
+    assert len(received) == 2 * with_to_numpy
+
+
 @pytest.mark.parametrize(("training", "told"), [(True, 1), (None, 1), (False, 0), (np.False_, 0)])
 def test_the_members_that_wait_are_told(training, told):
     """Of an error in what may be training, and never of one in evaluation, which nobody waits for."""

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from anybn.backends.registry import backend_for
 from anybn.core.call import Array, dtype_name, root_module
 
 __all__ = ["AxisGroup", "Group", "MPIGroup", "NcclGroup", "TorchGroup", "as_group"]
@@ -71,6 +70,9 @@ class TorchGroup:
         on_host = torch.distributed.get_backend(self.process_group) != "nccl"
         return torch.from_numpy(values).to("cpu" if on_host else f"cuda:{torch.cuda.current_device()}")
 
+    def to_numpy(self, array: Array) -> np.ndarray:
+        return array.numpy(force=True)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchGroup:
         """A copy of a model talks to the same processes."""
         return self
@@ -103,7 +105,7 @@ class MPIGroup:
     def all_reduce_sum(self, array: Array) -> Array:
         from mpi4py import MPI
 
-        total = backend_for(array).copy(array)
+        total = array.detach().clone() if hasattr(array, "detach") else array.copy()  # torch has no copy()
         if root_module(type(array)) == "cupy":  # MPI knows nothing of streams
             import cupy
 
@@ -114,6 +116,9 @@ class MPIGroup:
     def from_numpy(self, values: np.ndarray) -> Array:
         """What MPI sums as it is."""
         return values
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        return np.asarray(array)
 
 
 class _Handle:
@@ -154,6 +159,11 @@ class NcclGroup:
         import cupy
 
         return cupy.asarray(values)
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        import cupy
+
+        return cupy.asnumpy(array)
 
 
 class AxisGroup:
