@@ -102,7 +102,7 @@ def batch_norm(
     try:
         checked = check(x, state, training, axis, mask, residual, activation, nonfinite, group, out)
     except Exception as error:
-        tell(x, state, training, group, error)
+        notify_failure(x, state, training, group, error)
         raise
     y, statistics, running = _forward(checked)
     finish(checked, statistics, running)
@@ -143,7 +143,7 @@ def batch_norm_vjp(
     try:
         checked = check(x, state, training, axis, mask, residual, activation, nonfinite, group, out, recorded=False)
     except Exception as error:
-        tell(x, state, training, group, error)
+        notify_failure(x, state, training, group, error)
         raise
     backend, call = checked.backend, checked.call
     with backend.no_grad():
@@ -270,7 +270,7 @@ def check(
     return Checked(backend, call, state, before, beside, nonfinite, uses_batch, commits)
 
 
-def tell(x: Array, state: Any, training: bool, group: Any, error: Exception) -> None:
+def notify_failure(x: Array, state: Any, training: bool, group: Any, error: Exception) -> None:
     """The members of the group that wait for this call's statistics, if there are any, that it has failed."""
     evaluates = isinstance(training, (bool, np.bool_)) and not training
     if group is None or not isinstance(state, BatchNormState) or (evaluates and state.track_running_stats):
@@ -287,7 +287,7 @@ def tell(x: Array, state: Any, training: bool, group: Any, error: Exception) -> 
     except Exception:  # which may be what is wrong
         like = next(iter(state._arrays.held().values()), np.zeros(0))
         backend = backend_for(like)
-    exchange.tell(group, state.num_features, error, backend, like)
+    exchange.notify_failure(group, state.num_features, error, backend, like)
 
 
 def _count(backend: Backend, x: Array, axis: int, mask: Array | None) -> int:

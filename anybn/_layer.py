@@ -92,7 +92,7 @@ class BatchNorm:
         try:
             self._check_rank(x)
         except Exception as error:
-            _functional.tell(x, self.state, self.training, self.group, error)
+            _functional.notify_failure(x, self.state, self.training, self.group, error)
             raise
         return {
             "training": self.training, "axis": self.axis, "activation": self.activation, "group": self.group

@@ -11,7 +11,7 @@ Gradients take one collective too. Their sums have no difference of large number
 
 Engines that sum arrays of different lengths hang, crash (gloo ends the process) or return nonsense (MPI). So the length
 of a row follows from C and from what the members have agreed on before, never from what one of them brings. A member
-that fails before it has statistics sends a row of that length too, whose count is NaN: see `tell`.
+that fails before it has statistics sends a row of that length too, whose count is NaN: see `notify_failure`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from anybn.backends.base import Backend
 
 __all__ = [
-    "MANY", "Members", "Part", "Settings", "batch_statistics", "has_ranks", "over_all", "own", "rows_of_all",
-    "settings", "sums", "tell",
+    "MANY", "Members", "Part", "Settings", "batch_statistics", "has_ranks", "notify_failure", "over_all", "own",
+    "rows_of_all", "settings", "sums",
 ]  # fmt: skip
 
 #: More members than this take two sums of C values in place of one of ``size`` rows (benchmarks/collectives.py).
@@ -87,7 +87,7 @@ def own(backend: Backend, call: Call) -> Part:
             return Part(0, nothing, None if formulas.is_wide(working, x) else nothing, nothing)
         statistics = backend.statistics(Call(x, call.spec, mask=call.mask))
     except Exception as error:  # out of memory
-        tell(call.group.group, x.shape[axis], error, backend, x)
+        notify_failure(call.group.group, x.shape[axis], error, backend, x)
         raise
     count: Any = statistics.count
     if getattr(count, "ndim", 0):
@@ -210,7 +210,7 @@ def _in_two_sums(backend: Backend, xp: Any, part: Part, members: Members) -> Sta
 # -- arrays to and from NumPy ----------------------------------------------------------------------------------
 
 
-def tell(group: Any, channels: int, error: Exception, backend: Backend, like: Array) -> None:
+def notify_failure(group: Any, channels: int, error: Exception, backend: Backend, like: Array) -> None:
     """Take part in the collective of statistics as a member that has failed before it, so that the others need not wait
     for the engine's timeout. ``like``: an array of the kind that the others send, of that backend."""
     try:

@@ -72,7 +72,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             try:
                 self._check_input_dim(input)
             except Exception as error:
-                _functional.tell(input, self.state, self.training, self.group, error)
+                _functional.notify_failure(input, self.state, self.training, self.group, error)
                 raise
             options = {"residual": residual, "activation": activation, "group": self.group}
             y = _functional.batch_norm(input, self.state, training=self.training, **options)
