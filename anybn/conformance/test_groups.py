@@ -66,7 +66,7 @@ def on_threads(kind: type[Nameless], target: Target, function: Callable[[Nameles
 @pytest.mark.parametrize("kind", [Ranked, Nameless])
 def test_training_over_a_group(target: Target, kind: type[Nameless], masked: bool) -> None:
     """y, gradients and running statistics of two steps."""
-    # One member has a single sample, and one none; what is lazy leaves an empty batch to nobody.
+    # One member has a single sample, and one none: not where x is lazy, since an empty lazy x takes no part.
     lazy = target.backend.is_traced(target.array(np.zeros(1, np.float32)))
     samples = (5, 1, 1) if lazy else (6, 1, 0)
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
-"""What the processes of test_distributed.py go through: cases, which its tests read the results of.
+"""Tests of groups of real processes, against one process on the whole batch.
 
-Every member makes the whole batch, keeps its part of it, and compares what it gets with the whole. `member` starts
-here, and runs the cases of the other files.
+Every test is run by all members of a group: each makes the whole batch, keeps its part of it, and compares what it gets
+with the whole. `conftest` starts the processes, once per engine, and reports what they found; `member` is what they do.
 """
 
 import numpy as np
@@ -16,31 +16,10 @@ SPLITS = {
     2: {"equal": (6, 6), "unequal": (1, 11), "empty": (0, 12)},
     4: {"equal": (3, 3, 3, 3), "unequal": (1, 7, 2, 2), "empty": (5, 0, 7, 0)},
 }
-CASES = {}
-
-
-def case(*engines, sizes=(2, 4), **parameters):
-    """Of these engines, all without any, once for every value of the one parameter."""
-
-    def add(function):
-        ((name, values),) = parameters.items() or ((None, [None]),)
-        for value in values:
-            label = function.__name__ + (f"[{value}]" if name else "")
-            options = {name: value} if name else {}
-            CASES[label] = function, options, engines, sizes
-        return function
-
-    return add
-
-
-def cases_of(engine, size):
-    return [
-        name for name, (_, _, engines, sizes) in CASES.items() if engine in (engines or (engine,)) and size in sizes
-    ]
 
 
 class Member:
-    """What a case needs to know."""
+    """This process, in a group of that size."""
 
     def __init__(self, engine, rank, size, group):
         self.engine, self.rank, self.size, self.group = engine, rank, size, group
@@ -144,3 +123,21 @@ def compared_with_the_whole(member, x, split, *, group=None, mask=None, axis=1, 
 
 def images(row="N(0, 1)", dtype="float32"):
     return inputs.cast(inputs.ROWS[row](inputs.normal((ROWS, 8, 9, 7))), dtype)
+
+
+def one_fails(member, group, call, state, message, names=True):
+    """The last member gets its own error, the others one that names it, and no state changes."""
+    before, last = inputs.state_values(state), member.size - 1
+    try:
+        call()
+    except Exception as error:
+        found, notes = error, getattr(error, "__notes__", ())
+    else:
+        found, notes = "nothing was raised", ()
+    if member.rank == last:
+        wrong = message not in str(found) or isinstance(found, anybn.MemberError) or bool(notes)
+    else:
+        named = f"member {last} of the group raised an error" if names else "a member of the group raised an error"
+        wrong = not isinstance(found, anybn.MemberError) or named not in str(found)
+        wrong = wrong or found.members != ((last,) if names else ())
+    assert member.total([float(wrong or inputs.state_values(state) != before)])[0] == 0, (found, notes)

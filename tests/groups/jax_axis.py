@@ -144,11 +144,3 @@ def test_collectives():
     function = jax.shard_map(by_hand, mesh=mesh, in_specs=(part, part, whole), out_specs=part)
     text = jax.jit(function).lower(x, x, fresh()).compile().as_text()
     assert text.count(" all-reduce(") == 2, text
-
-
-if __name__ == "__main__":
-    assert len(jax.devices()) == 4
-    for name, test in list(globals().items()):
-        if name.startswith("test_") and (not X64 or test is test_shard_map):  # what else there is knows no precision
-            test()
-    print("all is well")

@@ -1,7 +1,7 @@
 """One member of the groups: ``python -m groups.member ENGINE RANK FOLDER``, four of them; under MPI it knows its rank.
 
-They are a group of four, and the first two a group of two, so that everything is started once. What failed in which
-case is left in FOLDER.
+They are a group of four, and the first two a group of two, so that everything is started once. Each runs pytest on this
+folder, and leaves what failed in which test in FOLDER.
 """
 
 import datetime
@@ -9,14 +9,13 @@ import json
 import os
 import sys
 import time
-import traceback
 from pathlib import Path
 
-from compile_once import compile_once
+import pytest
 
 import anybn
 from anybn.conformance import inputs
-from groups import CASES, Member, accuracy, cases_of, images, in_torch, population, trouble  # noqa: F401 cases come with them
+from groups import Member, images
 
 MEMBERS = 4
 #: Seconds that gloo waits, for the pair to compile what nobody has yet.
@@ -43,21 +42,36 @@ def mpi(rank, folder):
     return pair if rank < 2 else None, MPI.COMM_WORLD
 
 
-def run_cases(member, folder):
-    """All cases. One that fails on a member may leave the others waiting, so its name is written before it starts."""
-    results = folder / f"results-{member.size}-{member.rank}.json"
-    found = {}
-    for name in cases_of(member.engine, member.size):
-        function, options, *_ = CASES[name]
-        found[name] = "it hung, or the process died"
-        results.write_text(json.dumps(found))
-        try:
-            function(member, **options)
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-            results.write_text(json.dumps(found))
-    results.write_text(json.dumps(found))
+class Process:
+    """The plugin that makes pytest run this member's part of the tests."""
+
+    __name__ = "process"  # by which conftest finds it
+
+    def __init__(self, engine, rank, pair, everybody, folder):
+        self.engine, self.results, self.found = engine, folder / f"results-{rank}.json", {}
+        self.members = {MEMBERS: Member(engine, rank, MEMBERS, everybody)}
+        if pair is not None:
+            self.members[2] = Member(engine, rank, 2, pair)
+
+    def pytest_collection_modifyitems(self, items):
+        """The pair's first: others would wait for it in between."""
+        groups = {item: item.callspec.params["member"] for item in items if "member" in item.fixturenames}
+        mine = [item for item, (engine, size) in groups.items() if engine == self.engine and size in self.members]
+        items[:] = sorted(mine, key=lambda item: groups[item][1])
+
+    def pytest_runtest_logstart(self, nodeid):
+        """One that fails on a member may leave the others waiting, so its name is written before it starts."""
+        self.write(nodeid, "it hung, or the process died")
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.write(report.nodeid, report.longreprtext)
+        elif report.when == "call":
+            self.write(report.nodeid, "")
+
+    def write(self, nodeid, outcome):
+        self.found[nodeid.rpartition("/")[2]] = outcome
+        self.results.write_text(json.dumps(self.found))
 
 
 def die(member, folder):
@@ -79,20 +93,20 @@ def die(member, folder):
 
 
 def main(engine, rank, folder):
-    compile_once()
     folder = Path(folder)
     if engine == "mpi":
         from mpi4py import MPI
 
         rank = MPI.COMM_WORLD.Get_rank()
     rank = int(rank)
-    pair, everybody = {"gloo": gloo, "mpi": mpi}[engine](rank, folder)
-    if pair is not None:
-        run_cases(Member(engine, rank, 2, pair), folder)
-    member = Member(engine, rank, MEMBERS, everybody)
-    run_cases(member, folder)
+    process = Process(engine, rank, *{"gloo": gloo, "mpi": mpi}[engine](rank, folder), folder)
+    here = str(Path(__file__).parent)
+    pytest.main(
+        [here, "-q", "--no-summary", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"],
+        plugins=[process],
+    )
     if engine == "gloo":  # under MPI, a process that dies takes all others with it
-        die(member, folder)
+        die(process.members[MEMBERS], folder)
 
 
 if __name__ == "__main__":

@@ -3,49 +3,49 @@
 import hashlib
 
 import numpy as np
+import pytest
 
 import anybn
 from anybn.conformance import inputs
 from anybn.groups import exchange as _synchronized
-from groups import ROWS, SPLITS, Counting, Nameless, case, compared_with_the_whole, images
+from groups import ROWS, SPLITS, Counting, Nameless, compared_with_the_whole, images
 
 
-@case(split=["equal", "unequal", "empty"])
-def splits(member, split):
+@pytest.mark.parametrize("split", ["equal", "unequal", "empty"])
+def test_splits(member, split):
     compared_with_the_whole(member, images("mean 1e3, std 1"), split)
 
 
-@case(row=list(inputs.ROWS))
-def hard_data(member, row):
+@pytest.mark.parametrize("row", inputs.ROWS)
+def test_hard_data(member, row):
     compared_with_the_whole(member, images(row), "unequal")
 
 
-@case(split=["equal", "unequal", "empty"])
-def float64(member, split):
+@pytest.mark.parametrize("split", ["equal", "unequal", "empty"])
+def test_float64(member, split):
     compared_with_the_whole(member, images("mean 1e6, std 1", "float64"), split, bar=2, dtype="float64")
 
 
-@case(split=["unequal", "empty"])
-def members_of_different_means(member, split):
+@pytest.mark.parametrize("split", ["unequal", "empty"])
+def test_members_of_different_means(member, split):
     """What lies between the members is all of the variance."""
     x = images("mean 1e6, std 1") + 1000 * np.arange(ROWS, dtype=np.float32).reshape(-1, 1, 1, 1)
     compared_with_the_whole(member, x, split)
 
 
-@case(split=["equal", "unequal", "empty"])
-def masks(member, split):
+@pytest.mark.parametrize("split", ["equal", "unequal", "empty"])
+def test_masks(member, split):
     mask = inputs.normal((ROWS, 9, 7), 2) > 0
     mask[: SPLITS[member.size][split][0]] = False  # the first member has nothing that counts
     compared_with_the_whole(member, images("mean 1e3, std 1"), split, mask=mask)
 
 
-@case()
-def channels_last(member):
+def test_channels_last(member):
     compared_with_the_whole(member, np.moveaxis(images(), 1, -1), "unequal", axis=3)
 
 
-@case(split=["equal", "unequal", "empty"])
-def rows_without_names(member, split):
+@pytest.mark.parametrize("split", ["equal", "unequal", "empty"])
+def test_rows_without_names(member, split):
     """A group that has only all_reduce_sum."""
     x = images("mean 1e6, std 1")
     compared_with_the_whole(member, x, split, group=Nameless(member.group))
@@ -55,8 +55,7 @@ def rows_without_names(member, split):
     compared_with_the_whole(member, x, split, group=Nameless(member.group), bar=2.5, dtype="float64")
 
 
-@case()
-def many_members(member):
+def test_many_members(member):
     """Rows of all of them would be too many: two sums of C values, and errors that name members at first."""
     few, _synchronized.MANY = _synchronized.MANY, 1
     group = Counting(member.group)
@@ -67,8 +66,8 @@ def many_members(member):
         _synchronized.MANY = few
 
 
-@case(split=["equal", "unequal", "empty"])
-def exact_data_is_exact(member, split):
+@pytest.mark.parametrize("split", ["equal", "unequal", "empty"])
+def test_exact_data_is_exact(member, split):
     x = inputs.exact((ROWS, 3, 5, 7)).astype(np.float32)
     whole = anybn.BatchNormState(3)
     expected = anybn.batch_norm(x, whole, training=True)
@@ -78,8 +77,8 @@ def exact_data_is_exact(member, split):
     assert np.array_equal(np.asarray(state.running_mean), whole.running_mean)
 
 
-@case(dtype=["float32", "float64"])
-def constant_input_gives_bias(member, dtype):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_constant_input_gives_bias(member, dtype):
     state = anybn.BatchNormState(3)
     state.bias = np.array([0.0, 1.0, -2.5], np.float32)
     x = np.full((ROWS, 3, 5), 1e7 + 0.1, dtype)
@@ -87,8 +86,7 @@ def constant_input_gives_bias(member, dtype):
     assert np.array_equal(np.asarray(y), np.broadcast_to(state.bias[None, :, None], y.shape))
 
 
-@case()
-def all_states_are_the_same_bits(member):
+def test_all_states_are_the_same_bits(member):
     state = anybn.BatchNormState(8)
     for seed in range(3):
         x = inputs.normal((ROWS, 8, 9, 7), seed).astype(np.float32)
@@ -98,8 +96,7 @@ def all_states_are_the_same_bits(member):
     assert member.total([digest**2 % 2**32])[0] == member.size * (digest**2 % 2**32)
 
 
-@case()
-def one_collective_each_way(member):
+def test_one_collective_each_way(member):
     group, x = Counting(member.group), member.array(member.part(images()))
     bn = anybn.BatchNorm(8, group=group)
     bn(x)

@@ -4,11 +4,11 @@ import contextlib
 import hashlib
 
 import numpy as np
+import pytest
 
 import anybn
 from anybn.conformance import inputs, oracle
-from groups import ROWS, Nameless, case, images
-from groups.trouble import one_fails
+from groups import ROWS, Nameless, images, one_fails
 
 
 def batches_of(member, values):
@@ -37,8 +37,8 @@ def is_that_of(state, values, axis=1):
     assert oracle.error(mean, expected.mean, "float32", size=np.sqrt(expected.var())) <= 2
 
 
-@case(what=["arrays", "moments", "a layer with channels last"])
-def recalibrate(member, what):
+@pytest.mark.parametrize("what", ["arrays", "moments", "a layer with channels last"])
+def test_recalibrate(member, what):
     values, axis = images("mean 1e6, std 1") + np.arange(ROWS, dtype=np.float32).reshape(-1, 1, 1, 1), 1
     if what == "a layer with channels last":
         values, axis = np.moveaxis(values, 1, -1), -1
@@ -54,8 +54,8 @@ def recalibrate(member, what):
     assert bn.state.weight is before
 
 
-@case(sizes=(2,))
-def recalibrate_on_dask_arrays(member):
+@pytest.mark.members(sizes=(2,))
+def test_recalibrate_on_dask_arrays(member):
     import dask.array as da
 
     values = images("mean 1e3, std 1")
@@ -66,8 +66,7 @@ def recalibrate_on_dask_arrays(member):
     assert state.num_batches_tracked == 2
 
 
-@case()
-def recalibrate_fails_together(member):
+def test_recalibrate_fails_together(member):
     """On bad batches, on bad data, on no data, on members that differ; and no statistics change."""
     values, last, state = images(), member.size - 1, anybn.BatchNormState(8)
     anybn.batch_norm(values, state, training=True)
@@ -108,8 +107,9 @@ def buffers(model):
     return [buffer.double().numpy().copy() for buffer in model.buffers()]
 
 
-@case("gloo", one_pass=[False, True])
-def recalibrate_a_model(member, one_pass):
+@pytest.mark.members("gloo")
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_recalibrate_a_model(member, one_pass):
     """All batch norms of it: as one process with everybody's batches."""
     import torch
 
@@ -128,8 +128,8 @@ def recalibrate_a_model(member, one_pass):
             assert np.allclose(found, wanted, rtol=1e-10)
 
 
-@case("gloo")
-def recalibrate_a_model_fails_together(member):
+@pytest.mark.members("gloo")
+def test_recalibrate_a_model_fails_together(member):
     """In the second pass, where one layer is done already."""
     import torch
 
@@ -155,8 +155,8 @@ def recalibrate_a_model_fails_together(member):
 MICRO_BATCHES = (slice(0, 5), slice(5, 7), slice(7, ROWS))
 
 
-@case(dtype=["float32", "float64"])
-def accumulate(member, dtype):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_accumulate(member, dtype):
     """One commit per step, from all micro-batches of all members; y and dx from the micro-batch of all members."""
     x, dy = images("mean 1e6, std 1", dtype), inputs.normal((ROWS, 8, 9, 7), 1).astype(dtype)
     bn = anybn.BatchNorm(8, group=member.group)
@@ -184,8 +184,7 @@ def accumulate(member, dtype):
     same_bits(member, bn.state)
 
 
-@case()
-def accumulate_commits_nothing_where_a_member_fails(member):
+def test_accumulate_commits_nothing_where_a_member_fails(member):
     state, mine = anybn.BatchNormState(8), member.part(images())
 
     def step():
@@ -199,8 +198,8 @@ def accumulate_commits_nothing_where_a_member_fails(member):
     assert state.num_batches_tracked == 1
 
 
-@case("gloo")
-def accumulate_a_model(member):
+@pytest.mark.members("gloo")
+def test_accumulate_a_model(member):
     """Gradient accumulation over micro-batches and members, with DistributedDataParallel's no_sync."""
     import torch
 

@@ -3,32 +3,30 @@
 import contextlib
 
 import numpy as np
+import pytest
 
 import anybn
 from anybn.backends.registry import backend_for
 from anybn.conformance import inputs
 from anybn.distributed import as_group
 from anybn.groups import exchange as _synchronized
-from groups import Counting, Nameless, case, images
+from groups import Counting, Nameless, images, one_fails
 
 
-@case()
-def one_value_per_member_is_enough(member):
+def test_one_value_per_member_is_enough(member):
     x = np.arange(3.0 * member.size).reshape(member.size, 3)
     y = anybn.BatchNorm(3, group=member.group)(member.array(x[member.rank : member.rank + 1]))
     assert np.allclose(np.asarray(y), anybn.BatchNorm(3)(x)[member.rank])
 
 
-@case()
-def one_value_in_all_is_not(member):
+def test_one_value_in_all_is_not(member):
     state = anybn.BatchNormState(3)
     x = member.array(np.ones((1 if member.rank == 1 else 0, 3)))
     message = f"training needs more than 1 value per channel, got 1 over the {member.size} members of the group"
     member.all_raise(ValueError, message, lambda: anybn.batch_norm(x, state, training=True, group=member.group), state)
 
 
-@case()
-def all_members_empty(member):
+def test_all_members_empty(member):
     state = anybn.BatchNormState(3)
     before = inputs.state_values(state)
     y, pullback = anybn.batch_norm_vjp(member.array(np.ones((0, 3))), state, training=True, group=member.group)
@@ -37,8 +35,7 @@ def all_members_empty(member):
     assert inputs.state_values(state) == before
 
 
-@case()
-def nan_on_one_member(member):
+def test_nan_on_one_member(member):
     x = images()
     x[0, 2, 0, 0] = np.nan
     mine, state = member.array(member.part(x)), anybn.BatchNormState(8)
@@ -66,8 +63,8 @@ DISAGREEMENTS = {
 }
 
 
-@case(what=list(DISAGREEMENTS))
-def disagreement(member, what):
+@pytest.mark.parametrize("what", DISAGREEMENTS)
+def test_disagreement(member, what):
     last = member.size - 1
     channels, x, settings, options = 8, member.part(images()), {}, {}
     if member.rank == last:
@@ -91,8 +88,7 @@ def disagreement(member, what):
     )
 
 
-@case()
-def disagreement_without_names(member):
+def test_disagreement_without_names(member):
     state = anybn.BatchNormState(8, eps=1e-5 if member.rank else 1e-3)
     member.all_raise(
         ValueError,
@@ -138,26 +134,8 @@ class Full:
         self.backend.statistics = self.found
 
 
-def one_fails(member, group, call, state, message, names=True):
-    """The last member gets its own error, the others one that names it, and no state changes."""
-    before, last = inputs.state_values(state), member.size - 1
-    try:
-        call()
-    except Exception as error:
-        found, notes = error, getattr(error, "__notes__", ())
-    else:
-        found, notes = "nothing was raised", ()
-    if member.rank == last:
-        wrong = message not in str(found) or isinstance(found, anybn.MemberError) or bool(notes)
-    else:
-        named = f"member {last} of the group raised an error" if names else "a member of the group raised an error"
-        wrong = not isinstance(found, anybn.MemberError) or named not in str(found)
-        wrong = wrong or found.members != ((last,) if names else ())
-    assert member.total([float(wrong or inputs.state_values(state) != before)])[0] == 0, (found, notes)
-
-
-@case(what=["dtype", "no array", "channels", "rank", "mask", "memory"])
-def a_member_that_fails(member, what):
+@pytest.mark.parametrize("what", ["dtype", "no array", "channels", "rank", "mask", "memory"])
+def test_a_member_that_fails(member, what):
     """Before the group has met such rows, and after; in a group with names, many names, and none."""
     values = images()
     groups = {"names": member.group, "many": Counting(member.group), "none": Nameless(member.group)}
@@ -180,18 +158,16 @@ def a_member_that_fails(member, what):
         _synchronized.MANY = few
 
 
-@case()
-def evaluation_asks_nobody(member):
+def test_evaluation_asks_nobody(member):
     """A member that fails in evaluation tells nobody, since nobody waits."""
     group, state = Counting(member.group), anybn.BatchNormState(8)
-    try:
+    with pytest.raises(TypeError):
         anybn.batch_norm(member.array(images().astype(int)), state, group=group)
-    except TypeError:
-        assert group.calls == 0
+    assert group.calls == 0
 
 
-@case(first=["float32", "float64"])
-def a_dtype_that_changes(member, first):
+@pytest.mark.parametrize("first", ["float32", "float64"])
+def test_a_dtype_that_changes(member, first):
     """Rows of float64 are longer: a member that comes with them alone is an error, not a crash of the engine."""
     group = Counting(member.group)
     for _ in range(2):  # the second time, both have been seen
