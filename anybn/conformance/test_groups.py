@@ -13,7 +13,7 @@ import pytest
 import anybn
 from anybn.conformance import oracle
 from anybn.conformance.targets import Target, bar
-from anybn.core.formulas import Array
+from anybn.core.call import Array
 
 MEMBERS = 3
 

@@ -203,8 +203,8 @@ class TorchBackend(Backend):
             if not self.records(call.x) and (chosen := self._kernels_for(call)):
                 return chosen.batch_statistics(call)
         elif call.x.is_cpu and not self.records(call.x) and not op_by_op():
-            count, *arrays = exchange.own(self, call)
-            part = exchange.Part(count, *(None if a is None else a.numpy() for a in arrays))
+            part = exchange.own(self, call)  # count is a tensor where a mask decides
+            part = exchange.Part(*(a.numpy() if isinstance(a, torch.Tensor) else a for a in part))
             count, *found = exchange.over_all(_ON_HOST, part, call.group)
             return Statistics(count, *(None if a is None else torch.from_numpy(a) for a in found))
         return super().statistics(call)
