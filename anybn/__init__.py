@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from anybn import distributed as distributed  # which users write as anybn.distributed
 from anybn._accumulate import accumulate
 from anybn._functional import batch_norm, batch_norm_vjp, moments
 from anybn._layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
