@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from anybn.backends.base import Backend
@@ -12,15 +11,15 @@ class ArrayAPIBackend(Backend):
     """The inherited core, over any Array API namespace.
 
     Args:
-        name: of the library, and where no namespace is given, of the module that is it.
+        name: of the namespace.
         namespace: what the arrays' ``__array_namespace__()`` returns.
         library: root module of the array types.
     """
 
-    def __init__(self, name: str, namespace: Any = None, library: str = ""):
+    def __init__(self, name: str, namespace: Any, library: str):
         self.name = name  # type: ignore[misc]
-        self.libraries = (library or name,)  # type: ignore[misc]
-        self._namespace = importlib.import_module(name) if namespace is None else namespace
+        self.libraries = (library,)  # type: ignore[misc]
+        self._namespace = namespace
 
     def module(self) -> Any:
         return self._namespace

@@ -6,14 +6,17 @@ from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
-import array_api_compat.cupy
-import cupy
 import numpy as np
 
+from anybn.backends._needs import needs
 from anybn.backends._on_gpu import CudaBackend
 from anybn.core.call import Array
 from anybn.kernels.cuda import launch as _cuda
 from anybn.kernels.cuda.arrays import CudaArrays
+
+with needs("cupy", pip="cupy-cuda13x"):
+    import array_api_compat.cupy
+    import cupy
 
 
 class _Arrays(CudaArrays):

@@ -12,19 +12,23 @@ from itertools import chain
 from types import ModuleType
 from typing import Any
 
-import array_api_compat.dask.array
 import array_api_compat.numpy
-import dask
-import dask.array
 import numpy as np
 
-from anybn.backends._dask_again import again, is_kept, kept
+from anybn.backends._needs import needs
 from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend
 from anybn.backends.registry import backend_for
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Spec, Statistics
 from anybn.core.moments import merged
+
+with needs("dask", pip="'dask[array]'"):
+    import array_api_compat.dask.array
+    import dask
+    import dask.array
+
+    from anybn.backends._dask_again import again, is_kept, kept
 
 
 class DaskBackend(Backend):

@@ -6,14 +6,18 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-import anybn.jax  # noqa: F401 makes states pytrees
+from anybn.backends._needs import needs
 from anybn.backends.base import Backend
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Spec, Statistics
+
+with needs("jax", pip="jax"):
+    import jax
+    import jax.numpy as jnp
+
+    import anybn.jax  # noqa: F401 makes states pytrees
 
 
 class _Namespace:

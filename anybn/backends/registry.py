@@ -1,41 +1,44 @@
 """Array type -> backend, found without importing anything that the user has not imported.
 
-A type's backend is the first that owns it: those registered last come first, then the built-in table, then the Array
-API core for anything that has ``__array_namespace__``. What was found is remembered per type.
+A type's backend is the first that owns it: those registered last come first, then the one whose file in this folder is
+named after the type's library, then the Array API core for anything that has ``__array_namespace__``. What was found is
+remembered per type.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from anybn.backends._needs import pip_line
+from anybn.backends.array_api import ArrayAPIBackend
 from anybn.backends.base import Backend
 from anybn.core.call import root_module
 from anybn.errors import BackendNotInstalled
 
-_BUILTIN = {
-    "numpy": ("anybn.backends.numpy", "NumPyBackend", "numpy"),
-    "cupy": ("anybn.backends.cupy", "CuPyBackend", "cupy-cuda13x"),
-    "torch": ("anybn.backends.torch", "TorchBackend", "torch"),
-    "jax": ("anybn.backends.jax", "JaxBackend", "jax"),
-    "dask": ("anybn.backends.dask", "DaskBackend", "'dask[array]'"),
-    "array_api_strict": ("anybn.backends.array_api", "ArrayAPIBackend", "array-api-strict"),
-}
-#: Chosen by `use_backend` alone, for arrays that otherwise belong to one of the above.
-_ALTERNATIVES = {"torch-native": ("anybn.backends.torch", "TorchNativeBackend", "torch")}
-#: Root module of an array type -> the built-in backend for it, where the two names differ.
-_LIBRARY_OF = {"jaxlib": "jax"}
-
 _registered: dict[str, Backend] = {}
 _loaded: dict[str, Backend] = {}
+_cores: dict[str, ArrayAPIBackend] = {}
 _by_type: dict[type, Backend] = {}
 _entry_points_read = False
 _preferred: ContextVar[Backend | None] = ContextVar("anybn_preferred_backend", default=None)
+
+
+@functools.cache
+def libraries() -> tuple[str, ...]:
+    """Those that have a file in this folder, NumPy first."""
+    import pkgutil
+
+    others = "array_api", "base", "registry"
+    names = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])}.difference(others)
+    return tuple(sorted((name for name in names if not name.startswith("_")), key=lambda name: (name != "numpy", name)))
 
 
 def register_backend(backend: Backend | type[Backend]) -> None:
@@ -88,36 +91,29 @@ def _read_entry_points() -> None:
                 register_backend(entry_point.load())
 
 
-def _builtin(name: str) -> Backend:
-    if name not in _loaded:
-        module, cls, pip = (_BUILTIN | _ALTERNATIVES)[name]
-        try:
-            factory: Any = getattr(importlib.import_module(module), cls)
-            backend: Backend = factory(name) if name == "array_api_strict" else factory()
-            backend.module()
-            _loaded[name] = backend
-            if backend.companion:
-                importlib.import_module(backend.companion)
-        except ImportError as error:
-            raise BackendNotInstalled(
-                f"the {name} backend was asked for but {name} cannot be imported ({error}): pip install {pip}"
-            ) from error
-    return _loaded[name]
+def _built_in(name: str) -> Backend | None:
+    """The backend that a file in this folder has under this name: "torch-native" lies in that of torch."""
+    library = name.partition("-")[0]
+    if name not in _loaded and library in libraries():
+        for cls in tuple(vars(importlib.import_module(f"anybn.backends.{library}")).values()):
+            if isinstance(cls, type) and issubclass(cls, Backend) and vars(cls).get("name") == name:
+                _loaded[name] = cls()
+                if cls.companion:
+                    importlib.import_module(cls.companion)
+    return _loaded.get(name)
 
 
 def backend_named(name: str) -> Backend:
-    """The backend of this name: registered, built in, or the core over an importable Array API namespace.
+    """The backend of this name: registered, in this folder, or the core over an importable Array API namespace.
 
     Raises BackendNotInstalled for a known one that is missing, ValueError for an unknown one.
     """
     _read_entry_points()
     if name in _registered:
         return _registered[name]
-    if name in _BUILTIN or name in _ALTERNATIVES:
-        return _builtin(name)
-    if name in _loaded:
-        return _loaded[name]
-    if name.isidentifier() and importlib.util.find_spec(name) is not None:
+    if (backend := _built_in(name) or _cores.get(name)) is not None:
+        return backend
+    if name.isidentifier() and _is_installed(name):
         module = importlib.import_module(name)
         if hasattr(module, "__array_namespace_info__"):
             return _core_over(module, name)
@@ -129,12 +125,10 @@ def backend_named(name: str) -> Backend:
 
 def _core_over(namespace: Any, library: str) -> Backend:
     """The core for the arrays of a library that has no backend of its own."""
-    from anybn.backends.array_api import ArrayAPIBackend
-
     name = getattr(namespace, "__name__", library)
-    if name not in _loaded:
-        _loaded[name] = ArrayAPIBackend(name, namespace, library)
-    return _loaded[name]
+    if name not in _cores:
+        _cores[name] = ArrayAPIBackend(name, namespace, library)
+    return _cores[name]
 
 
 def backend_for(x: Any, argument: str = "x") -> Backend:
@@ -154,14 +148,17 @@ def _find(x: Any, cls: type, argument: str) -> Backend:
         if backend.owns(cls):
             return backend
     roots = [root_module(base) for base in cls.__mro__]
-    for name in (_LIBRARY_OF.get(root, root) for root in roots):
-        if name in _BUILTIN:
-            if (backend := _builtin(name)).owns(cls):
-                return backend
-            break  # the library has types that are not its plain arrays: NumPy's scalars and masked arrays
+    for root in filter(libraries().__contains__, roots):
+        if (own := _built_in(root)) is not None and own.owns(cls):
+            return own
+        break  # the library has types that are not its plain arrays: NumPy's scalars and masked arrays
     else:
         if hasattr(x, "__array_namespace__") and "sparse" not in roots:
-            return _core_over(x.__array_namespace__(), root_module(cls))
+            namespace = x.__array_namespace__()
+            root = getattr(namespace, "__name__", "").partition(".")[0]  # "jax" where the type is jaxlib's
+            if (own := _built_in(root)) is not None and own.owns(cls):
+                return own
+            return _core_over(namespace, roots[0])
     what = f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
     if isinstance(x, (list, tuple, int, float, complex)) or cls.__module__ == "numpy":
         advice = "wrap it with np.asarray"
@@ -171,7 +168,7 @@ def _find(x: Any, cls: type, argument: str) -> Backend:
         advice = "zeros do not stay zeros, so make it dense: x.toarray() or x.todense()"
     else:
         advice = "convert it first, e.g. with np.asarray"
-    installed = ", ".join(name for name in _BUILTIN if _is_installed(name))
+    installed = ", ".join(name for name in libraries() if _is_installed(name))
     raise TypeError(
         f"{argument} is a {what}, not an array that anybn knows: {advice}. "
         f"Backends installed: {installed}, and any array with __array_namespace__"
@@ -238,7 +235,7 @@ def installed_backends() -> dict[str, BackendInfo]:
     """
     _read_entry_points()
     found = {}
-    for name in dict.fromkeys((*_BUILTIN, *_registered)):
+    for name in dict.fromkeys((*libraries(), *_registered)):
         if name not in _registered and not _is_installed(name):
             continue
         try:
@@ -252,12 +249,14 @@ def installed_backends() -> dict[str, BackendInfo]:
 
 
 def installation_of(name: str) -> str:
-    """The pip line of a built-in backend."""
-    return f"pip install {_BUILTIN[name][2]}"
+    """The pip line of a backend, whether its library is missing or not."""
+    with suppress(BackendNotInstalled):
+        _built_in(name)
+    return pip_line(name)
 
 
 def known_backends() -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*_BUILTIN, *_registered)))
+    return tuple(dict.fromkeys((*libraries(), *_registered)))
 
 
 def resolve_target(target: Any) -> tuple[Backend, Any]:

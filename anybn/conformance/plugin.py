@@ -13,8 +13,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--anybn-backend",
         action="append",
         metavar="NAME",
-        help="backend to run anybn's conformance suite on: numpy, torch, torch:cuda, cupy, jax, dask, "
-        "array_api_strict, or a registered one. Repeat it, or separate names by commas. A backend asked for that is "
+        help="backend to run anybn's conformance suite on, as `python -m anybn info` names it, on its first device or "
+        "on one that is named: numpy, torch:cuda. Repeat it, or separate names by commas. A backend asked for that is "
         "missing is an error; the default is every device of every installed one.",
     )
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anybn.backends import Backend
-from anybn.backends import registry as _dispatch
+from anybn.backends import Backend, registry
 from anybn.conformance.inputs import cast
 from anybn.core.call import Array
 
@@ -56,7 +55,7 @@ def bar(target: Target, dtype: str) -> float:
 
 
 def _target(name: str) -> Target:
-    backend, device = _dispatch.resolve_target(name)
+    backend, device = registry.resolve_target(name)
     if not backend.devices():
         raise ValueError(f"{name} is installed but has no device to run on")
     return Target(name, backend, device)
@@ -69,12 +68,12 @@ def chosen_targets(names: list[str] | None) -> list[Any]:
             return [pytest.param(_target(name), id=name) for name in "".join(",".join(names).split()).split(",")]
         except (ImportError, ValueError, RuntimeError) as error:
             raise pytest.UsageError(f"--anybn-backend: {error}") from error
-    found = _dispatch.installed_backends()
+    found = registry.installed_backends()
     params = []
-    for name in _dispatch.known_backends():
+    for name in registry.known_backends():
         info = found.get(name)
         if info is None or not info.usable:
-            missing = f"not installed, {_dispatch.installation_of(name)}"
+            missing = f"not installed, {registry.installation_of(name)}"
             reason = f"{name}: {missing if info is None else info.problem}"
             params.append(pytest.param(None, id=name, marks=pytest.mark.skip(reason=reason)))
             continue
