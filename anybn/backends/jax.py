@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from anybn import _pytree
 from anybn.backends._needs import needs
 from anybn.backends.base import Backend
 from anybn.core import formulas
@@ -17,7 +18,7 @@ with needs("jax", pip="jax"):
     import jax
     import jax.numpy as jnp
 
-    import anybn.jax  # noqa: F401 makes states pytrees
+_pytree.register_with_jax()
 
 
 class _Namespace:

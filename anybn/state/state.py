@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
 
-from anybn import _checks
-from anybn.backends.registry import backend_for, resolve_target
+from anybn import _checks, _pytree
+from anybn.backends.registry import backend_for, libraries, resolve_target
 from anybn.checkpoints import translation
-from anybn.core.call import Array
+from anybn.core.call import Array, root_module
 from anybn.errors import CheckpointError
 from anybn.state.arrays import Arrays, numpy_dtype, placed, read_only
 from anybn.state.store import Store
@@ -58,8 +57,7 @@ class BatchNormState:
     _store: Any
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
-        if sys.modules.get("jax") is not None:
-            from anybn import jax as _jax  # noqa: F401 makes states pytrees; nothing else would before jax.jit sees one
+        _pytree.register_with_jax()  # nothing else would before jax.jit sees a state
         return super().__new__(cls)
 
     def __init__(
@@ -316,3 +314,21 @@ class BatchNormState:
             where = f" on {backend_for(array).place(array)}"
         tracked = f", {self.num_batches_tracked} batches tracked" if self.track_running_stats else ""
         return f"BatchNormState({', '.join(settings)}){where}{tracked}"
+
+
+def _flatten(state: BatchNormState) -> tuple[Any, tuple[Any, ...]]:
+    return map(_leaf, state._arrays), state._store.settings()
+
+
+def _leaf(array: Any) -> Any:
+    """A state may come from another library into jax.jit, whose arrays JAX does not take: their values go in."""
+    library = root_module(type(array))
+    return backend_for(array).to_numpy(array) if library in libraries() and library not in ("numpy", "jax") else array
+
+
+def _unflatten(settings: tuple[Any, ...], arrays: Any) -> BatchNormState:
+    """No checks: JAX also unflattens placeholders that are no arrays."""
+    return BatchNormState._over(Store.of(settings, Arrays(*arrays)))
+
+
+_pytree.register(BatchNormState, Arrays._fields, _flatten, _unflatten)
