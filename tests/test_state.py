@@ -44,7 +44,7 @@ def trained(**options):
         ({"dtype": "int32"}, TypeError, "dtype is 'int32'; weight and bias must be one of float16, bfloat16"),
         ({"dtype": np.complex64}, TypeError, "weight and bias must be one of"),
         ({"like": [1.0]}, TypeError, "target is a list"),
-        ({"like": "tensorflow"}, ValueError, "backend 'tensorflow' is not known; known are numpy, cupy, torch"),
+        ({"like": "tensorflow"}, ValueError, "backend 'tensorflow' is not known; known are numpy, array_api_strict"),
     ],
 )
 def test_settings_out_of_range(settings, error, message):
