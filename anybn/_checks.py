@@ -1,120 +1,31 @@
-"""Every check of an argument, before anything is computed or changed; so the words are the same on all backends.
+"""Every check of an array, before anything is computed or changed; so the words are the same on all backends.
 
 Each function returns the argument as it is used from then on, or raises with: what it was, what was wanted, what to do.
 """
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from anybn import _settings
+from anybn._settings import FLOATING as FLOATING
+from anybn._settings import axes as axes
+from anybn._settings import axis as axis
+from anybn._settings import batch_count as batch_count
+from anybn._settings import choice as choice
+from anybn._settings import ddof as ddof
+from anybn._settings import eps as eps
+from anybn._settings import flag as flag
+from anybn._settings import momentum as momentum
+from anybn._settings import num_features as num_features
+from anybn._settings import positive as positive
+from anybn._settings import state_dtype as state_dtype
 from anybn.backends.base import Backend
 from anybn.core.call import Array, dtype_name
 from anybn.errors import NonFiniteError
-
-FLOATING = ("float16", "bfloat16", "float32", "float64")
-
-
-# -- settings --------------------------------------------------------------------------------------------------
-
-
-def _number(name: str, value: Any, kind: type, wanted: str) -> Any:
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be {wanted}")
-    return value
-
-
-def _float(value: Any) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # an int that no float can hold
-        return math.inf
-
-
-def num_features(value: Any) -> int:
-    value = int(_number("num_features", value, numbers.Integral, "an int, the number of channels"))
-    if value < 0:
-        raise ValueError(f"num_features is {value}; it must be the number of channels, 0 or more")
-    return value
-
-
-def eps(value: Any) -> float:
-    value = _float(_number("eps", value, numbers.Real, "a float"))
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"eps is {value}; it must be positive and finite: it keeps sqrt(var + eps) away from 0")
-    return value
-
-
-def momentum(value: Any) -> float | None:
-    if value is None:
-        return None
-    value = _float(_number("momentum", value, numbers.Real, "a float, or None for the cumulative average"))
-    if not 0 <= value <= 1:
-        raise ValueError(
-            f"momentum is {value}; it must lie in [0, 1]: new = (1 - momentum) * old + momentum * batch; "
-            "Keras's momentum is 1 minus this"
-        )
-    return value
-
-
-def ddof(value: Any) -> int:
-    value = int(_number("ddof", value, numbers.Integral, "the int 0 or 1"))
-    if value not in (0, 1):
-        raise ValueError(
-            f"ddof is {value}; running_var averages m2 / (count - ddof): use 1 as torch does, or 0 as Keras, Flax and "
-            "ONNX do"
-        )
-    return value
-
-
-def axis(value: Any) -> int:
-    return int(_number("axis", value, numbers.Integral, "an int, the channel axis of x"))
-
-
-def axes(value: Any) -> tuple[int, ...]:
-    given = value if isinstance(value, tuple) else (value,)
-    return tuple(int(_number("axes", a, numbers.Integral, "an int or a tuple of them")) for a in given)
-
-
-def positive(name: str, value: Any) -> int:
-    value = int(_number(name, value, numbers.Integral, "an int"))
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be 1 or more")
-    return value
-
-
-def flag(name: str, value: Any) -> bool:
-    if type(value) is not bool and type(value).__name__ not in ("bool", "bool_"):
-        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be True or False")
-    return bool(value)
-
-
-def batch_count(value: Any) -> int:
-    value = int(_number("num_batches_tracked", value, numbers.Integral, "an int"))
-    if value < 0:
-        raise ValueError(f"num_batches_tracked is {value}; it counts batches, so it must be 0 or more")
-    return value
-
-
-def state_dtype(dtype: Any) -> str:
-    name = "float32" if dtype is None else dtype_name(dtype)
-    if name not in FLOATING:
-        raise TypeError(f"dtype is {dtype!r}; weight and bias must be one of {', '.join(FLOATING)}")
-    return name
-
-
-def choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    for choice in choices:
-        if value is choice or (isinstance(value, str) and value == choice):
-            return value
-    raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
-
-
-# -- arrays ----------------------------------------------------------------------------------------------------
 
 
 def shape_of(array: Array) -> tuple[int, ...]:
@@ -143,7 +54,7 @@ def batch(x: Array, backend: Backend, channel_axis: Any, num_features: int | Non
     if len(shape) < 2:
         advice = "for one sample use x[None]" if len(shape) == 1 else "give it a batch and a channel axis"
         raise ValueError(f"x has shape {shape}; batch norm needs (N, C, ...): {advice}")
-    given = axis(channel_axis)
+    given = _settings.axis(channel_axis)
     if not -len(shape) <= given < len(shape):
         raise ValueError(
             f"axis is {given} but x has shape {shape}: the channel axis must lie in [{-len(shape)}, {len(shape) - 1}]"

@@ -9,7 +9,7 @@ import math
 import numbers
 from typing import Any, NamedTuple
 
-from anybn.core.formulas import dtype_name
+from anybn.core.call import dtype_name
 
 
 class DType(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from anybn._settings import DTYPES
 from anybn.backends import Backend, registry
 from anybn.conformance.inputs import cast
 from anybn.core.call import Array
@@ -49,7 +50,7 @@ class Target:
 
 def bar(target: Target, dtype: str) -> float:
     """The largest error allowed, in eps of the dtype: half a unit and a little for 16 bits, else a few roundings."""
-    if dtype in ("float16", "bfloat16"):
+    if DTYPES[dtype].itemsize == 2:
         return 0.51
     return 2.0 if target.has_float64 else 4.0
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from anybn._settings import FLOATING
 from anybn.errors import MemberError
 
 
@@ -26,7 +27,7 @@ class Settings(NamedTuple):
 
 #: The settings that are no numbers: each travels as the index of its value.
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "dtype": ("float16", "bfloat16", "float32", "float64"),
+    "dtype": FLOATING,
     "training": (False, True),
     "affine": (False, True),
     "relu": (False, True),

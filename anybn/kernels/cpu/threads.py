@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from anybn import _checks
+from anybn import _settings
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -54,7 +54,7 @@ def set_num_threads(count: int) -> None:
     >>> anybn.set_num_threads(before)
     """
     global _num_threads, _pool
-    count = _checks.positive("count", count)
+    count = _settings.positive("count", count)
     with _lock:
         _num_threads, _pool = count, None  # a call under way keeps the old pool until it is done
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from anybn._settings import DTYPES
 from anybn.kernels.cuda.plan import TYPES, Device, Launch, alignment_of, plan
 
 SOURCE = Path(__file__).with_name("batchnorm.cu")
@@ -51,7 +52,7 @@ CALL = np.dtype(
 #: slow: rounding errors do not average out in few values, and the time is that of the launch, or of memory.
 FEW, FEW_IN_A_CHANNEL = 1 << 15, 64
 #: The enumeration of batchnorm.cu.
-PARAMETER_TYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+PARAMETER_TYPES = {name: number for number, name in enumerate(DTYPES)}
 
 
 class Gpu(NamedTuple):

@@ -15,25 +15,17 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from anybn._settings import DTYPES
+
 #: dtype -> (type in batchnorm.cu, bytes of a value, bytes of `Sums`).
-TYPES = {
-    "float16": ("float16", 2, 16),
-    "bfloat16": ("bfloat16", 2, 16),
-    "float32": ("float", 4, 16),
-    "float64": ("double", 8, 32),
-}
+TYPES = {name: (dtype.cuda, dtype.itemsize, 32 if dtype.cuda == "double" else 16) for name, dtype in DTYPES.items()}
 
 #: (dtype, rows) -> values that a thread loads at once, the best first. Of a plane, up to 16 bytes; of rows less,
 #: because a thread has a pair of sums for each of its channels.
 VECTORS = {
-    ("float16", False): (8, 4, 1),
-    ("float16", True): (4, 1),
-    ("bfloat16", False): (8, 4, 1),
-    ("bfloat16", True): (4, 1),
-    ("float32", False): (4, 1),
-    ("float32", True): (2, 1),
-    ("float64", False): (2, 1),
-    ("float64", True): (1,),
+    (name, rows): {2: ((8, 4, 1), (4, 1)), 4: ((4, 1), (2, 1)), 8: ((2, 1), (1,))}[dtype.itemsize][rows]
+    for name, dtype in DTYPES.items()
+    for rows in (False, True)
 }
 CLUSTERS = (1, 2, 4, 8)
 
