@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from anybn import _checks
 from anybn.backends.registry import backend_for
-from anybn.core.call import Array, Statistics
+from anybn.core.call import Array, ArrayT, Statistics
 from anybn.core.formulas import rounded_to, scale_of
 from anybn.state.state import BatchNormState
 
 
 def fold(
-    state: BatchNormState, weight: Array, bias: Array | None = None, *, channel_axis: int = 0, groups: int = 1
-) -> tuple[Array, Array]:
+    state: BatchNormState, weight: ArrayT, bias: Array | None = None, *, channel_axis: int = 0, groups: int = 1
+) -> tuple[ArrayT, Array]:
     """Fold evaluation-mode batch norm into the linear or convolution layer before it.
 
     ``bn(layer(x)) == folded(x)``, with ``scale = state.weight / sqrt(running_var + eps)``::
@@ -50,7 +50,7 @@ def fold(
     if not state.track_running_stats:
         raise ValueError("state has track_running_stats=False, so there are no constants to fold: evaluate it instead")
     backend = backend_for(weight, "weight")
-    _checks.floating_array("weight", weight, backend)
+    dtype = _checks.floating_array("weight", weight, backend).dtype
     shape, c = _checks.shape_of(weight), state.num_features
     index = _checks.axis(channel_axis)
     if not -len(shape) <= index < len(shape):
@@ -81,4 +81,4 @@ def fold(
     by_group = [1] * split.ndim
     by_group[0], by_group[index + 1] = in_groups, shape[index]
     folded = xp.reshape(split * xp.reshape(scale, tuple(by_group)), shape)
-    return rounded_to(xp, folded, weight.dtype), rounded_to(xp, shift, weight.dtype)
+    return rounded_to(xp, folded, dtype), rounded_to(xp, shift, dtype)

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from anybn import _checks
+from anybn._settings import Activation, NonFinite
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
 from anybn.core import formulas
-from anybn.core.call import Array, Call, Gradients, Spec, Statistics, dtype_name, root_module
+from anybn.core.call import Array, ArrayT, Call, Gradients, Spec, Statistics, dtype_name, root_module
 from anybn.core.moments import Moments
 from anybn.groups import engines, exchange
 from anybn.state.arrays import Arrays
@@ -40,18 +41,18 @@ class Checked(NamedTuple):
 
 
 def batch_norm(
-    x: Array,
+    x: ArrayT,
     state: BatchNormState,
     *,
     training: bool = False,
     axis: int = 1,
     mask: Array | None = None,
     residual: Array | None = None,
-    activation: str | None = None,
-    nonfinite: str = "skip",
+    activation: Activation = None,
+    nonfinite: NonFinite = "skip",
     group: Any = None,
     out: Array | None = None,
-) -> Array:
+) -> ArrayT:
     """Normalize every channel of x to mean 0 and variance 1, then scale and shift it (Ioffe & Szegedy 2015).
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with mean and biased variance over all axes but ``axis``: of x
@@ -110,18 +111,18 @@ def batch_norm(
 
 
 def batch_norm_vjp(
-    x: Array,
+    x: ArrayT,
     state: BatchNormState,
     *,
     training: bool = False,
     axis: int = 1,
     mask: Array | None = None,
     residual: Array | None = None,
-    activation: str | None = None,
-    nonfinite: str = "skip",
+    activation: Activation = None,
+    nonfinite: NonFinite = "skip",
     group: Any = None,
     out: Array | None = None,
-) -> tuple[Array, Callable[[Array], Gradients]]:
+) -> tuple[ArrayT, Callable[[Array], Gradients]]:
     """`batch_norm` and its gradient, for libraries without automatic differentiation.
 
     Takes and raises what `batch_norm` does. The library's own automatic differentiation does not see this call.

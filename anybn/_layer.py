@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 from anybn import _checks, _functional
+from anybn._settings import Activation
 from anybn.backends.registry import backend_for
-from anybn.core.call import Array, Gradients
+from anybn.core.call import Array, ArrayT, Gradients
 from anybn.state.state import BatchNormState
 
 
@@ -57,7 +58,7 @@ class BatchNorm:
         ddof: int = 1,
         dtype: Any = None,
         axis: int = 1,
-        activation: str | None = None,
+        activation: Activation = None,
         group: Any = None,
         state: BatchNormState | None = None,
     ):
@@ -77,14 +78,14 @@ class BatchNorm:
         self.training = True
 
     def __call__(
-        self, x: Array, *, mask: Array | None = None, residual: Array | None = None, out: Array | None = None
-    ) -> Array:
+        self, x: ArrayT, *, mask: Array | None = None, residual: Array | None = None, out: Array | None = None
+    ) -> ArrayT:
         """y, as `batch_norm` gives it in this layer's mode; shapes, mask, residual, out and errors as there."""
         return _functional.batch_norm(x, self.state, mask=mask, residual=residual, out=out, **self._settings(x))
 
     def vjp(
-        self, x: Array, *, mask: Array | None = None, residual: Array | None = None, out: Array | None = None
-    ) -> tuple[Array, Callable[[Array], Gradients]]:
+        self, x: ArrayT, *, mask: Array | None = None, residual: Array | None = None, out: Array | None = None
+    ) -> tuple[ArrayT, Callable[[Array], Gradients]]:
         """(y, pullback), as `batch_norm_vjp` gives them in this layer's mode."""
         return _functional.batch_norm_vjp(x, self.state, mask=mask, residual=residual, out=out, **self._settings(x))
 

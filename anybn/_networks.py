@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from anybn.checkpoints.conventions import CONVENTIONS, Convention, Layer, convention_called, flattened
+from anybn.checkpoints.conventions import CONVENTIONS, Convention, ConventionName, Layer, convention_called, flattened
 from anybn.errors import CheckpointError
 from anybn.interop import state_of
 from anybn.state.state import BatchNormState
 
 
 def load_batch_norms(
-    source: str | os.PathLike[str] | Mapping[str, Any], *, convention: str | None = None, **settings: float
+    source: str | os.PathLike[str] | Mapping[str, Any], *, convention: ConventionName | None = None, **settings: float
 ) -> dict[str, BatchNormState]:
     """The batch norms of a trained model as ``{name: BatchNormState}``, in NumPy, to evaluate them with any library.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from anybn._layer import BatchNorm
 from anybn._models import tools_for
@@ -11,16 +11,18 @@ from anybn._population import Participants, Population, with_progress
 from anybn.core.moments import Moments
 from anybn.state.state import BatchNormState
 
+Target = TypeVar("Target")
+
 
 def recalibrate(
-    target: Any,
+    target: Target,
     batches: Any,
     *,
     group: Any = None,
     one_pass: bool = False,
     forward: Callable[[Any, Any], Any] | None = None,
     progress: bool = False,
-) -> Any:
+) -> Target:
     """Set running statistics to those of all the data, each value counted once, however uneven the batches.
 
     ``running_mean = mean`` and ``running_var = m2 / (count - ddof)`` over everything in ``batches``, whose `Moments`

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from anybn.core.call import dtype_name
+
+Activation = Literal["relu"] | None
+NonFinite = Literal["skip", "raise", "propagate"]
 
 
 class DType(NamedTuple):

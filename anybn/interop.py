@@ -34,7 +34,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anybn._fold import fold
-from anybn.checkpoints.conventions import CONVENTIONS, Convention, Layer
+from anybn.checkpoints.conventions import CONVENTIONS, Convention, ConventionName, Layer
 from anybn.checkpoints.translation import decode_layer, layer_of, quantities_of
 from anybn.core.call import Array
 from anybn.state.state import BatchNormState
@@ -42,7 +42,9 @@ from anybn.state.state import BatchNormState
 __all__ = ["CONVENTIONS", "Convention", "fold", "from_state_dict", "load_state_dict", "settings", "state_dict"]
 
 
-def from_state_dict(mapping: Mapping[str, Any], convention: str = "torch", **settings: float) -> BatchNormState:
+def from_state_dict(
+    mapping: Mapping[str, Any], convention: ConventionName = "torch", **settings: float
+) -> BatchNormState:
     """The state, in NumPy, that one layer's arrays are in a framework; the way back is `BatchNormState.state_dict`.
 
     Args:
@@ -76,17 +78,17 @@ def state_of(layer: Layer) -> BatchNormState:
     return state
 
 
-def state_dict(state: BatchNormState, convention: str) -> dict[str, Array]:
+def state_dict(state: BatchNormState, convention: ConventionName) -> dict[str, Array]:
     """See `BatchNormState.state_dict`."""
     return state.state_dict(convention)
 
 
-def load_state_dict(state: BatchNormState, mapping: Mapping[str, Any], convention: str) -> None:
+def load_state_dict(state: BatchNormState, mapping: Mapping[str, Any], convention: ConventionName) -> None:
     """See `BatchNormState.load_state_dict`."""
     state.load_state_dict(mapping, convention)
 
 
-def settings(state: BatchNormState, convention: str) -> dict[str, Any]:
+def settings(state: BatchNormState, convention: ConventionName) -> dict[str, Any]:
     """The settings with which a framework makes the layer that a state is, by its names and in its meaning.
 
     ``keras.layers.BatchNormalization(**settings(state, "keras"))``; for ONNX, the attributes of the node. ``ddof`` has

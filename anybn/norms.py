@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from anybn import _checks
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
-from anybn.core.call import Array, Call, Gradients, RowSpec
+from anybn.core.call import Array, ArrayT, Call, Gradients, RowSpec
 
 __all__ = [
     "group_norm",
@@ -39,14 +39,14 @@ Pullback = Callable[[Array], Gradients]
 
 
 def group_norm(
-    x: Array,
+    x: ArrayT,
     num_groups: int,
     weight: Array | None = None,
     bias: Array | None = None,
     *,
     eps: float = 1e-5,
     axis: int = 1,
-) -> Array:
+) -> ArrayT:
     """Normalize each group of channels of each sample (Wu & He 2018); the same in training and evaluation.
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with mean and biased variance over the channels of a group and
@@ -73,14 +73,14 @@ def group_norm(
 
 
 def group_norm_vjp(
-    x: Array,
+    x: ArrayT,
     num_groups: int,
     weight: Array | None = None,
     bias: Array | None = None,
     *,
     eps: float = 1e-5,
     axis: int = 1,
-) -> tuple[Array, Pullback]:
+) -> tuple[ArrayT, Pullback]:
     """`group_norm` and its gradient, for libraries without automatic differentiation, which does not see this call.
 
     Returns (y, pullback): ``pullback(dy)`` gives ``Gradients(x, weight, bias, None)``, in the dtypes of what they are
@@ -96,8 +96,8 @@ def group_norm_vjp(
 
 
 def instance_norm(
-    x: Array, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-5, axis: int = 1
-) -> Array:
+    x: ArrayT, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-5, axis: int = 1
+) -> ArrayT:
     """Normalize each channel of each sample (Ulyanov, Vedaldi & Lempitsky 2016): `group_norm` with groups of one.
 
     >>> import numpy as np, anybn
@@ -109,20 +109,20 @@ def instance_norm(
 
 
 def instance_norm_vjp(
-    x: Array, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-5, axis: int = 1
-) -> tuple[Array, Pullback]:
+    x: ArrayT, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-5, axis: int = 1
+) -> tuple[ArrayT, Pullback]:
     """`instance_norm` and its gradient, as `group_norm_vjp` gives them."""
     return _vjp(_channels(x, None, axis, eps), weight, bias)
 
 
 def layer_norm(
-    x: Array,
+    x: ArrayT,
     weight: Array | None = None,
     bias: Array | None = None,
     *,
     eps: float = 1e-5,
     axes: int | tuple[int, ...] = -1,
-) -> Array:
+) -> ArrayT:
     """Normalize x over some of its axes, mostly the features of each token or sample (Ba, Kiros & Hinton 2016).
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with mean and biased variance over ``axes``.
@@ -144,18 +144,18 @@ def layer_norm(
 
 
 def layer_norm_vjp(
-    x: Array,
+    x: ArrayT,
     weight: Array | None = None,
     bias: Array | None = None,
     *,
     eps: float = 1e-5,
     axes: int | tuple[int, ...] = -1,
-) -> tuple[Array, Pullback]:
+) -> tuple[ArrayT, Pullback]:
     """`layer_norm` and its gradient, as `group_norm_vjp` gives them."""
     return _vjp(_features(x, axes, eps, centered=True), weight, bias)
 
 
-def rms_norm(x: Array, weight: Array | None = None, *, eps: float = 1e-5, axes: int | tuple[int, ...] = -1) -> Array:
+def rms_norm(x: ArrayT, weight: Array | None = None, *, eps: float = 1e-5, axes: int | tuple[int, ...] = -1) -> ArrayT:
     """Divide x by its root mean square over some of its axes (Zhang & Sennrich 2019).
 
     ``y = x / sqrt(mean(x**2) + eps) * weight``; arguments, result and errors as in `layer_norm`. torch's default eps is
@@ -170,8 +170,8 @@ def rms_norm(x: Array, weight: Array | None = None, *, eps: float = 1e-5, axes: 
 
 
 def rms_norm_vjp(
-    x: Array, weight: Array | None = None, *, eps: float = 1e-5, axes: int | tuple[int, ...] = -1
-) -> tuple[Array, Pullback]:
+    x: ArrayT, weight: Array | None = None, *, eps: float = 1e-5, axes: int | tuple[int, ...] = -1
+) -> tuple[ArrayT, Pullback]:
     """`rms_norm` and its gradient, as `group_norm_vjp` gives them."""
     return _vjp(_features(x, axes, eps, centered=False), weight, None)
 

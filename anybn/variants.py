@@ -17,16 +17,17 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from anybn import _checks
 from anybn._functional import Checked, check, finish, given_statistics
+from anybn._settings import Activation, NonFinite
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
 from anybn.core import formulas
-from anybn.core.call import Array, Call, Gradients, Statistics
+from anybn.core.call import Array, ArrayT, Call, Gradients, Statistics
 from anybn.core.moments import merged
 from anybn.state.state import BatchNormState
 
@@ -34,10 +35,10 @@ __all__ = ["batch_norm", "batch_norm_vjp", "renorm_limits"]
 
 
 def batch_norm(
-    x: Array,
+    x: ArrayT,
     state: BatchNormState,
     *,
-    statistics: str = "batch",
+    statistics: Literal["batch", "running"] = "batch",
     update: bool = True,
     train_weights: bool = True,
     virtual_batch_size: int | None = None,
@@ -45,9 +46,9 @@ def batch_norm(
     axis: int = 1,
     mask: Array | None = None,
     residual: Array | None = None,
-    activation: str | None = None,
-    nonfinite: str = "skip",
-) -> Array:
+    activation: Activation = None,
+    nonfinite: NonFinite = "skip",
+) -> ArrayT:
     """`anybn.batch_norm` with separate switches; the defaults are its ``training=True``.
 
     Args:
@@ -84,10 +85,10 @@ def batch_norm(
 
 
 def batch_norm_vjp(
-    x: Array,
+    x: ArrayT,
     state: BatchNormState,
     *,
-    statistics: str = "batch",
+    statistics: Literal["batch", "running"] = "batch",
     update: bool = True,
     train_weights: bool = True,
     virtual_batch_size: int | None = None,
@@ -95,9 +96,9 @@ def batch_norm_vjp(
     axis: int = 1,
     mask: Array | None = None,
     residual: Array | None = None,
-    activation: str | None = None,
-    nonfinite: str = "skip",
-) -> tuple[Array, Callable[[Array], Gradients]]:
+    activation: Activation = None,
+    nonfinite: NonFinite = "skip",
+) -> tuple[ArrayT, Callable[[Array], Gradients]]:
     """`batch_norm` of this module and its gradient, for libraries without automatic differentiation.
 
     Returns (y, pullback) as `anybn.batch_norm_vjp` does; the gradients of weight and bias are None where they are not

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from anybn import _checks
 
@@ -156,9 +156,24 @@ _MXNET = Convention(
     aliases={"moving_mean": "running_mean", "moving_var": "running_var"},
 )
 
+ConventionName = Literal[
+    "torch",
+    "keras",
+    "flax",
+    "flax-linen",
+    "haiku",
+    "chainer",
+    "onnx",
+    "mlx",
+    "equinox",
+    "equinox-ema",
+    "mxnet",
+    "mxnet-fix-gamma",
+]
+
 #: Read from the source of torch 2.13, Keras 3.15, Flax 0.12 (NNX, then Linen), Haiku 0.0.17, Chainer 7.8, MLX 0.32,
 #: Equinox 0.13 and MXNet 1.9, and from ONNX's BatchNormalization, version 15; tests/test_conventions.py runs them.
-CONVENTIONS: dict[str, Convention] = {
+CONVENTIONS: dict[ConventionName, Convention] = {
     "torch": _TORCH,
     "keras": Convention(
         names={"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"},

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 import anybn
+from anybn._settings import Activation
 from anybn.backends.registry import backend_for
 from anybn.cli.timing import SETTLE, Measured, Run, quietest
 from anybn.conformance import inputs, oracle
@@ -107,7 +108,7 @@ def as_users_have_it(case: Case, a: np.ndarray) -> np.ndarray:
 
 def anybn_on_numpy(case: Case, data: Data) -> Run:
     x, dy, residual = (as_users_have_it(case, a) for a in data[:3])
-    activation = "relu" if case.op == "add + relu" else None
+    activation: Activation = "relu" if case.op == "add + relu" else None
     axis = -1 if case.layout == LAST else 1
     bn = anybn.BatchNorm(case.shape[1], axis=axis, activation=activation, dtype=parameter_dtype(case))
     for name in ("weight", "bias", "running_mean", "running_var"):

@@ -81,12 +81,12 @@ CALLS: dict[str, tuple[Callable[[Make, anybn.BatchNormState], Any], type[Excepti
         "training is 'yes', a str; it must be True or False",
     ),
     "activation": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3)), s, activation="gelu"),
+        lambda a, s: anybn.batch_norm(a(zeros(2, 3)), s, activation="gelu"),  # type: ignore[arg-type]
         ValueError,
         "activation is 'gelu'; it must be one of None, 'relu'",
     ),
     "nonfinite": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3)), s, nonfinite="ignore"),
+        lambda a, s: anybn.batch_norm(a(zeros(2, 3)), s, nonfinite="ignore"),  # type: ignore[arg-type]
         ValueError,
         "nonfinite is 'ignore'; it must be one of 'skip', 'raise', 'propagate'",
     ),

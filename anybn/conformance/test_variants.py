@@ -183,7 +183,7 @@ def test_mask_residual_and_activation(target: Target, options: dict[str, Any], m
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize("update", [True, False])
 @pytest.mark.parametrize("train_weights", [True, False])
-def test_switches(target: Target, statistics: str, update: bool, train_weights: bool) -> None:
+def test_switches(target: Target, statistics: Any, update: bool, train_weights: bool) -> None:
     """y and dx are those of one mode, the running statistics those of the other, the weights' gradients apart."""
     state, values, dy = prepared(target)
     plain, learning = state.copy(), state.copy()

@@ -9,9 +9,11 @@ All of them are tuples: made by position, never changed, and pytrees for JAX.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 Array = Any
+#: The type of the array that a user hands over, which is that of the result: ``ndarray -> ndarray``.
+ArrayT = TypeVar("ArrayT")
 
 
 class Spec(NamedTuple):
@@ -89,9 +91,9 @@ class Gradients(NamedTuple):
     """
 
     x: Array
-    weight: Array | None
-    bias: Array | None
-    residual: Array | None
+    weight: Array
+    bias: Array
+    residual: Array
 
 
 def dtype_name(dtype: Any) -> str:

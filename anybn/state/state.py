@@ -11,6 +11,7 @@ import numpy as np
 from anybn import _checks, _pytree
 from anybn.backends.registry import backend_for, libraries, resolve_target
 from anybn.checkpoints import translation
+from anybn.checkpoints.conventions import ConventionName
 from anybn.core.call import Array, root_module
 from anybn.errors import CheckpointError
 from anybn.state.arrays import Arrays, numpy_dtype, placed, read_only
@@ -149,8 +150,10 @@ class BatchNormState:
 
     # -- arrays ------------------------------------------------------------------------------------------------
 
+    # To type checkers none of them is None, so that ``state.weight - 0.1 * grads.weight`` passes.
+
     @property
-    def weight(self) -> Array | None:
+    def weight(self) -> Array:
         return self._arrays.weight
 
     @weight.setter
@@ -158,7 +161,7 @@ class BatchNormState:
         self._set("weight", value)
 
     @property
-    def bias(self) -> Array | None:
+    def bias(self) -> Array:
         return self._arrays.bias
 
     @bias.setter
@@ -166,7 +169,7 @@ class BatchNormState:
         self._set("bias", value)
 
     @property
-    def running_mean(self) -> Array | None:
+    def running_mean(self) -> Array:
         return self._arrays.running_mean
 
     @running_mean.setter
@@ -174,7 +177,7 @@ class BatchNormState:
         self._set("running_mean", value)
 
     @property
-    def running_var(self) -> Array | None:
+    def running_var(self) -> Array:
         return self._arrays.running_var
 
     @running_var.setter
@@ -226,7 +229,7 @@ class BatchNormState:
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchNormState:
         return self.copy()
 
-    def state_dict(self, convention: str = "torch") -> dict[str, Array]:
+    def state_dict(self, convention: ConventionName = "torch") -> dict[str, Array]:
         """Copies of the arrays by the names of a framework and in its order, in the state's library.
 
         ``"torch"``: weight, bias, running_mean, running_var, num_batches_tracked (0-d int64); those switched off are
@@ -247,7 +250,7 @@ class BatchNormState:
         """
         return translation.encode(self._settings(), self._arrays._asdict(), convention)
 
-    def load_state_dict(self, mapping: Mapping[str, Array], convention: str = "torch") -> None:
+    def load_state_dict(self, mapping: Mapping[str, Array], convention: ConventionName = "torch") -> None:
         """Take over the arrays of a mapping, from any library; all of them or, on an error, none.
 
         The settings stay what they are: eps, momentum and ddof differ between frameworks, and

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -22,6 +22,15 @@ _OURS = {torch.nn.BatchNorm1d: BatchNorm1d, torch.nn.BatchNorm2d: BatchNorm2d, t
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+@overload
+def convert(model: Model, *, group: Any = None, fuse: None = None, keep: tuple[type, ...] = ()) -> Model: ...
+@overload
+def convert(
+    model: torch.nn.Module, *, group: Any = None, fuse: tuple[Any, ...], keep: tuple[type, ...] = ()
+) -> torch.fx.GraphModule: ...
 def convert(
     model: torch.nn.Module,
     *,
@@ -99,7 +108,7 @@ def convert(
     return result
 
 
-def revert(model: torch.nn.Module) -> torch.nn.Module:
+def revert(model: Model) -> Model:
     """Undo `convert`: every anybn batch norm of a model becomes torch's, where it is; returns model.
 
     Running statistics become of weight's dtype, float32 without one. A model that `convert` has fused stays a

@@ -9,6 +9,7 @@ import torch
 from torch.compiler import is_compiling
 
 from anybn import _checks, _functional
+from anybn._settings import Activation
 from anybn.backends.registry import backend_for
 from anybn.backends.torch import TorchBackend
 from anybn.groups import engines
@@ -23,7 +24,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     _ranks: ClassVar[tuple[int, ...]]
     _shapes: ClassVar[str]
-    activation: str | None = None
+    activation: Activation = None
     group: Any = None
     _block: Any = None  # the open block of `anybn.accumulate`
     _buffers: dict[str, Any]
@@ -38,7 +39,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         device: Any = None,
         dtype: Any = None,
         *,
-        activation: str | None = None,
+        activation: Activation = None,
         group: Any = None,
         **options: bool,
     ):
