@@ -1,5 +1,6 @@
 """Which backend gets an array; third-party backends; and the suite's verdict on good and faulty ones."""
 
+import decimal
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import anybn
-from anybn.backends import registry
+from anybn.backends import Backend, registry
 from anybn.backends.numpy import NumPyBackend
 
 
@@ -72,6 +73,58 @@ def test_a_known_library_that_is_missing(monkeypatch):
         state.to("torch")
     assert isinstance(caught.value, ImportError)
     assert isinstance(state.weight, np.ndarray)
+
+
+def test_every_library_that_is_missing_is_named_with_its_pip_line():
+    code = """
+import sys, anybn
+from anybn.backends import Backend, registry
+for name in registry.libraries()[1:]:
+    sys.modules[name] = None
+    try:
+        registry.backend_named(name)
+    except anybn.BackendNotInstalled as error:
+        assert str(error).endswith(registry.installation_of(name)), error
+        print(name)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert tuple(run.stdout.split()) == registry.libraries()[1:]
+
+
+def test_a_backend_is_one_file(tmp_path, monkeypatch):
+    (tmp_path / "decimal.py").write_text(textwrap.dedent('''
+        from anybn.backends._needs import needs
+        from anybn.backends.base import Backend
+        from anybn.backends.numpy import NumPyBackend  # owns nothing here: it has another name
+
+        with needs("decimal", pip="nothing"):
+            import decimal
+
+        class DecimalBackend(Backend):
+            name = "decimal"
+            libraries = ("decimal",)
+    '''))  # fmt: skip
+    monkeypatch.setattr("anybn.backends.__path__", [*anybn.backends.__path__, str(tmp_path)])
+    registry.libraries.cache_clear()
+    try:
+        assert registry.libraries()[0] == "numpy"
+        assert type(registry.backend_for(decimal.Decimal(1))).__name__ == "DecimalBackend"
+        assert registry.installation_of("decimal") == "pip install nothing"
+    finally:
+        registry.libraries.cache_clear()
+        for remembered, key in (registry._loaded, "decimal"), (registry._by_type, decimal.Decimal):
+            remembered.pop(key, None)
+        sys.modules.pop("anybn.backends.decimal", None)
+
+
+def test_arrays_of_jaxlib_are_jaxs(monkeypatch):
+    """Whatever their type is called: their namespace says whose they are."""
+    jax = pytest.importorskip("jax", reason="jax: not installed, pip install jax")
+    backend = registry.backend_named("jax")
+    monkeypatch.setattr(type(backend), "owns", Backend.owns)
+    cls = type("Array", (), {"__module__": "jaxlib.elsewhere", "__array_namespace__": lambda _: jax.numpy})
+    assert registry.backend_for(cls()) is backend
+    registry._by_type.pop(cls)
 
 
 def test_devices_that_are_not_there():

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from anybn.backends._needs import pip_line
@@ -36,9 +35,10 @@ def libraries() -> tuple[str, ...]:
     """Those that have a file in this folder, NumPy first."""
     import pkgutil
 
-    others = "array_api", "base", "registry"
-    names = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])}.difference(others)
-    return tuple(sorted((name for name in names if not name.startswith("_")), key=lambda name: (name != "numpy", name)))
+    folder = importlib.import_module("anybn.backends").__path__
+    names = sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
+    found = [name for name in names if name not in ("array_api", "base", "registry")]
+    return tuple(sorted(found, key=lambda name: name != "numpy"))
 
 
 def register_backend(backend: Backend | type[Backend]) -> None:
