@@ -11,18 +11,7 @@ from typing import Any
 import numpy as np
 
 from anybn import _settings
-from anybn._settings import FLOATING as FLOATING
-from anybn._settings import axes as axes
-from anybn._settings import axis as axis
-from anybn._settings import batch_count as batch_count
-from anybn._settings import choice as choice
-from anybn._settings import ddof as ddof
-from anybn._settings import eps as eps
-from anybn._settings import flag as flag
-from anybn._settings import momentum as momentum
-from anybn._settings import num_features as num_features
-from anybn._settings import positive as positive
-from anybn._settings import state_dtype as state_dtype
+from anybn._settings import FLOATING
 from anybn.backends.base import Backend
 from anybn.core.call import Array, dtype_name
 from anybn.errors import NonFiniteError

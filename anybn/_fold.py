@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anybn import _checks
+from anybn import _checks, _settings
 from anybn.backends.registry import backend_for
 from anybn.core.call import Array, ArrayT, Statistics
 from anybn.core.formulas import rounded_to, scale_of
@@ -52,11 +52,11 @@ def fold(
     backend = backend_for(weight, "weight")
     dtype = _checks.floating_array("weight", weight, backend).dtype
     shape, c = _checks.shape_of(weight), state.num_features
-    index = _checks.axis(channel_axis)
+    index = _settings.axis(channel_axis)
     if not -len(shape) <= index < len(shape):
         raise ValueError(f"channel_axis is {index} but weight has shape {shape}")
     index %= len(shape)
-    groups = _checks.positive("groups", groups)
+    groups = _settings.positive("groups", groups)
     in_groups = 1 if shape[index] == c else groups  # only a transposed convolution has out / groups there
     if shape[index] * in_groups != c or (in_groups > 1 and shape[0] % groups):
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from anybn import _checks
+from anybn import _checks, _settings
 from anybn._settings import Activation, NonFinite
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
@@ -221,9 +221,9 @@ def check(
         hint = "; import anybn.jax makes states pytrees" if root_module(type(state)) == "jax" else ""
         raise TypeError(f"state is a {type(state).__name__}; it must be an anybn.BatchNormState of x's channels{hint}")
     index = _checks.batch(x, backend, axis, state.num_features)
-    training = _checks.flag("training", training)
-    _checks.choice("activation", activation, (None, "relu"))
-    _checks.choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
+    training = _settings.flag("training", training)
+    _settings.choice("activation", activation, (None, "relu"))
+    _settings.choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
     if group is not None:
         group = engines.as_group(group)
         called = training or not state.track_running_stats

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
-from anybn import _checks, _functional
+from anybn import _checks, _functional, _settings
 from anybn._settings import Activation
 from anybn.backends.registry import backend_for
 from anybn.core.call import Array, ArrayT, Gradients
@@ -72,8 +72,8 @@ class BatchNorm:
             dtype=dtype,
         )
         self.state = fresh if state is None else _shared(state, fresh)
-        self.axis = _checks.axis(axis)
-        self.activation = _checks.choice("activation", activation, (None, "relu"))
+        self.axis = _settings.axis(axis)
+        self.activation = _settings.choice("activation", activation, (None, "relu"))
         self.group = group
         self.training = True
 
@@ -81,15 +81,15 @@ class BatchNorm:
         self, x: ArrayT, *, mask: Array | None = None, residual: Array | None = None, out: Array | None = None
     ) -> ArrayT:
         """y, as `batch_norm` gives it in this layer's mode; shapes, mask, residual, out and errors as there."""
-        return _functional.batch_norm(x, self.state, mask=mask, residual=residual, out=out, **self._settings(x))
+        return _functional.batch_norm(x, self.state, mask=mask, residual=residual, out=out, **self._options(x))
 
     def vjp(
         self, x: ArrayT, *, mask: Array | None = None, residual: Array | None = None, out: Array | None = None
     ) -> tuple[ArrayT, Callable[[Array], Gradients]]:
         """(y, pullback), as `batch_norm_vjp` gives them in this layer's mode."""
-        return _functional.batch_norm_vjp(x, self.state, mask=mask, residual=residual, out=out, **self._settings(x))
+        return _functional.batch_norm_vjp(x, self.state, mask=mask, residual=residual, out=out, **self._options(x))
 
-    def _settings(self, x: Array) -> dict[str, Any]:
+    def _options(self, x: Array) -> dict[str, Any]:
         try:
             self._check_rank(x)
         except Exception as error:
@@ -111,7 +111,7 @@ class BatchNorm:
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, or with False evaluation mode; returns self."""
-        self.training = _checks.flag("mode", mode)
+        self.training = _settings.flag("mode", mode)
         return self
 
     def eval(self) -> Self:

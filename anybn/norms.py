@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from anybn import _checks
+from anybn import _checks, _settings
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
 from anybn.core.call import Array, ArrayT, Call, Gradients, RowSpec
@@ -202,14 +202,14 @@ def _channels(x: Array, num_groups: int | None, axis: int, eps: float) -> _Check
     backend = backend_for(x)
     index = _checks.batch(x, backend, axis, None)
     if num_groups is not None:
-        num_groups = _checks.positive("num_groups", num_groups)
+        num_groups = _settings.positive("num_groups", num_groups)
     return _checked(backend, x, _layout_by_channels(_checks.shape_of(x), index, num_groups), eps, centered=True)
 
 
 def _features(x: Array, axes: int | tuple[int, ...], eps: float, centered: bool) -> _Checked:
     backend = backend_for(x)
     _checks.floating_array("x", x, backend)
-    return _checked(backend, x, _layout_by_features(_checks.shape_of(x), _checks.axes(axes)), eps, centered)
+    return _checked(backend, x, _layout_by_features(_checks.shape_of(x), _settings.axes(axes)), eps, centered)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -253,7 +253,7 @@ def _checked(backend: Backend, x: Array, layout: _Layout, eps: float, centered: 
             f"a norm needs more than 1 value to normalize together, got shape {_checks.shape_of(x)} with 1: every "
             "result would be bias; normalize over more axes or in larger groups"
         )
-    return _Checked(backend, x, layout, RowSpec(layout.shape, layout.values, _checks.eps(eps), centered))
+    return _Checked(backend, x, layout, RowSpec(layout.shape, layout.values, _settings.eps(eps), centered))
 
 
 def _check_parameters(checked: _Checked, **parameters: Array | None) -> None:

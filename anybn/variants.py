@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from anybn import _checks
+from anybn import _checks, _settings
 from anybn._functional import Checked, check, finish, given_statistics
 from anybn._settings import Activation, NonFinite
 from anybn.backends.base import Backend
@@ -254,8 +254,8 @@ def _run(
     nonfinite: str,
 ) -> _Done:
     statistics, update, train_weights, virtual_batch_size, renorm = options
-    of_batch = _checks.choice("statistics", statistics, ("batch", "running")) == "batch"
-    update, train_weights = _checks.flag("update", update), _checks.flag("train_weights", train_weights)
+    of_batch = _settings.choice("statistics", statistics, ("batch", "running")) == "batch"
+    update, train_weights = _settings.flag("update", update), _settings.flag("train_weights", train_weights)
     if not of_batch and (virtual_batch_size is not None or renorm is not None):
         raise ValueError('statistics is "running": virtual_batch_size and renorm need those of the batch, "batch"')
     checked = check(
@@ -307,7 +307,7 @@ def _ghosts(x: Array, axis: int, virtual_batch_size: int | None) -> _Ghosts:
     shape = _checks.shape_of(x)
     batch = 1 if axis == 0 else 0
     n = shape[batch]
-    size = n if virtual_batch_size is None else _checks.positive("virtual_batch_size", virtual_batch_size)
+    size = n if virtual_batch_size is None else _settings.positive("virtual_batch_size", virtual_batch_size)
     if n % max(size, 1):
         raise ValueError(
             f"x has {n} samples, which virtual batches of {size} cannot share evenly: virtual_batch_size must divide "

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from anybn import _checks
+from anybn import _settings
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Convention:
         for name in settings:
             if name not in (eps_name, momentum_name):
                 raise TypeError(f"{name!r} is no setting of this convention: it has {eps_name!r} and {momentum_name!r}")
-        momentum = _checks.momentum(settings.get(momentum_name, default_momentum))
-        eps = _checks.eps(settings.get(eps_name, default_eps))
+        momentum = _settings.momentum(settings.get(momentum_name, default_momentum))
+        eps = _settings.eps(settings.get(eps_name, default_eps))
         if momentum is None and not self.cumulative:
             momentum = 0.9 if self.decay else 0.1  # not known, and of no consequence before training goes on
         if self.decay:
@@ -268,7 +268,7 @@ CONVENTIONS: dict[ConventionName, Convention] = {
 
 def convention_called(name: str) -> Convention:
     """The row of `CONVENTIONS`. Raises ValueError for a name that is not there."""
-    return CONVENTIONS[_checks.choice("convention", name, tuple(CONVENTIONS))]
+    return CONVENTIONS[_settings.choice("convention", name, tuple(CONVENTIONS))]
 
 
 # -- one layer of a model --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from anybn import _checks
+from anybn import _checks, _settings
 from anybn.backends.registry import backend_for
 from anybn.checkpoints.conventions import Convention, Layer, complement, convention_called, flattened
 from anybn.core.call import Array, dtype_name
@@ -167,7 +167,7 @@ def layer_of(mapping: Mapping[str, Any], convention: str, settings: Mapping[str,
 def _widest_dtype(arrays: list[Any]) -> str | None:
     """The widest floating dtype among arrays, which are checked later."""
     names = [dtype_name(a.dtype) for a in arrays if hasattr(a, "dtype")]
-    return max((name for name in names if name in _checks.FLOATING), key=_checks.FLOATING.index, default=None)
+    return max((name for name in names if name in _settings.FLOATING), key=_settings.FLOATING.index, default=None)
 
 
 def _values(layer: Layer, settings: Mapping[str, Any], required: set[str]) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _read(name: str, value: Any, num_features: int, rules: Convention) -> Any:
             if value.size != 1 or value.dtype.kind not in "iub":
                 raise ValueError(f"{name} has shape {value.shape} and dtype {value.dtype}; it must be one integer")
             value = value.reshape(()).item()
-        return bool(value) if quantity == "unfilled" else _checks.batch_count(value)
+        return bool(value) if quantity == "unfilled" else _settings.batch_count(value)
     value = _as_array(name, value)
     backend = backend_for(value)
     if rules.keeps_rank and sum(size != 1 for size in _checks.shape_of(value)) <= 1:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from anybn import _checks, _pytree
+from anybn import _pytree, _settings
 from anybn.backends.registry import backend_for, libraries, resolve_target
 from anybn.checkpoints import translation
 from anybn.checkpoints.conventions import ConventionName
@@ -73,14 +73,14 @@ class BatchNormState:
         dtype: Any = None,
         like: Any = None,
     ):
-        affine = _checks.flag("affine", affine)
-        track_running_stats = _checks.flag("track_running_stats", track_running_stats)
+        affine = _settings.flag("affine", affine)
+        track_running_stats = _settings.flag("track_running_stats", track_running_stats)
         settings = (
-            _checks.num_features(num_features),
-            _checks.eps(eps),
-            _checks.momentum(momentum),
-            _checks.ddof(ddof),
-            _checks.state_dtype(dtype),
+            _settings.num_features(num_features),
+            _settings.eps(eps),
+            _settings.momentum(momentum),
+            _settings.ddof(ddof),
+            _settings.state_dtype(dtype),
         )
         c, parameter_dtype = settings[0], numpy_dtype(settings[-1])
         arrays = Arrays(
@@ -130,7 +130,7 @@ class BatchNormState:
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self._store.eps = _checks.eps(value)
+        self._store.eps = _settings.eps(value)
 
     @property
     def momentum(self) -> float | None:
@@ -138,7 +138,7 @@ class BatchNormState:
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
-        self._store.momentum = _checks.momentum(value)
+        self._store.momentum = _settings.momentum(value)
 
     @property
     def ddof(self) -> int:
@@ -146,7 +146,7 @@ class BatchNormState:
 
     @ddof.setter
     def ddof(self, value: int) -> None:
-        self._store.ddof = _checks.ddof(value)
+        self._store.ddof = _settings.ddof(value)
 
     # -- arrays ------------------------------------------------------------------------------------------------
 
@@ -194,7 +194,7 @@ class BatchNormState:
 
     @num_batches_tracked.setter
     def num_batches_tracked(self, value: int) -> None:
-        value = _checks.batch_count(value)
+        value = _settings.batch_count(value)
         self._store.fill({"num_batches_tracked": value})
 
     def _set(self, name: str, value: Array) -> None:

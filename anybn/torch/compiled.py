@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybn import _checks, _functional
+from anybn import _checks, _functional, _settings
 from anybn.backends.torch import TorchBackend, ops
 from anybn.core.call import Call, Spec, Statistics, Update
 from anybn.errors import StateError
@@ -54,8 +54,8 @@ def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | N
     _check(x, residual, 1, module.num_features)
     eps, momentum = module.eps, module.momentum
     if not eps > 0 or not (momentum is None or 0 <= momentum <= 1):
-        _checks.eps(eps), _checks.momentum(momentum)
-    _checks.choice("activation", activation, (None, "relu"))
+        _settings.eps(eps), _settings.momentum(momentum)
+    _settings.choice("activation", activation, (None, "relu"))
     relu, mean, var = activation == "relu", module.running_mean, module.running_var
     parameters = module.weight, module.bias, residual
     if x.numel() and (module.training or mean is None):
@@ -108,7 +108,7 @@ def batch_norm(
         if array is not None and not isinstance(array, Tensor):
             raise StateError("torch.compile cannot move a state: call state.to(x) before")
     _check(x, residual, axis, store.num_features)
-    _checks.choice("activation", activation, (None, "relu"))
+    _settings.choice("activation", activation, (None, "relu"))
     axis, eps, relu = axis % x.ndim, store.eps, activation == "relu"
     mean, var = arrays.running_mean, arrays.running_var
     if not x.numel() or not (training or mean is None):

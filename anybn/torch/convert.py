@@ -6,7 +6,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 
-from anybn import _checks
+from anybn import _settings
 from anybn.groups import engines
 from anybn.torch import fuse as fusing
 from anybn.torch.module import (
@@ -87,7 +87,7 @@ def convert(
         raise TypeError(f"nothing was converted: {'; '.join(problems)}")
     for name, module in found:
         try:
-            _checks.eps(module.eps), _checks.momentum(module.momentum)
+            _settings.eps(module.eps), _settings.momentum(module.momentum)
         except (TypeError, ValueError) as error:
             raise ValueError(f"nothing was converted, because of {name or 'model'}: {error}") from error
     for _, module in found:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch.compiler import is_compiling
 
-from anybn import _checks, _functional
+from anybn import _functional, _settings
 from anybn._settings import Activation
 from anybn.backends.registry import backend_for
 from anybn.backends.torch import TorchBackend
@@ -43,11 +43,11 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         group: Any = None,
         **options: bool,
     ):
-        _checks.num_features(num_features)
-        _checks.eps(eps)
-        _checks.momentum(momentum)
+        _settings.num_features(num_features)
+        _settings.eps(eps)
+        _settings.momentum(momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
-        self.activation = _checks.choice("activation", activation, (None, "relu"))
+        self.activation = _settings.choice("activation", activation, (None, "relu"))
         self.group = None if group is None else engines.as_group(group)
         set_running_dtype(self, lambda buffer: running_dtype(buffer.device))
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anybn import _checks, _lock
+from anybn import _checks, _lock, _settings
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
 from anybn.backends.torch import TorchBackend
@@ -53,7 +53,7 @@ class ModuleStore(Store):
 
     @property
     def eps(self) -> float:  # type: ignore[override]
-        return _checks.eps(self._module.eps)
+        return _settings.eps(self._module.eps)
 
     @eps.setter
     def eps(self, value: float) -> None:
@@ -61,7 +61,7 @@ class ModuleStore(Store):
 
     @property
     def momentum(self) -> float | None:  # type: ignore[override]
-        return _checks.momentum(self._module.momentum)
+        return _settings.momentum(self._module.momentum)
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
