@@ -11,6 +11,7 @@ from typing import Any
 import array_api_compat.numpy
 import numpy as np
 
+from anybn._settings import DTYPES
 from anybn.backends.base import Backend
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Statistics, Update
@@ -53,14 +54,11 @@ class NumPyBackend(Backend):
         return np.__version__
 
     def dtype(self, name: str) -> Any:
-        if name == "bfloat16":
+        if not hasattr(np, name):
             try:
-                from ml_dtypes import bfloat16
+                import ml_dtypes  # noqa: F401 NumPy knows its dtypes from then on
             except ImportError as error:
-                raise BackendNotInstalled(
-                    f"NumPy has no bfloat16 by itself ({error}): pip install ml_dtypes"
-                ) from error
-            return np.dtype(bfloat16)
+                raise BackendNotInstalled(f"NumPy has no {name} by itself ({error}): pip install ml_dtypes") from error
         return np.dtype(name)
 
     def from_numpy(self, array: np.ndarray, device: Any) -> np.ndarray:
@@ -168,12 +166,13 @@ def kernels() -> ModuleType:
 
 
 def _bits(a: Any) -> Any:
-    """16-bit numbers as kernels take them: bfloat16 as uint16, float16 as int16; all else as it is."""
-    if a is None or a.dtype.itemsize != 2:
-        return a
-    if a.dtype == np.float16:
-        return a.view(np.int16)
-    return a.view(np.uint16) if a.dtype.name == "bfloat16" else a
+    """16-bit numbers as kernels take them, as bits; all else as it is."""
+    return a if a is None or a.dtype.itemsize != 2 else a.view(_bits_of(a.dtype))
+
+
+@functools.cache
+def _bits_of(dtype: np.dtype) -> np.dtype:
+    return np.dtype(DTYPES[dtype.name].bits)
 
 
 def _in_bits(call: Call) -> Call:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 import anybn
-from anybn._settings import Activation
+from anybn._settings import DTYPES, Activation
 from anybn.backends.registry import backend_for
 from anybn.cli.timing import SETTLE, Measured, Run, quietest
 from anybn.conformance import inputs, oracle
@@ -31,7 +31,7 @@ TABLES = ((256, 1024), (8192, 256), (64, 512), (100_000, 40))
 TINY = (8, 16)
 
 #: The largest error allowed, in eps of the dtype.
-BARS = {"float16": 0.51, "bfloat16": 0.51, "float32": 2.0, "float64": 2.0}
+BARS = {name: 0.51 if dtype.itemsize == 2 else 2.0 for name, dtype in DTYPES.items()}
 
 
 class WrongResult(Exception):

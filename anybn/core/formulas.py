@@ -154,7 +154,7 @@ def scale_of(xp: Any, statistics: Statistics, weight: Array | None, eps: float) 
 
 def rounded_to(xp: Any, a: Array, dtype: Any) -> Array:
     """Cast to x's dtype. 16-bit results go through float32 everywhere, because some libraries always do."""
-    if dtype_name(dtype) in ("float16", "bfloat16"):
+    if dtype_name(dtype) not in ("float32", "float64"):
         a = xp.astype(a, xp.float32)
     return xp.astype(a, dtype)
 

@@ -14,11 +14,12 @@ import torch
 from torch._C import _functorch as functorch  # torch.func has no public way to ask
 from torch.autograd.graph import increment_version
 
+from anybn._settings import DTYPES
 from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend, kernels
 from anybn.backends.torch import cpu, cuda, native
 from anybn.backends.torch.autograd import Recorded, RecordedRows, Summed, in_torch_func, op_by_op, unwrapped
-from anybn.core.call import Array, Call, Gradients, Statistics, Update
+from anybn.core.call import Array, Call, Gradients, Statistics, Update, dtype_name
 from anybn.errors import StateError
 from anybn.groups import exchange
 from anybn.kernels.cuda import launch
@@ -108,8 +109,9 @@ class TorchBackend(Backend):
             return self._from_numpy(array, device)
 
     def _from_numpy(self, array: np.ndarray, device: torch.device) -> torch.Tensor:
-        if array.dtype.name == "bfloat16":  # torch does not know ml_dtypes, but the bits are the same
-            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16).to(device)
+        name = array.dtype.name
+        if not hasattr(np, name):  # torch does not know ml_dtypes, but the bits are the same
+            return torch.from_numpy(array.view(DTYPES[name].bits)).view(getattr(torch, name)).to(device)
         return torch.from_numpy(array).to(device)
 
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
@@ -123,10 +125,9 @@ class TorchBackend(Backend):
         if x.is_cuda:
             cuda.await_updates(x)
         x = x.detach().cpu().contiguous()
-        if x.dtype == torch.bfloat16:
-            from ml_dtypes import bfloat16
-
-            return x.view(torch.uint16).numpy().view(bfloat16).copy()
+        name = dtype_name(x.dtype)
+        if not hasattr(np, name):
+            return x.view(getattr(torch, DTYPES[name].bits)).numpy().view(NumPyBackend().dtype(name)).copy()
         return np.array(x.numpy())
 
     def is_traced(self, x: torch.Tensor) -> bool:

@@ -7,18 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from anybn import _settings
 from anybn.backends.numpy import kernels
 from anybn.core.call import Call, Gradients, Statistics, Update
 from anybn.core.formulas import Over
 
 #: As kernels see them: 16-bit numbers as their bits.
-DTYPES = {
-    torch.float32: np.float32,
-    torch.float64: np.float64,
-    torch.bfloat16: np.uint16,
-    torch.float16: np.int16,
-}
-_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+DTYPES = {getattr(torch, name): np.dtype(bits) for name, (_, bits, _) in _settings.DTYPES.items()}
+_BITS = {getattr(torch, name): getattr(torch, bits) for name, (_, bits, _) in _settings.DTYPES.items() if bits != name}
 
 
 def supports(x: torch.Tensor) -> bool:
@@ -94,11 +90,11 @@ def _view(a: torch.Tensor | None) -> Any:
 
 
 def _numbers(a: torch.Tensor | None) -> Any:
-    """The tensor's values, as the kernels take weight and bias: NumPy has no bfloat16, and bits are no numbers."""
+    """The tensor's values, as the kernels take weight and bias: NumPy lacks some dtypes, and bits are no numbers."""
     if a is None:
         return None
     a = a.detach().resolve_neg()
-    return (a.float() if a.dtype is torch.bfloat16 else a).numpy()
+    return (a.float() if a.dtype in _BITS else a).numpy()
 
 
 def _tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
