@@ -9,7 +9,10 @@ import math
 import numbers
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from anybn.core.call import dtype_name
+from anybn.errors import BackendNotInstalled
 
 Activation = Literal["relu"] | None
 NonFinite = Literal["skip", "raise", "propagate"]
@@ -33,6 +36,16 @@ DTYPES = {
     "float64": DType(8, "float64", "double"),
 }
 FLOATING = tuple(DTYPES)
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """NumPy's dtype of this name. Raises BackendNotInstalled for one that takes ml_dtypes, where that is missing."""
+    if not hasattr(np, name):
+        try:
+            import ml_dtypes  # noqa: F401 NumPy knows its dtypes from then on
+        except ImportError as error:
+            raise BackendNotInstalled(f"NumPy has no {name} by itself ({error}): pip install ml_dtypes") from error
+    return np.dtype(name)
 
 
 def _number(name: str, value: Any, kind: type, wanted: str) -> Any:

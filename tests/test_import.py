@@ -28,6 +28,11 @@ def test_import_brings_in_no_framework():
         assert framework not in loaded
 
 
+def test_import_leaves_numpys_lazy_parts_alone():
+    """array_api_compat.numpy reads all of NumPy, f2py too, which takes longer than all of anybn."""
+    assert run("import sys, anybn; anybn.BatchNorm(3); print('numpy.f2py' in sys.modules)") == "False\n"
+
+
 def test_import_adds_little_to_numpys():
     """The issue asks for less than 50 ms; a slower or busier machine stretches NumPy's own import as much."""
     code = (

@@ -11,11 +11,10 @@ from typing import Any
 import array_api_compat.numpy
 import numpy as np
 
-from anybn._settings import DTYPES
+from anybn._settings import DTYPES, numpy_dtype
 from anybn.backends.base import Backend
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Statistics, Update
-from anybn.errors import BackendNotInstalled
 from anybn.groups import exchange
 
 
@@ -54,12 +53,7 @@ class NumPyBackend(Backend):
         return np.__version__
 
     def dtype(self, name: str) -> Any:
-        if not hasattr(np, name):
-            try:
-                import ml_dtypes  # noqa: F401 NumPy knows its dtypes from then on
-            except ImportError as error:
-                raise BackendNotInstalled(f"NumPy has no {name} by itself ({error}): pip install ml_dtypes") from error
-        return np.dtype(name)
+        return numpy_dtype(name)
 
     def from_numpy(self, array: np.ndarray, device: Any) -> np.ndarray:
         return np.array(array)

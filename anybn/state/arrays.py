@@ -6,13 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from anybn._settings import numpy_dtype
 from anybn.backends.base import Backend
-from anybn.backends.numpy import NumPyBackend
 from anybn.backends.registry import backend_for
 from anybn.core.call import Array
 from anybn.errors import StateError
-
-_NUMPY = NumPyBackend()
 
 
 class Arrays(NamedTuple):
@@ -28,10 +26,6 @@ class Arrays(NamedTuple):
     def held(self) -> dict[str, Array]:
         """The per-channel arrays that are not switched off, by name."""
         return {name: a for name, a in zip(self._fields[:4], self, strict=False) if a is not None}
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    return _NUMPY.dtype(name)
 
 
 def read_only(array: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from anybn.checkpoints import translation
 from anybn.checkpoints.conventions import ConventionName
 from anybn.core.call import Array, root_module
 from anybn.errors import CheckpointError
-from anybn.state.arrays import Arrays, numpy_dtype, placed, read_only
+from anybn.state.arrays import Arrays, placed, read_only
 from anybn.state.store import Store
 
 
@@ -82,7 +82,7 @@ class BatchNormState:
             _settings.ddof(ddof),
             _settings.state_dtype(dtype),
         )
-        c, parameter_dtype = settings[0], numpy_dtype(settings[-1])
+        c, parameter_dtype = settings[0], _settings.numpy_dtype(settings[-1])
         arrays = Arrays(
             np.ones(c, parameter_dtype) if affine else None,
             np.zeros(c, parameter_dtype) if affine else None,

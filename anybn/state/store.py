@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anybn import _checks, _lock
+from anybn import _checks, _lock, _settings
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
 from anybn.core.call import Array, Statistics, Update, dtype_name
 from anybn.core.moments import Moments
-from anybn.state.arrays import Arrays, dtype_of, numpy_dtype, placed, require_storable, storable
+from anybn.state.arrays import Arrays, dtype_of, placed, require_storable, storable
 
 
 class Batch(NamedTuple):
@@ -162,7 +162,7 @@ class Store:
                     continue
                 backend = backend_for(old)
                 device = backend.device_of(old)
-                dtype = numpy_dtype(dtype_of(name, self.dtype, backend, device))
+                dtype = _settings.numpy_dtype(dtype_of(name, self.dtype, backend, device))
                 new[name] = backend.from_numpy(values[name].astype(dtype), device)
                 if name.startswith("running"):
                     new[name] = backend.frozen(new[name])

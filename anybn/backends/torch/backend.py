@@ -14,7 +14,7 @@ import torch
 from torch._C import _functorch as functorch  # torch.func has no public way to ask
 from torch.autograd.graph import increment_version
 
-from anybn._settings import DTYPES
+from anybn._settings import DTYPES, numpy_dtype
 from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend, kernels
 from anybn.backends.torch import cpu, cuda, native
@@ -127,7 +127,7 @@ class TorchBackend(Backend):
         x = x.detach().cpu().contiguous()
         name = dtype_name(x.dtype)
         if not hasattr(np, name):
-            return x.view(getattr(torch, DTYPES[name].bits)).numpy().view(NumPyBackend().dtype(name)).copy()
+            return x.view(getattr(torch, DTYPES[name].bits)).numpy().view(numpy_dtype(name)).copy()
         return np.array(x.numpy())
 
     def is_traced(self, x: torch.Tensor) -> bool:
