@@ -53,9 +53,9 @@ def register_backend(backend: Backend | type[Backend]) -> None:
     >>> from anybn.backends.numpy import NumPyBackend
     >>> class Loud(NumPyBackend):
     ...     name = "loud"
-    ...     def batch_statistics(self, x, axis, mask):
-    ...         print("statistics of", x.shape)
-    ...         return super().batch_statistics(x, axis, mask)
+    ...     def statistics(self, call):
+    ...         print("statistics of", call.x.shape)
+    ...         return super().statistics(call)
     >>> anybn.register_backend(Loud)
     >>> moments = anybn.moments(np.ones((4, 2)))
     statistics of (4, 2)
