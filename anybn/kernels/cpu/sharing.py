@@ -23,6 +23,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from anybn._lock import after_fork
 from anybn.kernels.cpu import threads as _threads
 from anybn.kernels.cpu.cached import cached
 
@@ -170,8 +171,8 @@ _offers = np.zeros(1, np.int64)
 _lock = threading.Lock()
 
 
+@after_fork
 def _forget_helpers() -> None:
-    """In a forked child the threads do not exist, and the lock may be held by one of them."""
     global _lock
     _lock = threading.Lock()
     _helpers.clear()
@@ -181,10 +182,6 @@ def _forget_helpers() -> None:
 def _stop_helpers() -> None:
     for helper in _helpers:
         helper.stop()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_helpers)
 
 
 def share(kernel: Callable[..., None], count: int, step: int, *arguments: Any) -> None:
