@@ -1,5 +1,5 @@
-"""The lock of every change to a state; and what a forked child makes anew: locks, which a thread of its parent may hold,
-and threads, which it does not have."""
+"""The lock of every change to a state, and what a forked child makes anew: locks, which a thread of its parent may
+hold, and threads, which it does not have."""
 
 from __future__ import annotations
 

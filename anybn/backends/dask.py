@@ -24,6 +24,7 @@ from anybn.backends.numpy import NumPyBackend
 from anybn.backends.registry import backend_for
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Spec, Statistics
+from anybn.kernels.cpu.plan import CHUNK_BLOCK
 
 
 class DaskBackend(Backend):
@@ -134,9 +135,6 @@ _SUMS = np.dtype([("dweight", "f8"), ("dbias", "f8")])
 
 _NUMPY = NumPyBackend()
 _XP = array_api_compat.numpy
-
-#: Values of a chunk whose gradient is worked out at once, in float64, which then fit the cache.
-_BLOCK = 1 << 16
 
 
 def _others(x: Array, axis: int) -> tuple[int, ...]:
@@ -291,7 +289,7 @@ def _dx_of_chunk(
     scale = formulas.along(np, formulas.scale_of(_XP, statistics, weight, spec.eps), axis, x.ndim)
     everywhere = None if mask is None else np.broadcast_to(mask, x.shape)
     result, split = np.empty_like(x), 1 if axis == 0 else 0
-    step = max(1, _BLOCK * x.shape[split] // max(x.size, 1))
+    step = max(1, CHUNK_BLOCK * x.shape[split] // max(x.size, 1))
     for start in range(0, x.shape[split], step):
         block = (slice(None),) * split + (slice(start, start + step),)
         keep = [None if a is None else a[block] for a in (active, everywhere)]

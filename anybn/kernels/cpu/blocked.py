@@ -16,10 +16,10 @@ from anybn.core import formulas as _core
 from anybn.core.call import Call, Gradients, Statistics, Update
 from anybn.core.formulas import Over
 from anybn.kernels.cpu import threads as _threads
+from anybn.kernels.cpu.plan import NUMPY_BLOCK
 from anybn.kernels.layout import alike, as_float64, delivered, destination, parameter
 
 row_kernels = None  # the core does it: see `Backend.normalize_rows`
-VALUES = 1 << 18  # of a block: 2 MB in float64; smaller ones cost more in calls than they save in memory
 
 
 def supports(dtype: np.dtype) -> bool:
@@ -29,9 +29,9 @@ def supports(dtype: np.dtype) -> bool:
 def _blocks(x: np.ndarray) -> list[tuple[slice, ...]]:
     """``x[:, c0:c1]`` of planes ``(N, C, L)``, ``x[r0:r1]`` of rows ``(R, C)``."""
     if x.ndim == 3:
-        step = max(1, VALUES // (x.shape[0] * x.shape[2]))
+        step = max(1, NUMPY_BLOCK // (x.shape[0] * x.shape[2]))
         return [(slice(None), slice(c, c + step)) for c in range(0, x.shape[1], step)]
-    step = max(1, VALUES // x.shape[1])
+    step = max(1, NUMPY_BLOCK // x.shape[1])
     return [(slice(r, r + step), slice(None)) for r in range(0, x.shape[0], step)]
 
 

@@ -1,4 +1,4 @@
-"""Batch norm on NumPy arrays by compiled kernels: how an array lies in memory, its parts, their merging.
+"""Batch norm on NumPy arrays by compiled kernels.
 
 Sums are taken over parts that depend on the shape alone, and merged in a fixed order, so the results do not depend on
 the number of threads. Where it pays, a channel is read from memory once: its statistics and its normalization are one
@@ -7,10 +7,8 @@ task. Elsewhere the array is read twice, in the order of memory.
 
 from __future__ import annotations
 
-import functools
 import math
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,92 +19,17 @@ from anybn.kernels.cpu import columns as _columns
 from anybn.kernels.cpu import rows as _rows
 from anybn.kernels.cpu import runs as _runs
 from anybn.kernels.cpu import values as _kernels
-from anybn.kernels.cpu.sharing import CLAIMS, GRAIN, share
-from anybn.kernels.layout import Lying, alike, as_float64, delivered, destination, parameter
+from anybn.kernels.cpu.plan import EVALUATED_RUN, Plan, plan_of
+from anybn.kernels.cpu.sharing import share
+from anybn.kernels.layout import alike, as_float64, delivered, destination, parameter
 
 row_kernels = _rows  # see `Backend.normalize_rows`
-CACHE = 1 << 20  # bytes that a core's own cache is trusted with
-SHARED_CACHE = 1 << 26  # and that all cores' caches are
-SEGMENT = 1 << 16  # values whose sums are merged with those of others
-RUN = 256  # values of a channel side by side; fewer are columns
-EVALUATED_RUN = 128  # the same where nothing is summed
-WIDTH = 1024  # columns whose parameters fit the innermost cache beside one array
-NARROW = 128  # columns that are still worth going through the rows for
+_KERNELS = {"runs": _runs, "columns": _columns}
 
 
 def supports(dtype: np.dtype) -> bool:
     """float32, float64, and 16-bit numbers as their bits; float16 where the processor converts it."""
     return dtype in (np.float32, np.float64, np.uint16) or (dtype == np.int16 and _kernels.converts_half())
-
-
-class Plan(NamedTuple):
-    """How the kernels go through an array of some shape, as a whole and in parts.
-
-    A *task* takes some channels from statistics to y; a *part* of an array is summed or normalized on its own.
-    """
-
-    kernels: ModuleType
-    """`_runs` or `_columns`, whose functions have the same names."""
-    first: slice
-    """one value of each channel in flat memory"""
-    fits: bool
-    """whether what a task reads stays in the cache"""
-    tasks: tuple[int, int]
-    """how many, and how many go with one claim"""
-    of_task: tuple[int, ...]
-    """the kernels' last arguments"""
-    parts: tuple[int, int]
-    of_part: tuple[int, ...]
-    partial: tuple[int, ...]
-    """shape of the parts' sums"""
-
-
-@functools.lru_cache(maxsize=1024)
-def plan_of(how: Lying, itemsize: int, arrays: int, run: int = RUN) -> Plan:
-    """The plan for arrays that lie like this, so many of which are read."""
-    outer, channels, inner = how.outer, how.channels, how.inner
-    values, whole = outer * channels * inner, channels * inner
-
-    def claims(count: int) -> tuple[int, int]:
-        return count, -(-count // max(1, min(CLAIMS, values * itemsize * arrays // GRAIN)))
-
-    if inner >= run:
-        segments = -(-inner // SEGMENT)
-        of_channel, nbytes = outer * inner * itemsize * arrays, values * itemsize * arrays
-        group = max(1, min(CACHE // 2 // of_channel, channels // CLAIMS))
-        return Plan(
-            _runs,
-            first=slice(0, whole, inner),
-            # A channel's runs lie apart, and every one begins with a wait for memory: to read an array that lies in the
-            # shared cache twice from end to end takes half the time of going channel by channel.
-            fits=of_channel <= CACHE and not CACHE < nbytes <= SHARED_CACHE,
-            tasks=claims(-(-channels // group)),
-            of_task=(inner, group),
-            parts=claims(outer * channels * segments),
-            of_part=(inner, segments),
-            partial=(2, outer, channels, segments),
-        )
-    joined = max(1, min(WIDTH // arrays // whole, outer))
-    width, rows = joined * whole, -(-outer // joined)
-    unit = width if joined > 1 else inner  # columns that hold channels whole
-
-    def panel(columns: int) -> int:
-        return min(width, max(1, columns // unit) * unit)
-
-    broad = panel(WIDTH)
-    narrow = panel(min(WIDTH, max(NARROW, CACHE // 4 // (rows * itemsize * arrays))))
-    stripe = max(1, SEGMENT // broad)
-    stripes = -(-rows // stripe)
-    return Plan(
-        _columns,
-        first=slice(0, whole, inner),
-        fits=rows * narrow * itemsize * arrays <= CACHE,
-        tasks=claims(-(-width // narrow)),
-        of_task=(width, inner, narrow),
-        parts=claims(stripes * -(-width // broad)),
-        of_part=(width, inner, broad, stripe),
-        partial=(2, stripes, channels),
-    )
 
 
 # -- the operations --------------------------------------------------------------------------------------------
@@ -126,7 +49,7 @@ def train(call: Call) -> tuple[np.ndarray, Statistics]:
     arrays = (how.flat(contiguous), how.flat(y), None if rest is None else how.flat(rest))
     parameters = (parameter(weight, how.channels, 1.0), parameter(bias, how.channels, 0.0))
     options = (_floor(spec), spec.eps)
-    share(plan.kernels.train, *plan.tasks, *arrays, *options, *parameters, numbers, *plan.of_task)
+    share(_KERNELS[plan.kernels].train, *plan.tasks, *arrays, *options, *parameters, numbers, *plan.of_task)
     return delivered(y, out), Statistics(how.outer * how.inner, numbers[0], None if wide else numbers[1], *numbers[2:4])
 
 
@@ -137,7 +60,7 @@ def batch_statistics(call: Call) -> Statistics:
     x = how.flat(x)
 
     def sums(origin: np.ndarray) -> Any:
-        return _summed(plan, plan.kernels.sum_parts, x, origin)
+        return _summed(plan, _KERNELS[plan.kernels].sum_parts, x, origin)
 
     with np.errstate(all="ignore"):
         origin = as_float64(x[plan.first])
@@ -148,7 +71,7 @@ def _summed(plan: Plan, kernel: Any, *arguments: Any) -> np.ndarray:
     """What a kernel sums over parts, per channel."""
     partial, sums = np.empty(plan.partial), np.empty((2, plan.partial[2]))
     share(kernel, *plan.parts, *arguments, partial, *plan.of_part)
-    plan.kernels.merge_parts(partial, sums)
+    _KERNELS[plan.kernels].merge_parts(partial, sums)
     return sums
 
 
@@ -160,7 +83,9 @@ def evaluate(call: Call, statistics: Statistics) -> np.ndarray:
     y = destination(contiguous, out)
     arrays = (how.flat(contiguous), how.flat(y), None if rest is None else how.flat(rest), _floor(spec))
     parameters = (spec.eps, parameter(weight, how.channels, 1.0), parameter(bias, how.channels, 0.0))
-    share(plan.kernels.normalize_parts, *plan.parts, *arrays, *parameters, *_writable(statistics), *plan.of_part)
+    share(
+        _KERNELS[plan.kernels].normalize_parts, *plan.parts, *arrays, *parameters, *_writable(statistics), *plan.of_part
+    )
     return delivered(y, out)
 
 
@@ -188,16 +113,25 @@ def gradients(
     weight, (mean, shift, var) = parameter(weight, how.channels, 1.0), _writable(statistics)
     if plan.fits and over is None:
         values = (count, spec.eps, weight, mean, shift, var, numbers)
-        share(plan.kernels.backward, *plan.tasks, *inputs, how.flat(dx), *values, *plan.of_task)
+        share(_KERNELS[plan.kernels].backward, *plan.tasks, *inputs, how.flat(dx), *values, *plan.of_task)
     else:
-        sums = _summed(plan, plan.kernels.gradient_sum_parts, *inputs, mean)
-        _kernels.settle_all_gradients(0 if over else count, sums, spec.eps, weight, shift, var, numbers)
+        sums = _summed(plan, _KERNELS[plan.kernels].gradient_sum_parts, *inputs, mean)
+        _kernels.finish_all_gradients(0 if over else count, sums, spec.eps, weight, shift, var, numbers)
         if over is not None:
             with np.errstate(all="ignore"):
                 sum_dy, sum_dy_xhat = over(numbers[1], numbers[0])
                 numbers[2] = sum_dy / statistics.count
                 numbers[3] = sum_dy_xhat / statistics.count / np.sqrt(var + spec.eps)
-        share(plan.kernels.gradient_parts, *plan.parts, *inputs, how.flat(dx), mean, shift, numbers, *plan.of_part)
+        share(
+            _KERNELS[plan.kernels].gradient_parts,
+            *plan.parts,
+            *inputs,
+            how.flat(dx),
+            mean,
+            shift,
+            numbers,
+            *plan.of_part,
+        )
     return Gradients(dx, numbers[0], numbers[1], None)
 
 
