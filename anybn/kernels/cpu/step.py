@@ -22,7 +22,7 @@ from anybn.kernels.cpu.cached import cached
 from anybn.kernels.cpu.plan import plan_of
 from anybn.kernels.cpu.sharing import CALLER, COUNT, STEP
 from anybn.kernels.cpu.values import M2, MEAN, load, shift_in, update_running
-from anybn.kernels.layout import Lying
+from anybn.kernels.layout import Layout
 
 _COMPILED = {"nogil": True, "error_model": "numpy"}
 
@@ -180,7 +180,7 @@ def plans(shape, itemsize):
     """The last arguments of `train` and of `evaluate` for a contiguous array with its channels on axis 1; None for one
     of long planes, or too large for one thread's cache."""
     outer, channels, inner = shape[0], shape[1], math.prod(shape[2:])
-    plan = plan_of(Lying(tuple(range(len(shape))), outer, channels, inner), itemsize, 1)
+    plan = plan_of(Layout(tuple(range(len(shape))), outer, channels, inner), itemsize, 1)
     if plan.kernels != "columns" or not plan.fits:
         return None
     return (plan.tasks[0], *plan.of_task), (plan.parts[0], *plan.of_part)
