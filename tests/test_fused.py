@@ -12,20 +12,14 @@ import pytest
 import anybn
 from anybn.backends.numpy import NumPyBackend
 from anybn.conformance import inputs, oracle
-from anybn.kernels import layout as _layout
-from anybn.kernels.cpu import blocked as _blocked
-from anybn.kernels.cpu import threads as _threads
+from anybn.core.call import Call, Spec
+from anybn.kernels.cpu import chunked
+from anybn.kernels.cpu.threads import run
+from anybn.kernels.layout import layout_of
 
 pytest.importorskip("numba", reason="numba: not installed, pip install 'anybn[fast]'")
-from anybn.kernels.cpu import cached as _cached
-from anybn.kernels.cpu import columns as _columns
-from anybn.kernels.cpu import rows as _rows
-from anybn.kernels.cpu import runs as _runs
-from anybn.kernels.cpu import sharing as _sharing
-from anybn.kernels.cpu import step as _step
-from anybn.kernels.cpu import values as _kernels
-
-fused = pytest.importorskip("anybn.kernels.cpu.operations", reason="numba: not installed, pip install 'anybn[fast]'")
+from anybn.kernels.cpu import cached, columns, operations, rows, runs, sharing, step
+from anybn.kernels.cpu import values as value_kernels
 
 #: Shapes and axes on either side of every decision: whole channels, pieces of one, joined rows, tails, single calls.
 CASES = [
@@ -53,7 +47,7 @@ def threads_as_before():
 
 
 def everything(values, axis, relu, with_residual):
-    """All results of a training step and an evaluation, as bytes."""
+    """All results of a training step and an evaluation."""
     axis %= values.ndim
     channels = values.shape[axis]
     state = anybn.BatchNormState(channels)
@@ -72,7 +66,7 @@ def everything(values, axis, relu, with_residual):
     return results
 
 
-@pytest.mark.parametrize("kernels", [fused, _blocked], ids=["fused", "blocked"])
+@pytest.mark.parametrize("kernels", [operations, chunked], ids=["compiled", "chunked"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_number_of_threads_changes_no_bit(case, dtype, kernels, monkeypatch):
@@ -87,7 +81,7 @@ def test_the_number_of_threads_changes_no_bit(case, dtype, kernels, monkeypatch)
         assert len(seen) == 1
 
 
-@pytest.mark.parametrize("kernels", [fused, _blocked], ids=["fused", "blocked"])
+@pytest.mark.parametrize("kernels", [operations, chunked], ids=["compiled", "chunked"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_against_the_core(case, dtype, kernels, monkeypatch):
@@ -116,16 +110,61 @@ def test_kernels_against_the_core(case, dtype, kernels, monkeypatch):
                 ), name
 
 
-def test_lying():
+class Core(NumPyBackend):
+    def _kernels_for(self, call):
+        return None
+
+
+def results(backend, call):
+    """All results of a training step and an evaluation."""
+    y, statistics, _ = backend.train(call)
+    dy = inputs.cast(inputs.normal(y.shape, 6), y.dtype.name)
+    grads = backend.gradients(call, statistics, dy, y > 0, True)
+    _, mean, _, var, m2 = statistics
+    constants = statistics._replace(count=None)
+    return [
+        y, *grads, mean, var, m2, np.asarray(statistics.count),
+        backend.evaluate(call, constants), backend.gradients(call, constants, dy, y > 0, True).x,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("of_channels", [False, True], ids=["positions", "positions of channels"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_masks_against_the_core(case, of_channels, dtype):
+    """NaN where the mask is False; and of the last channel nothing, where channels have masks of their own."""
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes", reason="NumPy has no bfloat16 without ml_dtypes")
+    shape, axis = case[0], case[1] % len(case[0])
+    mask = inputs.normal(shape, 7) > -1
+    if of_channels:
+        mask[(slice(None),) * axis + (-1,)] = False
+    else:
+        mask = np.delete(mask, np.s_[1:], axis)
+    x = inputs.cast(np.where(mask, inputs.normal(shape) * 2 + 3, np.nan), dtype)
+    call = Call(x, Spec(axis, 1e-5, True), *inputs.normal((2, shape[axis]), 5).astype(np.float32), x, mask)
+    seen = []
+    for number in (1, 3):
+        anybn.set_num_threads(number)
+        seen.append(results(NumPyBackend(), call))
+    assert b"".join(a.tobytes() for a in seen[0]) == b"".join(a.tobytes() for a in seen[1])
+    for a, b in zip(seen[0], results(Core(), call), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        unit, b = a.dtype.name if a.dtype != np.float64 and a.dtype.kind != "i" else dtype, b.astype(np.float64)
+        size = np.maximum(1, np.abs(b).max())
+        assert oracle.error(a, b, unit, size) <= (8 if unit in ("float32", "float64") else 1)
+
+
+def test_layouts():
     x = np.empty((2, 3, 4, 5), np.float32)
-    assert _layout.lying(x, 1) == ((0, 1, 2, 3), 2, 3, 20)
-    assert _layout.lying(x, 3) == ((0, 1, 2, 3), 24, 5, 1)
-    assert _layout.lying(x.transpose(0, 3, 1, 2), 1) == ((0, 2, 3, 1), 24, 5, 1)
-    assert _layout.lying(x.T, 0) == ((3, 2, 1, 0), 24, 5, 1)
-    assert _layout.lying(x[:, :1], 1) is None
-    assert _layout.lying(x[::-1], 1) is None
-    assert _layout.lying(np.broadcast_to(x[:1], x.shape), 1) is None
-    assert _layout.lying(np.empty((6, 1, 7)), 1) == ((0, 1, 2), 1, 1, 42)
+    assert layout_of(x, 1) == ((0, 1, 2, 3), 2, 3, 20)
+    assert layout_of(x, 3) == ((0, 1, 2, 3), 24, 5, 1)
+    assert layout_of(x.transpose(0, 3, 1, 2), 1) == ((0, 2, 3, 1), 24, 5, 1)
+    assert layout_of(x.T, 0) == ((3, 2, 1, 0), 24, 5, 1)
+    assert layout_of(x[:, :1], 1) is None
+    assert layout_of(x[::-1], 1) is None
+    assert layout_of(np.broadcast_to(x[:1], x.shape), 1) is None
+    assert layout_of(np.empty((6, 1, 7)), 1) == ((0, 1, 2), 1, 1, 42)
 
 
 @pytest.mark.parametrize("layout", ["out in another order", "out is residual", "x is strided"])
@@ -176,18 +215,18 @@ def test_an_error_in_a_task_ends_the_others_first():
         ended.append(i)
 
     with pytest.raises(MemoryError):
-        _threads.run(task, 1000)
+        run(task, 1000)
     count = len(ended)
     assert count < 1000
-    _threads.run(lambda i: None, 10)
+    run(lambda i: None, 10)
     assert len(ended) == count
 
 
 def test_every_task_runs_once():
-    for threads, count in ((1, 5), (2, 1), (4, 100)):
-        anybn.set_num_threads(threads)
+    for number, count in ((1, 5), (2, 1), (4, 100)):
+        anybn.set_num_threads(number)
         ran = []
-        _threads.run(ran.append, count)
+        run(ran.append, count)
         assert sorted(ran) == list(range(count))
 
 
@@ -208,17 +247,17 @@ def test_threads_follow_the_environment():
     code = "import anybn; print(anybn.get_num_threads())"
     for value, expected in (("5", "5"), ("nonsense", str(len(os.sched_getaffinity(0))))):
         environment = {**os.environ, "ANYBN_NUM_THREADS": value}
-        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert run.stdout.strip() == expected
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
 
 
 def test_without_numba_conformance_passes_too(tmp_path):
     (tmp_path / "no_numba.py").write_text(
         "import sys\nsys.modules['numba'] = None\nfrom anybn.backends.numpy import kernels\n"
-        "assert kernels().__name__ == 'anybn.kernels.cpu.blocked'\n"
+        "assert kernels().__name__ == 'anybn.kernels.cpu.chunked'\n"
     )
     pytest.importorskip("torch", reason="torch: not installed, pip install torch")
-    run = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "pytest", "--pyargs", "anybn.conformance", "--anybn-backend=numpy,torch", "-q", "-x",
          "-p", "no_numba", "-k", "not ten_million"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
@@ -226,12 +265,12 @@ def test_without_numba_conformance_passes_too(tmp_path):
         text=True,
         check=False,
     )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_processes_that_save_at_once_do_not_share_a_file(tmp_path, monkeypatch):
     """Each of the two finds an index without the other's signature."""
-    files = _cached._FilePerSignature(str(tmp_path), "kernel", 0)
+    files = cached._FilePerSignature(str(tmp_path), "kernel", 0)
     with monkeypatch.context() as at_once:
         at_once.setattr(files, "_load_index", dict)
         files.save("float32", b"for float32")
@@ -243,7 +282,7 @@ def test_processes_that_save_at_once_do_not_share_a_file(tmp_path, monkeypatch):
 
 
 def test_every_cached_kernel_has_a_file_per_signature():
-    for module in (_columns, _kernels, _rows, _runs, _sharing, _step):
+    for module in (columns, rows, runs, sharing, step, value_kernels):
         for function in vars(module).values():
             if files := getattr(getattr(function, "_cache", None), "_cache_file", None):
-                assert type(files) is _cached._FilePerSignature, function
+                assert type(files) is cached._FilePerSignature, function

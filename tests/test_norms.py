@@ -57,7 +57,7 @@ def test_far_from_zero_torch_is_not_a_reference(name):
     assert errors[1] > 1000
 
 
-#: x's shape, the call, weight's shape: on either side of every decision in `backends/_rows.py`.
+#: x's shape, the call, weight's shape: on either side of every decision about rows in `kernels/cpu/plan.py`.
 ROWS = {
     "values": ((3000, 96), lambda x, w, b: norms.layer_norm_vjp(x, w, b), (96,)),
     "one long row": ((1, 20_000), lambda x, w, b: norms.layer_norm_vjp(x, w, b), (20_000,)),

@@ -49,7 +49,7 @@ def assert_same_state(ours, theirs):
 def way(request, monkeypatch):
     """How a module's forward pass is done: what is small and what is special, whatever the tensor."""
     if request.param != "in one step":
-        monkeypatch.setattr("anybn.torch.fast_forward._SMALL", 0)
+        monkeypatch.setattr("anybn.torch.fast_forward.ONE_CLAIM", 0)
     if request.param == "in general":
         monkeypatch.setattr(anybn.torch.module, "fast_forward", lambda *_: None)
     return request.param

@@ -127,7 +127,7 @@ class DaskBackend(Backend):
         if statistics.count is not None:
             dy, x, active, mask = again(channel, dy, x, active, mask)
         dx = _blockwise(_dx_of_chunk, x, axis, x.dtype, dy, x, active, mask, *channel, spec=spec)
-        dresidual = _blockwise(_where_kept, x, axis, x.dtype, dy, active, mask) if wants_residual else None
+        dresidual = _blockwise(_dresidual_of_chunk, x, axis, x.dtype, dy, active, mask) if wants_residual else None
         if weight is None:
             return Gradients(dx, None, None, dresidual)
         return Gradients(dx, dweight.astype(weight.dtype), dbias.astype(weight.dtype), dresidual)
@@ -138,10 +138,6 @@ _MOMENTS = np.dtype([("count", "i8"), ("mean", "f8"), ("shift", "f8"), ("m2", "f
 _SUMS = np.dtype([("dweight", "f8"), ("dbias", "f8")])
 
 _NUMPY = NumPyBackend()
-_XP = array_api_compat.numpy
-
-#: Values of a chunk whose gradient is worked out at once, in float64, which then fit the cache.
-_BLOCK = 1 << 16
 
 
 def _others(x: Array, axis: int) -> tuple[int, ...]:
@@ -222,7 +218,9 @@ def _merged(parts: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndar
     if len(rows) == 1:
         return _in_place_of(axis, keepdims, rows[0])
     with np.errstate(all="ignore"):
-        count, mean, shift, _, m2 = merged(_XP, rows["count"].sum(0), *(rows[name] for name in _MOMENTS.names or ()))
+        count, mean, shift, _, m2 = merged(
+            array_api_compat.numpy, rows["count"].sum(0), *(rows[name] for name in _MOMENTS.names or ())
+        )
         found = np.empty_like(rows[0])
         found["count"], found["m2"] = count, m2
         # Knuth's two-sum: mean + shift is what it was, and shift as small as can be.
@@ -256,12 +254,12 @@ def _sums_of_chunk(
     var: np.ndarray,
     spec: Spec,
 ) -> np.ndarray:
-    """dweight and dbias of this chunk, in float64, as of a weight in float64."""
-    axis, statistics = spec.axis, Statistics(None, mean, shift, var)
-    found = np.zeros(x.shape[axis], _SUMS)
-    grads = _NUMPY.gradients(Call(x, spec, np.ones_like(mean), mask=mask), statistics, dy, active, False)
-    found["dweight"], found["dbias"] = grads.weight, grads.bias
-    return formulas.along(np, found, axis, x.ndim)
+    """dweight and dbias of this chunk, in float64."""
+    found = np.zeros(x.shape[spec.axis], _SUMS)
+    if x.size:
+        call, statistics = Call(x, spec, mask=mask), Statistics(None, mean, shift, var)
+        found["dbias"], found["dweight"] = _NUMPY.gradient_sums(call, statistics, dy, active)
+    return formulas.along(np, found, spec.axis, x.ndim)
 
 
 def _added(parts: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
@@ -286,25 +284,13 @@ def _dx_of_chunk(
     spec: Spec,
 ) -> np.ndarray:
     """``weight * rstd * (dy - dbias - xhat * dweight)``, with their means over all chunks: see `formulas.gradients`."""
-    statistics, axis = Statistics(None, mean, shift, var), spec.axis
-    scale = formulas.along(np, formulas.scale_of(_XP, statistics, weight, spec.eps), axis, x.ndim)
-    everywhere = None if mask is None else np.broadcast_to(mask, x.shape)
-    result, split = np.empty_like(x), 1 if axis == 0 else 0
-    step = max(1, _BLOCK * x.shape[split] // max(x.size, 1))
-    for start in range(0, x.shape[split], step):
-        block = (slice(None),) * split + (slice(start, start + step),)
-        keep = [None if a is None else a[block] for a in (active, everywhere)]
-        with np.errstate(all="ignore"):
-            dx = _where_kept(dy[block], *keep).astype(np.float64)
-            if dweight is not None and dbias is not None:
-                slope = formulas.reciprocal_std(np, statistics, spec.eps) * dweight
-                dx -= formulas.along(np, dbias, axis, x.ndim)
-                dx -= formulas.centered(_XP, x[block], statistics, axis) * formulas.along(np, slope, axis, x.ndim)
-            result[block] = formulas.rounded_to(_XP, _where_kept(dx * scale, None, keep[1]), x.dtype)
-    return result
+    if not x.size:
+        return x
+    call, statistics = Call(x, spec, weight, mask=mask), Statistics(None, mean, shift, var)
+    return _NUMPY.dx(call, statistics, dy, active, (dbias, dweight))
 
 
-def _where_kept(dy: np.ndarray, active: np.ndarray | None, mask: np.ndarray | None) -> np.ndarray:
+def _dresidual_of_chunk(dy: np.ndarray, active: np.ndarray | None, mask: np.ndarray | None) -> np.ndarray:
     for keep in (active, mask):
         if keep is not None:
             dy = np.where(keep, dy, np.zeros((), dy.dtype))

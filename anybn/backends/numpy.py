@@ -16,6 +16,7 @@ from anybn.backends.base import Backend
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Statistics, Update
 from anybn.groups import exchange
+from anybn.kernels.cpu import chunked
 
 
 class NumPyBackend(Backend):
@@ -87,8 +88,10 @@ class NumPyBackend(Backend):
     # -- batch norm --------------------------------------------------------------------------------------------
 
     def _kernels_for(self, call: Call) -> Any:
-        """The kernels, if they take the arrays of such a call; else None, for the core."""
-        return kernels() if call.mask is None and call.x.size and kernels().supports(_bits(call.x).dtype) else None
+        """The kernels that take the arrays of such a call; None, for the core, where there is nothing in them."""
+        if not call.x.size:
+            return None
+        return kernels() if call.mask is None and kernels().supports(_bits(call.x).dtype) else chunked
 
     def statistics(self, call: Call) -> Statistics:
         if call.group is None and (chosen := self._kernels_for(call)):
@@ -119,13 +122,31 @@ class NumPyBackend(Backend):
         over = None if call.group is None else functools.partial(exchange.sums, self, call.group.group)
         dx, dweight, dbias, _ = chosen.gradients(_in_bits(call), statistics, _bits(dy), active, over)
         dresidual = dy if wants_residual else None
-        if dresidual is not None and active is not None:
-            dresidual = np.where(active, dy, np.zeros((), dy.dtype))
+        for keep in (active, call.mask):
+            if dresidual is not None and keep is not None:
+                dresidual = np.where(keep, dresidual, np.zeros((), dy.dtype))
         dx, weight = dx.view(call.x.dtype), call.weight
         if weight is None:
             return Gradients(dx, None, None, dresidual)
         dweight, dbias = (formulas.rounded_to(array_api_compat.numpy, a, weight.dtype) for a in (dweight, dbias))
         return Gradients(dx, dweight, dbias, dresidual)
+
+    def gradient_sums(
+        self, call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """``sum(dy)`` and ``sum(dy * xhat)`` per channel, in float64, of a part of an array, which is not empty."""
+        return self._kernels_for(call).gradient_sums(_in_bits(call), statistics, _bits(dy), active)
+
+    def dx(
+        self,
+        call: Call,
+        statistics: Statistics,
+        dy: np.ndarray,
+        active: np.ndarray | None,
+        means: tuple[np.ndarray | None, np.ndarray | None],
+    ) -> np.ndarray:
+        """dx of such a part, with the means of dy and ``dy * xhat`` over the whole; None for constant statistics."""
+        return self._kernels_for(call).dx(_in_bits(call), statistics, _bits(dy), active, *means).view(call.x.dtype)
 
     def update(self, update: Update, statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
         if not isinstance(statistics.count, int):
@@ -154,9 +175,10 @@ class NumPyBackend(Backend):
 
 @functools.cache
 def kernels() -> ModuleType:
-    """`anybn.kernels.cpu.operations` where Numba is installed, else `blocked`; imported with the first array for it."""
-    name = "blocked" if importlib.util.find_spec("numba") is None else "operations"
-    return importlib.import_module(f"anybn.kernels.cpu.{name}")
+    """`anybn.kernels.cpu.operations` where Numba is installed, else `chunked`; imported with the first array for it."""
+    if importlib.util.find_spec("numba") is None:
+        return chunked
+    return importlib.import_module("anybn.kernels.cpu.operations")
 
 
 def _bits(a: Any) -> Any:
@@ -173,5 +195,5 @@ def _in_bits(call: Call) -> Call:
     """The call as kernels take it."""
     if call.x.dtype.itemsize != 2:
         return call
-    x, spec, weight, bias, residual, _, _, _, out = call
-    return Call(_bits(x), spec, weight, bias, _bits(residual), None, None, None, _bits(out))
+    x, spec, weight, bias, residual, mask, _, _, out = call
+    return Call(_bits(x), spec, weight, bias, _bits(residual), mask, None, None, _bits(out))

@@ -9,33 +9,36 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Lying(NamedTuple):
-    """An array as it lies in memory."""
+class Layout(NamedTuple):
+    """An array without gaps in memory is ``(outer, channels, inner)``, when its axes come in some order."""
 
     order: tuple[int, ...]
-    """the axes from the slowest to the fastest, and in this order, the shape as"""
+    """the axes, from the slowest in memory to the fastest"""
     outer: int
+    """how many values the axes before the channels' have"""
     channels: int
+    """how many channels there are"""
     inner: int
+    """how many values of a channel lie side by side"""
 
-    def of(self, a: np.ndarray) -> np.ndarray:
-        """a, which lies the same way, as ``(outer, channels, inner)``, or ``(outer, channels)`` where inner is 1."""
+    def reshape(self, a: np.ndarray) -> np.ndarray:
+        """A view of a, which has this layout: ``(outer, channels, inner)``, or ``(outer, channels)`` if inner is 1."""
         shape = (self.outer, self.channels, self.inner) if self.inner > 1 else (self.outer, self.channels)
         return a.transpose(self.order).reshape(shape)
 
     def flat(self, a: np.ndarray) -> np.ndarray:
-        """a, which lies the same way, as its memory from first to last."""
+        """A view of a, which has this layout: its memory from first to last."""
         return a.reshape(-1) if a.flags.c_contiguous else a.transpose(self.order).reshape(-1)
 
 
-def lying(x: np.ndarray, axis: int) -> Lying | None:
-    """How x lies in memory; None if it has gaps, overlaps or runs backwards."""
-    return of_strides(x.shape, x.strides, x.itemsize, axis)
+def layout_of(x: np.ndarray, axis: int) -> Layout | None:
+    """The layout of x with its channels on axis; None if x has gaps, overlaps or runs backwards."""
+    return layout_of_strides(x.shape, x.strides, x.itemsize, axis)
 
 
 @functools.lru_cache(maxsize=1024)
-def of_strides(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, axis: int) -> Lying | None:
-    """`lying` by an array's properties; strides and itemsize in the same unit."""
+def layout_of_strides(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, axis: int) -> Layout | None:
+    """`layout_of` by an array's properties; strides and itemsize in the same unit."""
     long = [i for i, size in enumerate(shape) if size > 1]  # the strides of other axes mean nothing
     by_stride = sorted(long, key=lambda i: -strides[i])
     expected = itemsize
@@ -49,48 +52,45 @@ def of_strides(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, 
     outer = math.prod(shape[i] for i in order[:p])
     inner = math.prod(shape[i] for i in order[p + 1 :])
     if shape[axis] == 1:
-        return Lying(order, 1, 1, outer * inner)
-    return Lying(order, outer, shape[axis], inner)
+        return Layout(order, 1, 1, outer * inner)
+    return Layout(order, outer, shape[axis], inner)
 
 
-class Alike(NamedTuple):
-    """x, and others that were made to lie like it."""
-
-    lying: Lying
-    x: np.ndarray
-    others: list[np.ndarray | None]
-
-
-def alike(x: np.ndarray, axis: int, *others: np.ndarray | None) -> Alike:
-    found = lying(x, axis)
-    if found is None:
+def match_layouts(
+    x: np.ndarray, axis: int, *others: np.ndarray | None
+) -> tuple[Layout, np.ndarray, list[np.ndarray | None]]:
+    """x, or a copy of it that has a layout, and the others in the same one, copied where theirs is another."""
+    layout = layout_of(x, axis)
+    if layout is None:
         x = x.copy(order="K")
-        found = lying(x, axis)
-        assert found is not None
-    order = found.order
-    return Alike(found, x, [a if a is None or _lies_like(x, order, a) else _laid_like(x, a) for a in others])
+        layout = layout_of(x, axis)
+        assert layout is not None
+    order = layout.order
+    return layout, x, [a if a is None or _has_layout_of(x, order, a) else _laid_out_like(x, a) for a in others]
 
 
-def _lies_like(x: np.ndarray, order: tuple[int, ...], a: np.ndarray) -> bool:
+def _has_layout_of(x: np.ndarray, order: tuple[int, ...], a: np.ndarray) -> bool:
     return a.strides == x.strides or a.transpose(order).flags.c_contiguous
 
 
-def _laid_like(x: np.ndarray, a: np.ndarray) -> np.ndarray:
+def _laid_out_like(x: np.ndarray, a: np.ndarray) -> np.ndarray:
     copy = np.empty_like(x, dtype=a.dtype)
     copy[...] = a
     return copy
 
 
 def parameter(values: np.ndarray | None, count: int, default: float) -> np.ndarray:
+    """weight or bias as so many float64."""
     return np.full(count, default) if values is None else values.astype(np.float64)
 
 
 def destination(x: np.ndarray, out: np.ndarray | None) -> np.ndarray:
-    """Where kernels may write what lies like x: out, if it does."""
+    """An array of x's layout for y: out, if it has that."""
     return out if out is not None and out.strides == x.strides else np.empty_like(x)
 
 
 def delivered(y: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+    """y in out, if there is one."""
     if out is None or out is y:
         return y
     out[...] = y
@@ -98,7 +98,7 @@ def delivered(y: np.ndarray, out: np.ndarray | None) -> np.ndarray:
 
 
 def as_float64(values: np.ndarray) -> np.ndarray:
-    """Values of x, 16-bit ones given as their bits (see `_kernels`)."""
+    """Values of x as float64; 16-bit ones come as their bits, bfloat16 as uint16 and float16 as int16."""
     if values.dtype == np.uint16:
         values = (values.astype(np.uint32) << 16).view(np.float32)
     elif values.dtype == np.int16:

@@ -21,12 +21,10 @@ from anybn.backends.registry import backend_for
 from anybn.backends.torch import TorchBackend, cpu
 from anybn.backends.torch.autograd import Recorded, op_by_op
 from anybn.core.call import Call, Spec, Statistics, Update
+from anybn.kernels.cpu.plan import ONE_CLAIM
 
 _TORCH = TorchBackend()
 _FLOAT32, _FLOAT64 = torch.float32, torch.float64
-
-#: Bytes of x up to which a call is made in one compiled step, on one thread: more are worth a second one.
-_SMALL = 1 << 18
 
 
 @functools.cache
@@ -99,7 +97,9 @@ def fast_forward(
             return None
 
     spec = Spec(1, eps, activation is not None)
-    small = size * example.itemsize <= _SMALL and x.is_contiguous() and (residual is None or residual.is_contiguous())
+    small = (
+        size * example.itemsize <= ONE_CLAIM and x.is_contiguous() and (residual is None or residual.is_contiguous())
+    )
     statistics: Statistics | np.ndarray
     if small and (plans := steps.plans(shape, example.itemsize)):
         y, floor = empty_like(x), 0.0 if spec.relu else -math.inf

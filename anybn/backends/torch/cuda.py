@@ -15,7 +15,7 @@ import torch
 from anybn.core.call import dtype_name
 from anybn.kernels.cuda import launch as _cuda
 from anybn.kernels.cuda.arrays import CudaArrays
-from anybn.kernels.layout import Lying, of_strides
+from anybn.kernels.layout import Layout, layout_of_strides
 
 
 class TorchArrays(CudaArrays):
@@ -41,8 +41,8 @@ class TorchArrays(CudaArrays):
     def supports(self, x: torch.Tensor) -> bool:
         return super().supports(x) and not x.is_neg()
 
-    def lying(self, x: torch.Tensor, axis: int) -> Lying | None:
-        return of_strides(tuple(x.shape), x.stride(), 1, axis)
+    def layout_of(self, x: torch.Tensor, axis: int) -> Layout | None:
+        return layout_of_strides(tuple(x.shape), x.stride(), 1, axis)
 
     def strides(self, a: torch.Tensor) -> Hashable:
         return a.stride(), a.is_neg()  # a lazily negated view has the other sign in memory

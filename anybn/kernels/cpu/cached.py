@@ -14,6 +14,10 @@ class _FilePerSignature(IndexDataCacheFile):
     """Numba numbers the files of a function's signatures. Two processes that save two signatures at the same time give
     them one number, and from then on the kernel of one is loaded for the other, whose calls are TypeErrors. With a file
     named after its signature they can lose an entry of the index, and compile again.
+
+    Seen with Numba 0.68.1. https://github.com/numba/numba/issues/4807 is open, on caches that several processes fill;
+    we know of no issue on the numbers alone. Delete this class when Numba's `save` names a file after its key, or locks
+    the index from reading to writing it.
     """
 
     def save(self, key: Any, data: Any) -> None:

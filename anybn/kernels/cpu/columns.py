@@ -15,29 +15,31 @@ import numpy as np
 from numba import njit
 
 from anybn.kernels.cpu.cached import cached
+from anybn.kernels.cpu.plan import ROW_BLOCK
 from anybn.kernels.cpu.sharing import begin, proceed
 from anybn.kernels.cpu.values import (
     EXACT,
     KERNEL,
+    MEAN,
+    MEAN_DY,
+    SCALE,
+    SLOPE,
     SUMS,
+    active_dy,
     add_compensated,
     at,
     cut,
+    dx_of,
     fill,
-    gradient_of,
-    gradient_through,
+    finish_gradients,
+    finish_statistics,
     if_given,
     load,
     normalized,
     scales_of,
-    settle,
-    settle_gradients,
     shift_in,
     store,
 )
-
-#: Rows whose sums are added to the others' with what rounding loses kept.
-ROWS = 32
 
 
 @njit(**EXACT)
@@ -73,11 +75,11 @@ def gather(columns, turn, inner, sums):
     """
     turns = len(columns) // turn
     while turns > 1:
-        kept = turns - turns // 2
-        head, tail = columns[: (turns - kept) * turn], columns[kept * turn : turns * turn]
+        half = turns - turns // 2
+        head, tail = columns[: (turns - half) * turn], columns[half * turn : turns * turn]
         for k in range(len(tail)):
             head[k] += tail[k]
-        turns = kept
+        turns = half
     for c in range(len(sums)):
         sums[c] = columns[c] if inner == 1 else sum_of(columns[c * inner : (c + 1) * inner])
 
@@ -121,14 +123,14 @@ def block_column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, b1,
         dy0, dy1 = part_of(dy, width, r, k0, k1), part_of(dy, width, r + 1, k0, k1)
         a0, a1 = part_of(active, width, r, k0, k1), part_of(active, width, r + 1, k0, k1)
         for k in range(len(x0)):
-            g0, g1 = gradient_of(dy0[k], at(a0, k)), gradient_of(dy1[k], at(a1, k))
+            g0, g1 = active_dy(dy0[k], at(a0, k)), active_dy(dy1[k], at(a1, k))
             b1[k] += g0 + g1
             b2[k] += g0 * (load(x0[k]) - origin[k]) + g1 * (load(x1[k]) - origin[k])
     for r in range(even, r1):
         row, drow = part_of(x, width, r, k0, k1), part_of(dy, width, r, k0, k1)
         arow = part_of(active, width, r, k0, k1)
         for k in range(len(row)):
-            g = gradient_of(drow[k], at(arow, k))
+            g = active_dy(drow[k], at(arow, k))
             b1[k] += g
             b2[k] += g * (load(row[k]) - origin[k])
 
@@ -141,45 +143,46 @@ def column_sums(x, width, r0, r1, k0, k1, origin, s1, s2):
     fill(lost2, 0.0)
     fill(s1, 0.0)
     fill(s2, 0.0)
-    for b in range(r0, r1, ROWS):
-        block_column_sums(x, width, b, min(b + ROWS, r1), k0, k1, origin, b1, b2)
+    for r in range(r0, r1, ROW_BLOCK):
+        block_column_sums(x, width, r, min(r + ROW_BLOCK, r1), k0, k1, origin, b1, b2)
         add_compensated(s1, lost1, b1)
         add_compensated(s2, lost2, b2)
 
 
 @njit(**EXACT)
 def column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, s1, s2):
-    """``sum(dy)`` and ``sum(dy * (x - origin))`` of the same part, with 0 for dy where it is not active."""
+    """``sum(dy)`` and ``sum(dy * (x - origin))`` of columns k0 to k1 over rows r0 to r1; dy is 0 where not active."""
     b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
     fill(lost1, 0.0)
     fill(lost2, 0.0)
     fill(s1, 0.0)
     fill(s2, 0.0)
-    for b in range(r0, r1, ROWS):
-        block_column_gradient_sums(dy, x, active, width, b, min(b + ROWS, r1), k0, k1, origin, b1, b2)
+    for r in range(r0, r1, ROW_BLOCK):
+        block_column_gradient_sums(dy, x, active, width, r, min(r + ROW_BLOCK, r1), k0, k1, origin, b1, b2)
         add_compensated(s1, lost1, b1)
         add_compensated(s2, lost2, b2)
 
 
 @njit(**EXACT)
-def normalize(x, y, residual, floor, mean, shift, scale, bias, width, r0, r1, k0, k1):
-    """Columns k0 to k1 of rows r0 to r1, with the channels' values spread."""
+def write_y(x, y, residual, floor, mean, shift, scale, bias, width, r0, r1, k0, k1):
+    """y in columns k0 to k1 of rows r0 to r1, with the channels' values spread."""
     for r in range(r0, r1):
-        row, out, rest = part_of(x, width, r, k0, k1), part_of(y, width, r, k0, k1), part_of(residual, width, r, k0, k1)
+        row, out = part_of(x, width, r, k0, k1), part_of(y, width, r, k0, k1)
+        residual_row = part_of(residual, width, r, k0, k1)
         for k in range(len(row)):
-            store(out, k, normalized(row[k], mean[k], at(shift, k), scale[k], bias[k], at(rest, k), floor))
+            store(out, k, normalized(row[k], mean[k], at(shift, k), scale[k], bias[k], at(residual_row, k), floor))
 
 
 @njit(**EXACT)
-def gradient(dy, x, active, dx, columns, shift, width, r0, r1, k0, k1):
-    """The same; columns are mean, shift, and what `gradient_through` needs."""
-    mean, a, b, scale = columns[0], columns[2], columns[3], columns[4]
+def write_dx(dy, x, active, dx, columns, shift, width, r0, r1, k0, k1):
+    """dx in columns k0 to k1 of rows r0 to r1, with what `spread_gradients` put into columns."""
+    mean, mean_dy, slope, scale = columns[0], columns[2], columns[3], columns[4]
     for r in range(r0, r1):
         row, out, drow = part_of(x, width, r, k0, k1), part_of(dx, width, r, k0, k1), part_of(dy, width, r, k0, k1)
         arow = part_of(active, width, r, k0, k1)
         for k in range(len(row)):
-            g = gradient_of(drow[k], at(arow, k))
-            store(out, k, gradient_through(g, row[k], mean[k], at(shift, k), a[k], b[k], scale[k]))
+            g = active_dy(drow[k], at(arow, k))
+            store(out, k, dx_of(g, row[k], mean[k], at(shift, k), mean_dy[k], slope[k], scale[k]))
 
 
 @njit(**EXACT)
@@ -199,7 +202,7 @@ def stripe_sums(x, width, inner, r0, r1, k0, k1, columns, sums):
 
 @njit(**EXACT)
 def stripe_gradient_sums(dy, x, active, width, inner, r0, r1, k0, k1, columns, sums):
-    """The same of `column_gradient_sums`."""
+    """`column_gradient_sums` with the origins spread in ``columns[0]``, gathered by channel; as `stripe_sums`."""
     s1, s2 = columns[1][: k1 - k0], columns[2][: k1 - k0]
     column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, columns[0], s1, s2)
     gather_both(s1, s2, width, inner, k0, k1, sums)
@@ -213,28 +216,29 @@ def gather_both(s1, s2, width, inner, k0, k1, sums):
 
 
 @njit(**EXACT)
-def spread_gradients(mean, shift, numbers, inner, k0, columns):
-    """For `gradient`; for numbers see `settle_gradients`."""
-    spread_all(mean, shift, numbers[2], numbers[3], inner, k0, columns)
-    spread(numbers[4], inner, k0, columns[4])
+def spread_gradients(mean, shift, gradients, inner, k0, columns):
+    """Mean, shift, mean of dy, slope and scale of the channels, in that order."""
+    spread_all(mean, shift, gradients[MEAN_DY], gradients[SLOPE], inner, k0, columns)
+    spread(gradients[SCALE], inner, k0, columns[4])
 
 
 @njit(**EXACT)
-def spread_all(mean, shift, a, b, inner, k0, columns):
+def spread_all(mean, shift, third, fourth, inner, k0, columns):
+    """Four values of each channel, each in its row of ``columns``; the second row is left alone without shifts."""
     spread(mean, inner, k0, columns[0])
     if shift is not None:
         spread(shift, inner, k0, columns[1])
-    spread(a, inner, k0, columns[2])
-    spread(b, inner, k0, columns[3])
+    spread(third, inner, k0, columns[2])
+    spread(fourth, inner, k0, columns[3])
 
 
 # -- tasks: panels ---------------------------------------------------------------------------------------------
 
 
 @cached(**KERNEL)
-def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbers, width, inner, panel):
+def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, statistics, width, inner, panel):
     """Panels of whole channels from statistics to y."""
-    mean, shift, scale = numbers[0], shift_in(numbers, x), numbers[4]
+    mean, shift, scale = statistics[MEAN], shift_in(statistics, x), statistics[SCALE]
     channels, rows = len(mean), -(-len(x) // width)
     count = len(x) // channels
     sums, columns = np.empty((2, channels)), np.empty((4, panel))
@@ -254,15 +258,15 @@ def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbe
                 spread(mean, inner, k0, columns[0])
                 stripe_sums(x, width, inner, 0, rows, k0, k1, columns, sums)
             for c in range(c0, c1):
-                settle(c, count, sums[0, c], sums[1, c], eps, weight, numbers, shift)
+                finish_statistics(c, count, sums[0, c], sums[1, c], eps, weight, statistics, shift)
             spread_all(mean, shift, scale, bias, inner, k0, columns)
-            normalize(x, y, residual, floor, columns[0], shifts, columns[2], columns[3], width, 0, rows, k0, k1)
+            write_y(x, y, residual, floor, columns[0], shifts, columns[2], columns[3], width, 0, rows, k0, k1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
 @cached(**KERNEL)
 def backward(
-    tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean, shift, var, numbers, width, inner, panel
+    tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean, shift, var, gradients, width, inner, panel
 ):  # fmt: skip
     """The gradient of panels; count is 0 where the statistics are constants."""
     channels, rows = len(mean), -(-len(x) // width)
@@ -271,14 +275,14 @@ def backward(
     first, last = begin(tickets, offers, seen)
     while first < last:
         for p in range(first, last):
-            b, e = p * panel, min((p + 1) * panel, width)
-            spread(mean, inner, b, columns[0])
-            stripe_gradient_sums(dy, x, active, width, inner, 0, rows, b, e, columns, sums)
-            c0, c1 = channels_of(b, e, width, inner, channels)
+            k0, k1 = p * panel, min((p + 1) * panel, width)
+            spread(mean, inner, k0, columns[0])
+            stripe_gradient_sums(dy, x, active, width, inner, 0, rows, k0, k1, columns, sums)
+            c0, c1 = channels_of(k0, k1, width, inner, channels)
             for c in range(c0, c1):
-                settle_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, numbers)
-            spread_gradients(mean, shift, numbers, inner, b, columns)
-            gradient(dy, x, active, dx, columns, shifts, width, 0, rows, b, e)
+                finish_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, gradients)
+            spread_gradients(mean, shift, gradients, inner, k0, columns)
+            write_dx(dy, x, active, dx, columns, shifts, width, 0, rows, k0, k1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
@@ -286,10 +290,10 @@ def backward(
 
 
 @njit(**EXACT)
-def stripe_of(q, x, width, panel, stripe):
-    """``(panel's number, r0, r1, k0, k1)`` of stripe q; those of a panel come one after the other."""
+def stripe_of(number, x, width, panel, stripe):
+    """``(panel's number, r0, r1, k0, k1)`` of a stripe; those of a panel come one after the other."""
     rows = -(-len(x) // width)
-    p, s = divmod(q, -(-rows // stripe))
+    p, s = divmod(number, -(-rows // stripe))
     return p, s * stripe, min((s + 1) * stripe, rows), p * panel, min((p + 1) * panel, width)
 
 
@@ -300,8 +304,8 @@ def sum_parts(tickets, offers, seen, x, origin, partial, width, inner, panel, st
     spread_for = -1
     first, last = begin(tickets, offers, seen)
     while first < last:
-        for q in range(first, last):
-            p, r0, r1, k0, k1 = stripe_of(q, x, width, panel, stripe)
+        for number in range(first, last):
+            p, r0, r1, k0, k1 = stripe_of(number, x, width, panel, stripe)
             if p != spread_for:
                 spread(origin, inner, k0, columns[0])
                 spread_for = p
@@ -314,13 +318,13 @@ def sum_parts(tickets, offers, seen, x, origin, partial, width, inner, panel, st
 
 @cached(**KERNEL)
 def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, width, inner, panel, stripe):
-    """The same of `stripe_gradient_sums`."""
+    """`stripe_gradient_sums` of stripes, each at its place in ``partial``, ``(2, stripes, C)``."""
     sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
     spread_for = -1
     first, last = begin(tickets, offers, seen)
     while first < last:
-        for q in range(first, last):
-            p, r0, r1, k0, k1 = stripe_of(q, x, width, panel, stripe)
+        for number in range(first, last):
+            p, r0, r1, k0, k1 = stripe_of(number, x, width, panel, stripe)
             if p != spread_for:
                 spread(origin, inner, k0, columns[0])
                 spread_for = p
@@ -339,27 +343,27 @@ def normalize_parts(
     shifts = if_given(shift, columns[1])
     first, last = begin(tickets, offers, seen)
     while first < last:
-        for q in range(first, last):
-            p, r0, r1, k0, k1 = stripe_of(q, x, width, panel, stripe)
+        for number in range(first, last):
+            p, r0, r1, k0, k1 = stripe_of(number, x, width, panel, stripe)
             if p != spread_for:
                 spread_all(mean, shift, scale, bias, inner, k0, columns)
                 spread_for = p
-            normalize(x, y, residual, floor, columns[0], shifts, columns[2], columns[3], width, r0, r1, k0, k1)
+            write_y(x, y, residual, floor, columns[0], shifts, columns[2], columns[3], width, r0, r1, k0, k1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
 @cached(**KERNEL)
-def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, numbers, width, inner, panel, stripe):
+def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, gradients, width, inner, panel, stripe):
     columns, spread_for = np.empty((5, panel)), -1
     shifts = if_given(shift, columns[1])
     first, last = begin(tickets, offers, seen)
     while first < last:
-        for q in range(first, last):
-            p, r0, r1, b, e = stripe_of(q, x, width, panel, stripe)
+        for number in range(first, last):
+            p, r0, r1, k0, k1 = stripe_of(number, x, width, panel, stripe)
             if p != spread_for:
-                spread_gradients(mean, shift, numbers, inner, b, columns)
+                spread_gradients(mean, shift, gradients, inner, k0, columns)
                 spread_for = p
-            gradient(dy, x, active, dx, columns, shifts, width, r0, r1, b, e)
+            write_dx(dy, x, active, dx, columns, shifts, width, r0, r1, k0, k1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 

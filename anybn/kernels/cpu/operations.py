@@ -1,4 +1,4 @@
-"""Batch norm on NumPy arrays by compiled kernels: how an array lies in memory, its parts, their merging.
+"""Batch norm on NumPy arrays by compiled kernels; 16-bit numbers come as their bits.
 
 Sums are taken over parts that depend on the shape alone, and merged in a fixed order, so the results do not depend on
 the number of threads. Where it pays, a channel is read from memory once: its statistics and its normalization are one
@@ -7,160 +7,84 @@ task. Elsewhere the array is read twice, in the order of memory.
 
 from __future__ import annotations
 
-import functools
 import math
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from anybn.core import formulas as _core
+from anybn.core import formulas
 from anybn.core.call import Call, Gradients, Spec, Statistics, Update
 from anybn.core.formulas import Over
-from anybn.kernels.cpu import columns as _columns
-from anybn.kernels.cpu import rows as _rows
-from anybn.kernels.cpu import runs as _runs
-from anybn.kernels.cpu import values as _kernels
-from anybn.kernels.cpu.sharing import CLAIMS, GRAIN, share
-from anybn.kernels.layout import Lying, alike, as_float64, delivered, destination, parameter
+from anybn.kernels.cpu import columns, rows, runs, values
+from anybn.kernels.cpu.plan import EVALUATED_RUN, Plan, plan_of
+from anybn.kernels.cpu.sharing import share
+from anybn.kernels.cpu.values import DBIAS, DWEIGHT, MEAN_DY, SCALE, SLOPE
+from anybn.kernels.layout import Layout, as_float64, delivered, destination, match_layouts, parameter
 
-row_kernels = _rows  # see `Backend.normalize_rows`
-CACHE = 1 << 20  # bytes that a core's own cache is trusted with
-SHARED_CACHE = 1 << 26  # and that all cores' caches are
-SEGMENT = 1 << 16  # values whose sums are merged with those of others
-RUN = 256  # values of a channel side by side; fewer are columns
-EVALUATED_RUN = 128  # the same where nothing is summed
-WIDTH = 1024  # columns whose parameters fit the innermost cache beside one array
-NARROW = 128  # columns that are still worth going through the rows for
+row_kernels = rows  # see `Backend.normalize_rows`
+_KERNELS = {"runs": runs, "columns": columns}
 
 
 def supports(dtype: np.dtype) -> bool:
     """float32, float64, and 16-bit numbers as their bits; float16 where the processor converts it."""
-    return dtype in (np.float32, np.float64, np.uint16) or (dtype == np.int16 and _kernels.converts_half())
+    return dtype in (np.float32, np.float64, np.uint16) or (dtype == np.int16 and values.converts_half())
 
 
-class Plan(NamedTuple):
-    """How the kernels go through an array of some shape, as a whole and in parts.
-
-    A *task* takes some channels from statistics to y; a *part* of an array is summed or normalized on its own.
-    """
-
-    kernels: ModuleType
-    """`_runs` or `_columns`, whose functions have the same names."""
-    first: slice
-    """one value of each channel in flat memory"""
-    fits: bool
-    """whether what a task reads stays in the cache"""
-    tasks: tuple[int, int]
-    """how many, and how many go with one claim"""
-    of_task: tuple[int, ...]
-    """the kernels' last arguments"""
-    parts: tuple[int, int]
-    of_part: tuple[int, ...]
-    partial: tuple[int, ...]
-    """shape of the parts' sums"""
-
-
-@functools.lru_cache(maxsize=1024)
-def plan_of(how: Lying, itemsize: int, arrays: int, run: int = RUN) -> Plan:
-    """The plan for arrays that lie like this, so many of which are read."""
-    outer, channels, inner = how.outer, how.channels, how.inner
-    values, whole = outer * channels * inner, channels * inner
-
-    def claims(count: int) -> tuple[int, int]:
-        return count, -(-count // max(1, min(CLAIMS, values * itemsize * arrays // GRAIN)))
-
-    if inner >= run:
-        segments = -(-inner // SEGMENT)
-        of_channel, nbytes = outer * inner * itemsize * arrays, values * itemsize * arrays
-        group = max(1, min(CACHE // 2 // of_channel, channels // CLAIMS))
-        return Plan(
-            _runs,
-            first=slice(0, whole, inner),
-            # A channel's runs lie apart, and every one begins with a wait for memory: to read an array that lies in the
-            # shared cache twice from end to end takes half the time of going channel by channel.
-            fits=of_channel <= CACHE and not CACHE < nbytes <= SHARED_CACHE,
-            tasks=claims(-(-channels // group)),
-            of_task=(inner, group),
-            parts=claims(outer * channels * segments),
-            of_part=(inner, segments),
-            partial=(2, outer, channels, segments),
-        )
-    joined = max(1, min(WIDTH // arrays // whole, outer))
-    width, rows = joined * whole, -(-outer // joined)
-    unit = width if joined > 1 else inner  # columns that hold channels whole
-
-    def panel(columns: int) -> int:
-        return min(width, max(1, columns // unit) * unit)
-
-    broad = panel(WIDTH)
-    narrow = panel(min(WIDTH, max(NARROW, CACHE // 4 // (rows * itemsize * arrays))))
-    stripe = max(1, SEGMENT // broad)
-    stripes = -(-rows // stripe)
-    return Plan(
-        _columns,
-        first=slice(0, whole, inner),
-        fits=rows * narrow * itemsize * arrays <= CACHE,
-        tasks=claims(-(-width // narrow)),
-        of_task=(width, inner, narrow),
-        parts=claims(stripes * -(-width // broad)),
-        of_part=(width, inner, broad, stripe),
-        partial=(2, stripes, channels),
-    )
-
-
-# -- the operations --------------------------------------------------------------------------------------------
+# -- forward ---------------------------------------------------------------------------------------------------
 
 
 def train(call: Call) -> tuple[np.ndarray, Statistics]:
     """y and the statistics of x."""
     x, spec, weight, bias, residual, _, _, _, out = call
-    how, contiguous, (rest,) = alike(x, spec.axis, residual)
-    plan = plan_of(how, x.itemsize, 1)
+    layout, x, (residual,) = match_layouts(x, spec.axis, residual)
+    plan = plan_of(layout, x.itemsize, 1)
     if not plan.fits:
-        call = Call(contiguous, spec, weight, bias, rest, None, None, None, out)
+        call = Call(x, spec, weight, bias, residual, None, None, None, out)
         statistics = batch_statistics(call)
         return evaluate(call, statistics), statistics
-    y = destination(contiguous, out)
-    numbers, wide = np.empty((5, how.channels)), x.dtype != np.float64
-    arrays = (how.flat(contiguous), how.flat(y), None if rest is None else how.flat(rest))
-    parameters = (parameter(weight, how.channels, 1.0), parameter(bias, how.channels, 0.0))
+    y, found = destination(x, out), np.empty((5, layout.channels))
+    arrays = (layout.flat(x), layout.flat(y), None if residual is None else layout.flat(residual))
+    parameters = (parameter(weight, layout.channels, 1.0), parameter(bias, layout.channels, 0.0))
     options = (_floor(spec), spec.eps)
-    share(plan.kernels.train, *plan.tasks, *arrays, *options, *parameters, numbers, *plan.of_task)
-    return delivered(y, out), Statistics(how.outer * how.inner, numbers[0], None if wide else numbers[1], *numbers[2:4])
+    share(_KERNELS[plan.kernels].train, *plan.tasks, *arrays, *options, *parameters, found, *plan.of_task)
+    mean, shift, var, m2, _ = found
+    return delivered(y, out), Statistics(
+        layout.outer * layout.inner, mean, shift if x.dtype == np.float64 else None, var, m2
+    )
 
 
 def batch_statistics(call: Call) -> Statistics:
     """Mean and variance of every channel."""
-    how, x, _ = alike(call.x, call.spec.axis)
-    plan = plan_of(how, x.itemsize, 1)
-    x = how.flat(x)
+    layout, x, _ = match_layouts(call.x, call.spec.axis)
+    plan = plan_of(layout, x.itemsize, 1)
+    x = layout.flat(x)
 
     def sums(origin: np.ndarray) -> Any:
-        return _summed(plan, plan.kernels.sum_parts, x, origin)
+        return _summed(plan, _KERNELS[plan.kernels].sum_parts, x, origin)
 
     with np.errstate(all="ignore"):
         origin = as_float64(x[plan.first])
-        return _core.statistics_of_sums(sums, origin, how.outer * how.inner, x.dtype != np.float64)
+        return formulas.statistics_of_sums(sums, origin, layout.outer * layout.inner, x.dtype != np.float64)
 
 
 def _summed(plan: Plan, kernel: Any, *arguments: Any) -> np.ndarray:
     """What a kernel sums over parts, per channel."""
     partial, sums = np.empty(plan.partial), np.empty((2, plan.partial[2]))
     share(kernel, *plan.parts, *arguments, partial, *plan.of_part)
-    plan.kernels.merge_parts(partial, sums)
+    _KERNELS[plan.kernels].merge_parts(partial, sums)
     return sums
 
 
 def evaluate(call: Call, statistics: Statistics) -> np.ndarray:
     """y with given statistics."""
     x, spec, weight, bias, residual, _, _, _, out = call
-    how, contiguous, (rest,) = alike(x, spec.axis, residual)
-    plan = plan_of(how, x.itemsize, 1, EVALUATED_RUN)
-    y = destination(contiguous, out)
-    arrays = (how.flat(contiguous), how.flat(y), None if rest is None else how.flat(rest), _floor(spec))
-    parameters = (spec.eps, parameter(weight, how.channels, 1.0), parameter(bias, how.channels, 0.0))
-    share(plan.kernels.normalize_parts, *plan.parts, *arrays, *parameters, *_writable(statistics), *plan.of_part)
+    layout, x, (residual,) = match_layouts(x, spec.axis, residual)
+    plan = plan_of(layout, x.itemsize, 1, EVALUATED_RUN)
+    y = destination(x, out)
+    arrays = (layout.flat(x), layout.flat(y), None if residual is None else layout.flat(residual), _floor(spec))
+    parameters = (spec.eps, parameter(weight, layout.channels, 1.0), parameter(bias, layout.channels, 0.0))
+    kernel = _KERNELS[plan.kernels].normalize_parts
+    share(kernel, *plan.parts, *arrays, *parameters, *_writable(statistics), *plan.of_part)
     return delivered(y, out)
 
 
@@ -174,31 +98,94 @@ def _writable(statistics: Statistics) -> tuple[np.ndarray, np.ndarray | None, np
     return np.array(statistics.mean), statistics.shift, np.array(statistics.var)
 
 
+# -- backward --------------------------------------------------------------------------------------------------
+
+
 def gradients(
     call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None, over: Over | None = None
 ) -> Gradients:
     """See `anybn.core.formulas.gradients`; weight's and bias's in float64, the residual's left out."""
-    x, spec, weight = call[:3]
-    how, contiguous, (dy_like, active_like) = alike(x, spec.axis, dy, active)
-    assert dy_like is not None
-    plan = plan_of(how, x.itemsize, 2)
-    dx, numbers = np.empty_like(contiguous), np.empty((5, how.channels))
-    inputs = (how.flat(dy_like), how.flat(contiguous), None if active_like is None else how.flat(active_like))
-    count = 0 if statistics.count is None else how.outer * how.inner
-    weight, (mean, shift, var) = parameter(weight, how.channels, 1.0), _writable(statistics)
+    layout, x, inputs = _inputs(call, dy, active)
+    plan, spec, dx = plan_of(layout, x.itemsize, 2), call.spec, np.empty_like(x)
+    count = 0 if statistics.count is None else layout.outer * layout.inner
+    mean, shift, var = _writable(statistics)
     if plan.fits and over is None:
-        values = (count, spec.eps, weight, mean, shift, var, numbers)
-        share(plan.kernels.backward, *plan.tasks, *inputs, how.flat(dx), *values, *plan.of_task)
-    else:
-        sums = _summed(plan, plan.kernels.gradient_sum_parts, *inputs, mean)
-        _kernels.settle_all_gradients(0 if over else count, sums, spec.eps, weight, shift, var, numbers)
-        if over is not None:
-            with np.errstate(all="ignore"):
-                sum_dy, sum_dy_xhat = over(numbers[1], numbers[0])
-                numbers[2] = sum_dy / statistics.count
-                numbers[3] = sum_dy_xhat / statistics.count / np.sqrt(var + spec.eps)
-        share(plan.kernels.gradient_parts, *plan.parts, *inputs, how.flat(dx), mean, shift, numbers, *plan.of_part)
-    return Gradients(dx, numbers[0], numbers[1], None)
+        found, weight = np.empty((5, layout.channels)), parameter(call.weight, layout.channels, 1.0)
+        per_channel = (count, spec.eps, weight, mean, shift, var, found)
+        kernel = _KERNELS[plan.kernels].backward
+        share(kernel, *plan.tasks, *inputs, layout.flat(dx), *per_channel, *plan.of_task)
+        return Gradients(dx, found[DWEIGHT], found[DBIAS], None)
+    found = _summed_gradients(plan, inputs, call, mean, shift, var, 0 if over else count)
+    if over is not None:
+        with np.errstate(all="ignore"):
+            sum_dy, sum_dy_xhat = over(found[DBIAS], found[DWEIGHT])
+            found[MEAN_DY] = sum_dy / statistics.count
+            found[SLOPE] = sum_dy_xhat / statistics.count / np.sqrt(var + spec.eps)
+    _write_dx(plan, inputs, layout.flat(dx), mean, shift, found)
+    return Gradients(dx, found[DWEIGHT], found[DBIAS], None)
+
+
+def gradient_sums(
+    call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """``sum(dy)`` and ``sum(dy * xhat)`` per channel, of a part of an array."""
+    layout, x, inputs = _inputs(call, dy, active)
+    found = _summed_gradients(plan_of(layout, x.itemsize, 2), inputs, call, *_writable(statistics), 0)
+    return found[DBIAS], found[DWEIGHT]
+
+
+def dx(
+    call: Call,
+    statistics: Statistics,
+    dy: np.ndarray,
+    active: np.ndarray | None,
+    mean_dy: np.ndarray | None,
+    mean_dy_xhat: np.ndarray | None,
+) -> np.ndarray:
+    """dx of a part of an array, with the means over all of it; without them for constant statistics."""
+    layout, x, inputs = _inputs(call, dy, active)
+    dx, found, (mean, shift, _) = np.empty_like(x), np.zeros((5, layout.channels)), _writable(statistics)
+    with np.errstate(all="ignore"):
+        found[SCALE] = formulas.scale_of(np, statistics, call.weight, call.spec.eps)
+        if mean_dy is not None and mean_dy_xhat is not None:
+            found[MEAN_DY] = mean_dy
+            found[SLOPE] = mean_dy_xhat * formulas.reciprocal_std(np, statistics, call.spec.eps)
+    _write_dx(plan_of(layout, x.itemsize, 2), inputs, layout.flat(dx), mean, shift, found)
+    return dx
+
+
+def _inputs(call: Call, dy: np.ndarray, active: np.ndarray | None) -> tuple[Layout, np.ndarray, tuple[Any, ...]]:
+    """x and its layout; and what backward kernels read, in flat memory."""
+    layout, x, (dy_like, active) = match_layouts(call.x, call.spec.axis, dy, active)
+    assert dy_like is not None
+    return layout, x, (layout.flat(dy_like), layout.flat(x), None if active is None else layout.flat(active))
+
+
+def _summed_gradients(
+    plan: Plan,
+    inputs: tuple[Any, ...],
+    call: Call,
+    mean: np.ndarray,
+    shift: np.ndarray | None,
+    var: np.ndarray,
+    count: int,
+) -> np.ndarray:
+    """See `values.finish_gradients`."""
+    found, weight = np.empty((5, len(mean))), parameter(call.weight, len(mean), 1.0)
+    sums = _summed(plan, _KERNELS[plan.kernels].gradient_sum_parts, *inputs, mean)
+    values.finish_all_gradients(count, sums, call.spec.eps, weight, shift, var, found)
+    return found
+
+
+def _write_dx(
+    plan: Plan,
+    inputs: tuple[Any, ...],
+    dx: np.ndarray,
+    mean: np.ndarray,
+    shift: np.ndarray | None,
+    found: np.ndarray,
+) -> None:
+    share(_KERNELS[plan.kernels].gradient_parts, *plan.parts, *inputs, dx, mean, shift, found, *plan.of_part)
 
 
 def updated_running_statistics(update: Update, statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
@@ -206,5 +193,5 @@ def updated_running_statistics(update: Update, statistics: Statistics) -> tuple[
     running_mean, running_var, momentum, ddof, propagate = update
     running_mean, running_var = np.array(running_mean), np.array(running_var)
     batch = (statistics.mean, statistics.shift, statistics.m2, statistics.count)
-    _kernels.update_running(*batch, ddof, momentum, propagate, running_mean, running_var)
+    values.update_running(*batch, ddof, momentum, propagate, running_mean, running_var)
     return running_mean, running_var

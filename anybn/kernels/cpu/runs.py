@@ -11,29 +11,30 @@ import numpy as np
 from numba import njit
 
 from anybn.kernels.cpu.cached import cached
+from anybn.kernels.cpu.plan import RUN_BLOCK
 from anybn.kernels.cpu.sharing import begin, proceed
 from anybn.kernels.cpu.values import (
     EXACT,
     KERNEL,
+    MEAN,
+    MEAN_DY,
+    SCALE,
+    SLOPE,
     SUMS,
+    active_dy,
     at,
     compensated,
     cut,
+    dx_of,
     fill,
-    gradient_of,
-    gradient_through,
+    finish_gradients,
+    finish_statistics,
     load,
     normalized,
     scales_of,
-    settle,
-    settle_gradients,
     shift_in,
     store,
 )
-
-#: Values whose sum is added to the others with what rounding loses kept.
-BLOCK = 4096
-
 
 # -- some runs -------------------------------------------------------------------------------------------------
 
@@ -52,9 +53,9 @@ def block_sums(row, origin):
 def block_gradient_sums(drow, row, arow, origin):
     s1 = s2 = 0.0
     for i in range(len(row)):
-        g = gradient_of(drow[i], at(arow, i))
-        s1 += g
-        s2 += g * (load(row[i]) - origin)
+        dy = active_dy(drow[i], at(arow, i))
+        s1 += dy
+        s2 += dy * (load(row[i]) - origin)
     return s1, s2
 
 
@@ -62,8 +63,8 @@ def block_gradient_sums(drow, row, arow, origin):
 def run_sums(x, first, last, origin):
     """``sum(x - origin)`` and ``sum((x - origin)**2)`` from value first to last."""
     s1 = s2 = lost1 = lost2 = 0.0
-    for b in range(first, last, BLOCK):
-        b1, b2 = block_sums(x[b : min(b + BLOCK, last)], origin)
+    for start in range(first, last, RUN_BLOCK):
+        b1, b2 = block_sums(x[start : min(start + RUN_BLOCK, last)], origin)
         s1, lost1 = compensated(s1, lost1, b1)
         s2, lost2 = compensated(s2, lost2, b2)
     return s1, s2
@@ -71,19 +72,19 @@ def run_sums(x, first, last, origin):
 
 @njit(**EXACT)
 def run_gradient_sums(dy, x, active, first, last, origin):
-    """``sum(dy)`` and ``sum(dy * (x - origin))`` of the same values, with 0 for dy where it is not active."""
+    """``sum(dy)`` and ``sum(dy * (x - origin))`` from value first to last, with 0 for dy where it is not active."""
     s1 = s2 = lost1 = lost2 = 0.0
-    for b in range(first, last, BLOCK):
-        e = min(b + BLOCK, last)
-        b1, b2 = block_gradient_sums(dy[b:e], x[b:e], cut(active, b, e), origin)
+    for start in range(first, last, RUN_BLOCK):
+        stop = min(start + RUN_BLOCK, last)
+        b1, b2 = block_gradient_sums(dy[start:stop], x[start:stop], cut(active, start, stop), origin)
         s1, lost1 = compensated(s1, lost1, b1)
         s2, lost2 = compensated(s2, lost2, b2)
     return s1, s2
 
 
 @njit(**EXACT)
-def add_to(sums, c, s1, s2):
-    """Adds to ``sums[0, c]`` and ``sums[1, c]``, with what rounding loses in the next two rows."""
+def add_compensated_to(sums, c, s1, s2):
+    """Adds to ``sums[0, c]`` and ``sums[1, c]``; what rounding loses is kept in the next two rows."""
     sums[0, c], sums[2, c] = compensated(sums[0, c], sums[2, c], s1)
     sums[1, c], sums[3, c] = compensated(sums[1, c], sums[3, c], s2)
 
@@ -96,60 +97,60 @@ def group_sums(x, c0, c1, length, origin, sums):
     for r in range(0, len(x), len(origin) * length):
         for c in range(c0, c1):
             s1, s2 = run_sums(x, r + c * length, r + (c + 1) * length, origin[c])
-            add_to(sums, c, s1, s2)
+            add_compensated_to(sums, c, s1, s2)
 
 
 @njit(**EXACT)
 def group_gradient_sums(dy, x, active, c0, c1, length, origin, sums):
-    """The same of `run_gradient_sums`."""
+    """`run_gradient_sums` of channels c0 to c1, in the order of memory."""
     for i in range(4):
         fill(sums[i][c0:c1], 0.0)
     for r in range(0, len(x), len(origin) * length):
         for c in range(c0, c1):
             s1, s2 = run_gradient_sums(dy, x, active, r + c * length, r + (c + 1) * length, origin[c])
-            add_to(sums, c, s1, s2)
+            add_compensated_to(sums, c, s1, s2)
 
 
 @njit(**EXACT)
-def segment(q, length, segments):
-    """The first and one past the last value of segment q, where every run is cut into as many."""
-    run, s = divmod(q, segments)
+def segment(number, length, segments):
+    """The first and one past the last value of a segment, where every run is cut into so many."""
+    run, s = divmod(number, segments)
     step = -(-length // segments)
     return run * length + min(s * step, length), run * length + min((s + 1) * step, length)
 
 
 @njit(**EXACT)
-def normalize(x, y, residual, floor, mean, shift, scale, bias, length, segments, first, last):
-    """Segments first to last."""
-    for q in range(first, last):
-        b, e = segment(q, length, segments)
-        c = q // segments % len(mean)
-        m, s, k, o = mean[c], at(shift, c), scale[c], bias[c]
-        row, out, rest = x[b:e], y[b:e], cut(residual, b, e)
+def write_y(x, y, residual, floor, mean, shift, scale, bias, length, segments, first, last):
+    """y in segments first to last."""
+    for number in range(first, last):
+        start, stop = segment(number, length, segments)
+        c = number // segments % len(mean)
+        m, s, k, b = mean[c], at(shift, c), scale[c], bias[c]
+        row, out, residual_row = x[start:stop], y[start:stop], cut(residual, start, stop)
         for i in range(len(row)):
-            store(out, i, normalized(row[i], m, s, k, o, at(rest, i), floor))
+            store(out, i, normalized(row[i], m, s, k, b, at(residual_row, i), floor))
 
 
 @njit(**EXACT)
-def gradient(dy, x, active, dx, mean, shift, numbers, length, segments, first, last):
-    """The same; for numbers see `settle_gradients`."""
-    for q in range(first, last):
-        b, e = segment(q, length, segments)
-        c = q // segments % len(mean)
-        m, s, k1, k2, k = mean[c], at(shift, c), numbers[2, c], numbers[3, c], numbers[4, c]
-        row, drow, arow, out = x[b:e], dy[b:e], cut(active, b, e), dx[b:e]
+def write_dx(dy, x, active, dx, mean, shift, gradients, length, segments, first, last):
+    """dx in segments first to last."""
+    for number in range(first, last):
+        start, stop = segment(number, length, segments)
+        c = number // segments % len(mean)
+        m, s = mean[c], at(shift, c)
+        mean_dy, slope, k = gradients[MEAN_DY, c], gradients[SLOPE, c], gradients[SCALE, c]
+        row, drow, arow, out = x[start:stop], dy[start:stop], cut(active, start, stop), dx[start:stop]
         for i in range(len(row)):
-            g = gradient_of(drow[i], at(arow, i))
-            store(out, i, gradient_through(g, row[i], m, s, k1, k2, k))
+            store(out, i, dx_of(active_dy(drow[i], at(arow, i)), row[i], m, s, mean_dy, slope, k))
 
 
 # -- tasks: groups of channels ---------------------------------------------------------------------------------
 
 
 @cached(**KERNEL)
-def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbers, length, group):
+def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, statistics, length, group):
     """Groups of channels from statistics to y."""
-    mean, shift, scale = numbers[0], shift_in(numbers, x), numbers[4]
+    mean, shift, scale = statistics[MEAN], shift_in(statistics, x), statistics[SCALE]
     channels = len(mean)
     count, sums = len(x) // channels, np.empty((4, channels))
     first, last = begin(tickets, offers, seen)
@@ -164,14 +165,14 @@ def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, numbe
                     mean[c] += sums[0, c] / count
                 group_sums(x, c0, c1, length, mean, sums)
             for c in range(c0, c1):
-                settle(c, count, sums[0, c], sums[1, c], eps, weight, numbers, shift)
+                finish_statistics(c, count, sums[0, c], sums[1, c], eps, weight, statistics, shift)
             for run in range(0, len(x) // length, channels):
-                normalize(x, y, residual, floor, mean, shift, scale, bias, length, 1, run + c0, run + c1)
+                write_y(x, y, residual, floor, mean, shift, scale, bias, length, 1, run + c0, run + c1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
 @cached(**KERNEL)
-def backward(tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean, shift, var, numbers, length, group):
+def backward(tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean, shift, var, gradients, length, group):
     """The gradient of groups of channels; count is 0 where the statistics are constants."""
     channels = len(mean)
     sums = np.empty((4, channels))
@@ -181,9 +182,9 @@ def backward(tickets, offers, seen, dy, x, active, dx, count, eps, weight, mean,
             c1 = min(c0 + group, channels)
             group_gradient_sums(dy, x, active, c0, c1, length, mean, sums)
             for c in range(c0, c1):
-                settle_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, numbers)
+                finish_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, gradients)
             for run in range(0, len(x) // length, channels):
-                gradient(dy, x, active, dx, mean, shift, numbers, length, 1, run + c0, run + c1)
+                write_dx(dy, x, active, dx, mean, shift, gradients, length, 1, run + c0, run + c1)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
@@ -196,22 +197,22 @@ def sum_parts(tickets, offers, seen, x, origin, partial, length, segments):
     s1, s2 = partial[0].reshape(-1), partial[1].reshape(-1)
     first, last = begin(tickets, offers, seen)
     while first < last:
-        for q in range(first, last):
-            b, e = segment(q, length, segments)
-            s1[q], s2[q] = run_sums(x, b, e, origin[q // segments % len(origin)])
+        for number in range(first, last):
+            start, stop = segment(number, length, segments)
+            s1[number], s2[number] = run_sums(x, start, stop, origin[number // segments % len(origin)])
         first, last = proceed(tickets, offers, seen, last - first)
 
 
 @cached(**KERNEL)
 def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, length, segments):
-    """The same of `run_gradient_sums`."""
+    """`run_gradient_sums` of segments, each at its place in ``partial``, ``(2, N, C, segments)``."""
     s1, s2 = partial[0].reshape(-1), partial[1].reshape(-1)
     first, last = begin(tickets, offers, seen)
     while first < last:
-        for q in range(first, last):
-            b, e = segment(q, length, segments)
-            c = q // segments % len(origin)
-            s1[q], s2[q] = run_gradient_sums(dy, x, active, b, e, origin[c])
+        for number in range(first, last):
+            start, stop = segment(number, length, segments)
+            c = number // segments % len(origin)
+            s1[number], s2[number] = run_gradient_sums(dy, x, active, start, stop, origin[c])
         first, last = proceed(tickets, offers, seen, last - first)
 
 
@@ -222,15 +223,15 @@ def normalize_parts(
     scale = scales_of(var, eps, weight)
     first, last = begin(tickets, offers, seen)
     while first < last:
-        normalize(x, y, residual, floor, mean, shift, scale, bias, length, segments, first, last)
+        write_y(x, y, residual, floor, mean, shift, scale, bias, length, segments, first, last)
         first, last = proceed(tickets, offers, seen, last - first)
 
 
 @cached(**KERNEL)
-def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, numbers, length, segments):
+def gradient_parts(tickets, offers, seen, dy, x, active, dx, mean, shift, gradients, length, segments):
     first, last = begin(tickets, offers, seen)
     while first < last:
-        gradient(dy, x, active, dx, mean, shift, numbers, length, segments, first, last)
+        write_dx(dy, x, active, dx, mean, shift, gradients, length, segments, first, last)
         first, last = proceed(tickets, offers, seen, last - first)
 
 

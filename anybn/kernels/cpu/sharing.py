@@ -23,17 +23,14 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from anybn.kernels.cpu import threads as _threads
+from anybn._lock import after_fork
 from anybn.kernels.cpu.cached import cached
+from anybn.kernels.cpu.plan import LOOKS, YIELDS
+from anybn.kernels.cpu.threads import get_num_threads
 
-GRAIN = 1 << 17  # bytes that are worth a claim, and with it another thread
-CLAIMS = 32  # of a call, about: enough for threads of different speed to end together
 #: The tickets of a call: the next number, how many are done, how many go with one claim, how many there are.
 NEXT, DONE, STEP, COUNT = range(4)
-#: How long a thread stays awake for what another is to do, in looks at a number, 10 to a nanosecond, and how often it
-#: lets the system have the CPU meanwhile, which may have put the other one behind it. Waking a thread takes 15 us.
-LOOKS, PATIENCE = 20_000, 50
-#: In the place of what a helper has seen.
+#: What the calling thread passes as ``seen``; a helper passes how many offers there had been when it took its own.
 CALLER = -1
 
 
@@ -69,11 +66,11 @@ _yield = types.ExternalFunction("sched_yield", types.int32()) if hasattr(os, "sc
 
 
 @cached(nogil=True)
-def _reaches(numbers, index, value):
-    """Waits for ``numbers[index] >= value``, but not for ever; whether it is so."""
-    for _ in range(PATIENCE):
+def _reaches(counts, index, value):
+    """Waits for ``counts[index] >= value``, but not for ever; whether it is so."""
+    for _ in range(YIELDS):
         for _ in range(LOOKS):
-            if _look(numbers, index) >= value:
+            if _look(counts, index) >= value:
                 return True
         _yield()
     return False
@@ -170,8 +167,8 @@ _offers = np.zeros(1, np.int64)
 _lock = threading.Lock()
 
 
+@after_fork
 def _forget_helpers() -> None:
-    """In a forked child the threads do not exist, and the lock may be held by one of them."""
     global _lock
     _lock = threading.Lock()
     _helpers.clear()
@@ -183,10 +180,6 @@ def _stop_helpers() -> None:
         helper.stop()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_helpers)
-
-
 def share(kernel: Callable[..., None], count: int, step: int, *arguments: Any) -> None:
     """``kernel(tickets, offers, seen, *arguments)`` on this thread and on helpers, until ``count`` numbers are done.
 
@@ -195,7 +188,7 @@ def share(kernel: Callable[..., None], count: int, step: int, *arguments: Any) -
     the last claim is done: nothing is written to an array afterwards.
     """
     tickets = np.array((0, 0, step, count))
-    helpers = min(_threads.get_num_threads(), -(-count // step)) - 1
+    helpers = min(get_num_threads(), -(-count // step)) - 1
     if helpers < 1:
         kernel(tickets, _offers, CALLER, *arguments)
         return

@@ -4,7 +4,7 @@ A view of a tensor as a NumPy array costs as much as normalizing (8, 16) does, a
 address costs a tenth. The caller has checked that every address holds as many contiguous values as it says.
 
 Addresses are int64, 0 for what is not there. ``like_x`` and ``like_weight`` are arrays that stand for a dtype. Results
-are those of `_fused` on one thread, bit for bit. Untyped, as `_kernels` is.
+are those of `operations`, bit for bit. Untyped, as `values` is.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
@@ -17,12 +17,12 @@ import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
 
-from anybn.kernels.cpu import columns as _columns
-from anybn.kernels.cpu import operations as _fused
+from anybn.kernels.cpu import columns
 from anybn.kernels.cpu.cached import cached
+from anybn.kernels.cpu.plan import plan_of
 from anybn.kernels.cpu.sharing import CALLER, COUNT, STEP
-from anybn.kernels.cpu.values import load, shift_in, update_running
-from anybn.kernels.layout import Lying
+from anybn.kernels.cpu.values import M2, MEAN, load, shift_in, update_running
+from anybn.kernels.layout import Layout
 
 _COMPILED = {"nogil": True, "error_model": "numpy"}
 
@@ -55,12 +55,12 @@ def overlap(a, a_bytes, b, b_bytes):
 @cached(**_COMPILED)
 def shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
     """Whether x lies on anything of the state."""
-    x_bytes, kept, statistics = size * like_x.itemsize, channels * like_weight.itemsize, channels * 8
+    x_bytes, parameter_bytes, statistics_bytes = size * like_x.itemsize, channels * like_weight.itemsize, channels * 8
     return (
-        overlap(x, x_bytes, weight, kept)
-        or overlap(x, x_bytes, bias, kept)
-        or overlap(x, x_bytes, running_mean, statistics)
-        or overlap(x, x_bytes, running_var, statistics)
+        overlap(x, x_bytes, weight, parameter_bytes)
+        or overlap(x, x_bytes, bias, parameter_bytes)
+        or overlap(x, x_bytes, running_mean, statistics_bytes)
+        or overlap(x, x_bytes, running_var, statistics_bytes)
     )
 
 
@@ -101,13 +101,13 @@ def train(
     floor,
     eps,
     momentum,
-    numbers,
+    statistics,
     tasks,
     width,
     inner,
     panel,
 ):
-    """Fill y and numbers, as `_columns.train` does, and update what of the state has an address.
+    """Fill y and statistics, as `columns.train` does, and update what of the state has an address.
 
     momentum below 0 is the cumulative average, and running_var unbiased, as torch has it. False, and nothing done, if x
     lies on the state.
@@ -118,18 +118,20 @@ def train(
     x_in, y_in = carray(pointer(like_x, x), (size,)), carray(pointer(like_x, y), (size,))
     tickets, offers = one_claim(tasks), np.zeros(1, np.int64)
     if residual == 0:
-        _columns.train(tickets, offers, CALLER, x_in, y_in, None, floor, eps, w, b, numbers, width, inner, panel)
+        columns.train(tickets, offers, CALLER, x_in, y_in, None, floor, eps, w, b, statistics, width, inner, panel)
     else:
-        rest = carray(pointer(like_x, residual), (size,))
-        _columns.train(tickets, offers, CALLER, x_in, y_in, rest, floor, eps, w, b, numbers, width, inner, panel)
+        residual_in = carray(pointer(like_x, residual), (size,))
+        columns.train(
+            tickets, offers, CALLER, x_in, y_in, residual_in, floor, eps, w, b, statistics, width, inner, panel
+        )
     if running_mean != 0:
         tracked = carray(integers(batches), (1,))
         tracked[0] += 1
         new = momentum if momentum >= 0.0 else 1.0 / tracked[0]
-        mean = carray(pointer(numbers, running_mean), (channels,))
-        var = carray(pointer(numbers, running_var), (channels,))
-        shift = shift_in(numbers, x_in)
-        update_running(numbers[0], shift, numbers[3], size // channels, 1, new, False, mean, var)
+        mean = carray(pointer(statistics, running_mean), (channels,))
+        var = carray(pointer(statistics, running_var), (channels,))
+        shift = shift_in(statistics, x_in)
+        update_running(statistics[MEAN], shift, statistics[M2], size // channels, 1, new, False, mean, var)
     return True
 
 
@@ -166,10 +168,10 @@ def evaluate(
     tickets, offers, split = one_claim(parts), np.zeros(1, np.int64), (width, inner, panel, stripe)
     given = (floor, eps, w, b, copies[0], None, copies[1])
     if residual == 0:
-        _columns.normalize_parts(tickets, offers, CALLER, x_in, y_in, None, *given, *split)
+        columns.normalize_parts(tickets, offers, CALLER, x_in, y_in, None, *given, *split)
     else:
-        rest = carray(pointer(like_x, residual), (size,))
-        _columns.normalize_parts(tickets, offers, CALLER, x_in, y_in, rest, *given, *split)
+        residual_in = carray(pointer(like_x, residual), (size,))
+        columns.normalize_parts(tickets, offers, CALLER, x_in, y_in, residual_in, *given, *split)
     return True
 
 
@@ -178,7 +180,7 @@ def plans(shape, itemsize):
     """The last arguments of `train` and of `evaluate` for a contiguous array with its channels on axis 1; None for one
     of long planes, or too large for one thread's cache."""
     outer, channels, inner = shape[0], shape[1], math.prod(shape[2:])
-    plan = _fused.plan_of(Lying(tuple(range(len(shape))), outer, channels, inner), itemsize, 1)
-    if plan.kernels is not _columns or not plan.fits:
+    plan = plan_of(Layout(tuple(range(len(shape))), outer, channels, inner), itemsize, 1)
+    if plan.kernels != "columns" or not plan.fits:
         return None
     return (plan.tasks[0], *plan.of_task), (plan.parts[0], *plan.of_part)

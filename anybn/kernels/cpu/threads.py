@@ -11,20 +11,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from anybn import _settings
+from anybn._lock import after_fork
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _num_threads: int | None = None
 
 
+@after_fork
 def _forget_pool() -> None:
-    """In a forked child the pool's threads do not exist, and the lock may be held by one of them."""
     global _lock, _pool
     _lock, _pool = threading.Lock(), None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
 
 
 def get_num_threads() -> int:

@@ -28,10 +28,18 @@ from numba.extending import intrinsic, overload
 
 from anybn.kernels.cpu.cached import cached
 
-#: For what is called from Python, and for what kernels are made of, which needs no way in from there and no cache.
+#: Numba's options for kernels, which Python calls.
 KERNEL = {"nogil": True, "error_model": "numpy"}
+#: For functions that kernels call: Python has no way in, which halves the time to compile them.
 EXACT = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+#: For those among them that only add up.
 SUMS = {**EXACT, "fastmath": {"reassoc", "contract", "nsz"}}
+
+#: Rows of the array ``(5, C)`` that forward kernels fill, ``statistics``; the scale is ``rstd * weight``.
+MEAN, SHIFT, VAR, M2, SCALE = range(5)
+#: Rows of the array that backward kernels fill, ``gradients``, with SCALE as the fifth. The mean of dy and the slope, 0
+#: for constant statistics, are how x acts through the statistics: see `dx_of`.
+DWEIGHT, DBIAS, MEAN_DY, SLOPE = range(4)
 
 
 # -- values ----------------------------------------------------------------------------------------------------
@@ -143,46 +151,46 @@ def _cut(values, first, last):
     return lambda values, first, last: values[first:last]
 
 
-def shift_in(numbers, x):
-    """The shifts in what `train` works out; None for narrow x."""
+def shift_in(statistics, x):
+    """The row of shifts for float64 x, whose mean is ``mean + shift``; None for narrower x."""
     raise NotImplementedError
 
 
 @overload(shift_in, inline="always")
-def _shift_in(numbers, x):
+def _shift_in(statistics, x):
     if x.dtype == types.float64:
-        return lambda numbers, x: numbers[1]
-    return lambda numbers, x: None
+        return lambda statistics, x: statistics[SHIFT]
+    return lambda statistics, x: None
 
 
 @njit(**EXACT)
-def normalized(value, mean, shift, scale, bias, rest, floor):
-    """``max(floor, ((value - mean) - shift) * scale + bias + rest)``; shift and rest may be None."""
+def normalized(value, mean, shift, scale, bias, residual, floor):
+    """``max(floor, ((value - mean) - shift) * scale + bias + residual)``; shift and residual may be None."""
     v = load(value) - mean
     if shift is not None:
         v = v - shift
     v = v * scale + bias
-    if rest is not None:
-        v = v + load(rest)
+    if residual is not None:
+        v = v + load(residual)
     return floor if v < floor else v  # NaN stays
 
 
 @njit(**EXACT)
-def gradient_of(dvalue, active):
-    """dy as float64, 0 where it is not active."""
-    g = load(dvalue)
+def active_dy(dvalue, active):
+    """A value of dy as float64, 0 where it is not active."""
+    dy = load(dvalue)
     if active is not None:
-        g = g if active else 0.0
-    return g
+        dy = dy if active else 0.0
+    return dy
 
 
 @njit(**EXACT)
-def gradient_through(g, value, mean, shift, k1, k2, scale):
-    """``(dy - k1 - ((x - mean) - shift) * k2) * scale``."""
+def dx_of(dy, value, mean, shift, mean_dy, slope, scale):
+    """``(dy - mean_dy - ((x - mean) - shift) * slope) * scale``; shift may be None."""
     d = load(value) - mean
     if shift is not None:
         d = d - shift
-    return (g - k1 - d * k2) * scale
+    return (dy - mean_dy - d * slope) * scale
 
 
 @njit(**EXACT)
@@ -219,39 +227,36 @@ def scales_of(var, eps, weight):
 
 
 @njit(**EXACT)
-def settle(c, count, s1, s2, eps, weight, numbers, shift):
-    """The statistics of channel c, and its scale, from the sums of its values less an origin, which mean still is.
+def finish_statistics(c, count, s1, s2, eps, weight, statistics, shift):
+    """Column c of ``statistics`` from ``sum(x - origin)`` and ``sum((x - origin)**2)``; MEAN holds the origin before.
 
-    Numbers are the rows mean, shift, var, m2 and scale; with shifts, mean is the mean already.
+    With shifts, the origin is the mean already, and what it lacks is the shift.
     """
     if shift is None:
-        numbers[0, c] += s1 / count
+        statistics[MEAN, c] += s1 / count
     else:
         shift[c] = s1 / count
-    numbers[3, c] = s2 - s1 * (s1 / count)
-    numbers[2, c] = numbers[3, c] / count
-    rstd = rstd_of(numbers[2, c], eps)
-    numbers[4, c] = rstd if weight is None else rstd * weight[c]
+    statistics[M2, c] = s2 - s1 * (s1 / count)
+    statistics[VAR, c] = statistics[M2, c] / count
+    rstd = rstd_of(statistics[VAR, c], eps)
+    statistics[SCALE, c] = rstd if weight is None else rstd * weight[c]
 
 
 @njit(**EXACT)
-def settle_gradients(c, count, s1, s2, eps, weight, shift, var, numbers):
-    """The gradients of channel c's parameters from its sums, and what `gradient_through` needs.
-
-    Numbers are the rows dweight, dbias, k1, k2 and scale; k1 and k2 are 0 for constant statistics, of count 0.
-    """
+def finish_gradients(c, count, s1, s2, eps, weight, shift, var, gradients):
+    """Column c of ``gradients`` from ``sum(dy)`` and ``sum(dy * (x - mean))``; the count of constants is 0."""
     rstd = rstd_of(var[c], eps)
-    numbers[0, c] = (s2 if shift is None else s2 - shift[c] * s1) * rstd
-    numbers[1, c] = s1
-    numbers[2, c] = s1 / count if count else 0.0
-    numbers[3, c] = numbers[0, c] / count * rstd if count else 0.0
-    numbers[4, c] = rstd * weight[c]
+    gradients[DWEIGHT, c] = (s2 if shift is None else s2 - shift[c] * s1) * rstd
+    gradients[DBIAS, c] = s1
+    gradients[MEAN_DY, c] = s1 / count if count else 0.0
+    gradients[SLOPE, c] = gradients[DWEIGHT, c] / count * rstd if count else 0.0
+    gradients[SCALE, c] = rstd * weight[c]
 
 
 @cached(**KERNEL)
-def settle_all_gradients(count, sums, eps, weight, shift, var, numbers):
+def finish_all_gradients(count, sums, eps, weight, shift, var, gradients):
     for c in range(len(var)):
-        settle_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, numbers)
+        finish_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, gradients)
 
 
 @cached(**KERNEL)

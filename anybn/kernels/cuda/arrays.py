@@ -9,7 +9,7 @@ from typing import Any
 from anybn.core.call import Array, Call, Gradients, Statistics, Update, dtype_name
 from anybn.kernels.cuda import launch as _cuda
 from anybn.kernels.cuda.plan import MOST_BLOCKS, TYPES
-from anybn.kernels.layout import Lying, lying
+from anybn.kernels.layout import Layout, layout_of
 
 
 class CudaArrays:
@@ -33,8 +33,8 @@ class CudaArrays:
         """The address of the first element."""
         raise NotImplementedError
 
-    def lying(self, x: Array, axis: int) -> Lying | None:
-        return lying(x, axis)
+    def layout_of(self, x: Array, axis: int) -> Layout | None:
+        return layout_of(x, axis)
 
     def strides(self, a: Array) -> Hashable:
         """Equal for arrays of one shape that lie in memory alike."""
@@ -140,12 +140,12 @@ class CudaArrays:
 
     # -- their parts -------------------------------------------------------------------------------------------
 
-    def _arranged(self, x: Array, axis: int, *others: Array | None) -> tuple[Lying, Array, list[Array | None]]:
+    def _arranged(self, x: Array, axis: int, *others: Array | None) -> tuple[Layout, Array, list[Array | None]]:
         """How x lies in memory, x and the others all lying that way: themselves, or copies."""
-        found = self.lying(x, axis)
+        found = self.layout_of(x, axis)
         if found is None:
             x = self.dense(x)
-            found = self.lying(x, axis)
+            found = self.layout_of(x, axis)
             assert found is not None
         strides = self.strides(x)
         return found, x, [a if a is None or self.strides(a) == strides else self._laid_like(x, a) for a in others]
@@ -164,7 +164,7 @@ class CudaArrays:
         out[...] = y
         return out
 
-    def _statistics(self, x: Array, how: Lying) -> tuple[dict[str, Array | None], Statistics]:
+    def _statistics(self, x: Array, how: Layout) -> tuple[dict[str, Array | None], Statistics]:
         """Room for those of x: by the kernels' names, and as a whole."""
         mean, shift, var, m2 = self.per_channel(x, 4, how.channels)
         shift = shift if dtype_name(x.dtype) == "float64" else None

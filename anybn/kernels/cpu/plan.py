@@ -1,0 +1,190 @@
+"""How the kernels go through an array: as a whole or in parts, in which pieces, on how many threads.
+
+A plan depends on shapes and strides alone, never on values or on the number of threads. All thresholds of this folder
+are here, with their units and reasons. Figures were measured on an AMD EPYC with 2 cores, 1 MB of cache for each and
+32 MB for both, in November 2026. A threshold without a figure has none on record: measure before you change it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Literal, NamedTuple
+
+from anybn.core.call import RowSpec
+from anybn.kernels.layout import Layout
+
+# -- what the caches hold --------------------------------------------------------------------------------------
+
+#: Bytes that a core's own cache is trusted with.
+CACHE = 1 << 20
+#: Bytes that the cache of all cores is trusted with. In it, two passes in the order of memory take half the time of one
+#: channel after the other, whose runs lie apart: each of them begins with a wait for memory.
+SHARED_CACHE = 1 << 26
+#: Values of a channel side by side from which the kernels go run by run; shorter runs are columns. Training by runs of
+#: 196 values, (32, 256, 14, 14), takes 20 % longer than by columns.
+RUN = 256
+#: The same for evaluation, which sums nothing: 119 us by runs and 136 by columns on (32, 256, 14, 14); 0.70 ms and 1.11
+#: on (32, 1024, 14, 14), which the cores' own caches do not hold.
+EVALUATED_RUN = 128
+#: Columns gone through at once: mean, scale and bias, 24 KB, fit the innermost cache beside one array. Backward reads
+#: two arrays, and its joined rows are half as wide: (32, 28, 28, 128) takes 1.10 ms in place of 1.34.
+WIDTH = 1024
+#: Columns at least for which it is worth going through all rows: 512 bytes of float32, 8 lines of the cache.
+NARROW = 128
+#: Values of one parameter side by side, in a row, from which they get a loop of their own; fewer get a copy of the
+#: parameter each. With 64 in place of 32, the copies crowded the cache as soon as two threads shared it.
+ROW_RUN = 32
+#: Values of a block of NumPy's, in `chunked`: 1 MB in float64. The system hands out 2 MB page by page every time, which
+#: takes up to four times as long, on (256, 1024); with half of it, training on (32, 64, 28, 28) takes 14 % longer.
+BLOCK = 1 << 17
+
+# -- sums ------------------------------------------------------------------------------------------------------
+
+#: Values of a run whose sum is added to the others with what rounding loses kept (Kahan 1965).
+RUN_BLOCK = 4096
+#: Rows of columns, the same.
+ROW_BLOCK = 32
+#: Values that are summed on their own, so that threads can share a channel; the sums are merged in a fixed order.
+SEGMENT = 1 << 16
+#: Samples at least whose rows' sums for weight and bias are one part: parts of fewer would take more memory than x.
+SAMPLES = 4
+
+# -- threads ---------------------------------------------------------------------------------------------------
+
+#: Bytes that are worth a claim, and with it another thread. Half of it made too many claims of small arrays.
+GRAIN = 1 << 17
+#: Claims of a call, about: enough for threads of different speed to end together.
+CLAIMS = 32
+#: Bytes up to which an array is one claim.
+ONE_CLAIM = 2 * GRAIN
+#: Fewer rows than this, of more values than that, cannot keep all threads busy, which take a row each: with the values
+#: of a row shared instead, two threads are 1.4 times as fast.
+FEW_ROWS, LONG_ROW = 16, 1 << 18
+#: How long a thread stays awake for what another one is to do: how often it lets the system have the CPU, which may
+#: have put the other thread behind it, and how often it looks before. All of it takes 0.17 ms, to wake a thread 15 us.
+YIELDS, LOOKS = 50, 20_000
+
+
+# -- batch norm ------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """How the kernels go through an array of some shape, as a whole and in parts.
+
+    A *task* takes some channels from statistics to y; a *part* of an array is summed or normalized on its own.
+    """
+
+    kernels: Literal["runs", "columns"]
+    """the module whose kernels to use; both have the same names"""
+    first: slice
+    """one value of each channel in flat memory"""
+    fits: bool
+    """whether what a task reads stays in the cache; if not, the array is read in parts, for its sums and again for y"""
+    tasks: tuple[int, int]
+    """how many tasks there are, and how many go with one claim"""
+    of_task: tuple[int, ...]
+    """last arguments of the kernels for tasks: ``length, group`` of runs, ``width, inner, panel`` of columns"""
+    parts: tuple[int, int]
+    """how many parts there are, and how many go with one claim"""
+    of_part: tuple[int, ...]
+    """last arguments of the kernels for parts: ``length, segments``, or ``width, inner, panel, stripe``"""
+    partial: tuple[int, ...]
+    """shape of the parts' sums"""
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_of(layout: Layout, itemsize: int, arrays: int, run: int = RUN) -> Plan:
+    """The plan for arrays of this layout, so many of which are read."""
+    outer, channels, inner = layout.outer, layout.channels, layout.inner
+    values, whole = outer * channels * inner, channels * inner
+    nbytes = values * itemsize * arrays
+    if inner >= run:
+        segments = -(-inner // SEGMENT)
+        of_channel = outer * inner * itemsize * arrays
+        group = max(1, min(CACHE // 2 // of_channel, channels // CLAIMS))
+        return Plan(
+            "runs",
+            first=slice(0, whole, inner),
+            fits=of_channel <= CACHE and not CACHE < nbytes <= SHARED_CACHE,
+            tasks=_claims(-(-channels // group), nbytes),
+            of_task=(inner, group),
+            parts=_claims(outer * channels * segments, nbytes),
+            of_part=(inner, segments),
+            partial=(2, outer, channels, segments),
+        )
+    joined = max(1, min(WIDTH // arrays // whole, outer))
+    width, rows = joined * whole, -(-outer // joined)
+    unit = width if joined > 1 else inner  # columns that hold channels whole
+
+    def panel(columns: int) -> int:
+        return min(width, max(1, columns // unit) * unit)
+
+    broad = panel(WIDTH)
+    narrow = panel(min(WIDTH, max(NARROW, CACHE // 4 // (rows * itemsize * arrays))))
+    stripe = max(1, SEGMENT // broad)
+    stripes = -(-rows // stripe)
+    return Plan(
+        "columns",
+        first=slice(0, whole, inner),
+        fits=rows * narrow * itemsize * arrays <= CACHE,
+        tasks=_claims(-(-width // narrow), nbytes),
+        of_task=(width, inner, narrow),
+        parts=_claims(stripes * -(-width // broad), nbytes),
+        of_part=(width, inner, broad, stripe),
+        partial=(2, stripes, channels),
+    )
+
+
+def _claims(count: int, nbytes: int) -> tuple[int, int]:
+    """The count, and how many go with one claim, where all of them read so many bytes."""
+    return count, -(-count // max(1, min(CLAIMS, nbytes // GRAIN)))
+
+
+# -- norms of rows ---------------------------------------------------------------------------------------------
+
+
+class RowPlan(NamedTuple):
+    """How the kernels go through rows."""
+
+    length: int
+    """values side by side that share a parameter, after copies have been made"""
+    copies: int
+    """how many of each parameter are made"""
+    parameters: int
+    """how many there are, copies included"""
+    rows: tuple[int, int]
+    """how many rows there are, and how many go with one claim"""
+    samples: int
+    """how many of them make one part of the sums for weight and bias"""
+    parts: int
+    """how many such parts there are"""
+    tasks: tuple[int, int]
+    """how many tasks backward has, and how many go with one claim"""
+
+
+@functools.lru_cache(maxsize=1024)
+def row_plan_of(spec: RowSpec, itemsize: int, weighted: bool) -> RowPlan:
+    """The plan for rows, each of which has the same parameter all over if they are not weighted."""
+    size, values = math.prod(spec.shape), spec.values
+    samples, parameters, length = spec.shape if weighted else (size // values, 1, values)
+    copies = length if length < ROW_RUN and length < values else 1
+    sharing = parameters * length // values  # rows of a sample, which share out the parameters
+    claims = max(1, min(CLAIMS, size * itemsize * 2 // GRAIN))
+    parts = max(1, min(samples // SAMPLES, -(-claims // sharing)))
+    per_part = -(-samples // parts)
+    parts = -(-samples // per_part)
+    return RowPlan(
+        length=length // copies,
+        copies=copies,
+        parameters=parameters * copies,
+        rows=_claims(samples * sharing, size * itemsize),
+        samples=per_part,
+        parts=parts,
+        tasks=_claims(parts * sharing, size * itemsize * 2),
+    )
+
+
+def has_few_long_rows(spec: RowSpec) -> bool:
+    """Whether there are too few rows for a thread to take one at a time."""
+    return spec.values > LONG_ROW and math.prod(spec.shape) < FEW_ROWS * spec.values
