@@ -1,6 +1,7 @@
-"""The threads that kernels run on: a pool of the standard library, shared by all calls of the process.
+"""How many threads a call uses; and those that NumPy's blocks run on, a pool that all calls of the process share.
 
-No OpenMP, which hangs in a forked child, and no ``parallel=True``, whose layer dies under concurrent callers.
+Compiled kernels have threads of their own: see `sharing`. No OpenMP, which hangs in a forked child, and no
+``parallel=True``, whose layer dies under concurrent callers.
 """
 
 from __future__ import annotations
