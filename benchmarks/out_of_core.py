@@ -144,7 +144,7 @@ def on_a_cluster(files: dict[str, Path], chunks: int, limit: int) -> tuple[dict[
     """Peak of the larger worker, all of its resident memory."""
     from distributed import Client, LocalCluster
 
-    options = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": f"{limit}MiB", "dashboard_address": None}
+    options = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": f"{limit}MiB", "dashboard_address": ":0"}
     with LocalCluster(**options) as cluster, Client(cluster) as client:
         workers = set(client.scheduler_info()["workers"])
         seconds = forward_and_backward(files, chunks, lambda a: client.compute(a).result())
