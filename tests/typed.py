@@ -1,5 +1,5 @@
 # mypy: warn-unused-ignores
-"""What users may rely on when they check types; tests/test_types.py has it checked, nothing runs it."""
+"""What users may rely on when they check types; tests/package/test_types.py has it checked, nothing runs it."""
 
 from collections.abc import Callable
 from typing import Any, assert_type

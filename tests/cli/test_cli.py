@@ -278,5 +278,5 @@ def test_module_runs():
 
 
 def test_the_console_script_is_the_same_command():
-    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+    project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
     assert EntryPoint("anybn", project["scripts"]["anybn"], "console_scripts").load() is cli.main

@@ -10,7 +10,7 @@ import anybn
 
 jax = pytest.importorskip("jax", reason="jax: not installed, pip install jax")
 
-PAGE = Path(__file__).parent.parent / "docs" / "jax.md"
+PAGE = Path(__file__).parents[2] / "docs" / "jax.md"
 
 
 def run(capsys, library=None):

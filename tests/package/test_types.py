@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CASES = ROOT / "tests" / "typed.py"
 #: Lines of the README that a checker refuses, and why they stay.
 REFUSED = {

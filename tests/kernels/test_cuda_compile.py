@@ -11,7 +11,7 @@ import pytest
 
 from anybn.kernels.cuda.plan import TYPES, kernels
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 #: Enough of a program to meet every line of the source.
 QUICK = (
     "train<bfloat16, 8, false, 1>",

@@ -9,7 +9,7 @@ import pytest
 
 from anybn.kernels.cuda import launch as _cuda
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
 def test_without_a_gpu_it_says_so_and_fails():
