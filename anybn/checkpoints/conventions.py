@@ -172,7 +172,7 @@ ConventionName = Literal[
 ]
 
 #: Read from the source of torch 2.13, Keras 3.15, Flax 0.12 (NNX, then Linen), Haiku 0.0.17, Chainer 7.8, MLX 0.32,
-#: Equinox 0.13 and MXNet 1.9, and from ONNX's BatchNormalization, version 15; tests/checkpoints/test_conventions.py runs them.
+#: Equinox 0.13 and MXNet 1.9, and from ONNX's BatchNormalization, version 15; tests/checkpoints runs them.
 CONVENTIONS: dict[ConventionName, Convention] = {
     "torch": _TORCH,
     "keras": Convention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,22 @@ class Target:
         assert self.backend.owns(type(array)), f"a result is a {type(array)}"
         assert self.backend.device_of(array) == self.device, f"a result is on {self.backend.device_of(array)}"
         return self.backend.to_numpy(array)
+
+    def differentiated(self, function: Callable[..., Array], dy: Array, *arrays: Array) -> tuple[Array, ...]:
+        """y of the arrays and the gradients of ``sum(y * dy)``, by the library's automatic differentiation."""
+        library = self.backend.libraries[0]
+        if library == "torch":
+            import torch
+
+            leaves = [a.clone().requires_grad_() for a in arrays]
+            y = function(*leaves)
+            return y.detach(), *torch.autograd.grad(y, leaves, dy)
+        if library == "jax":
+            import jax
+
+            y, pullback = jax.vjp(function, *arrays)
+            return y, *pullback(dy)
+        pytest.skip(f"{self.name} has no automatic differentiation that the suite knows")
 
     def require(self, dtype: str) -> None:
         """Skip a test whose dtype the library does not have on this device."""

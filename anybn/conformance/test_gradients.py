@@ -23,7 +23,9 @@ def check(
     relu: bool = False,
     affine: bool = True,
     parameter_dtype: str = "float32",
+    automatic: bool = False,
 ) -> None:
+    """automatic: `batch_norm` differentiated by the library in place of `batch_norm_vjp`."""
     rng = np.random.default_rng(1)
     values = inputs.cast(values, dtype)
     n, c, *spatial = values.shape
@@ -45,16 +47,17 @@ def check(
         name: None if a is None else target.array(np.ascontiguousarray(inputs.in_layout(a, layout)))
         for name, a in (("dy", dy), ("residual", residual))
     }
-    y, pullback = anybn.batch_norm_vjp(
-        x,
-        state,
-        training=training,
-        axis=axis,
-        mask=None if mask is None else target.array(mask),
-        residual=placed["residual"],
-        activation="relu" if relu else None,
-    )
-    grads = pullback(placed["dy"])
+    options: dict[str, Any] = {
+        "training": training,
+        "axis": axis,
+        "mask": None if mask is None else target.array(mask),
+        "activation": "relu" if relu else None,
+    }
+    if automatic:
+        y, grads = differentiated(target, state, options, x, *placed.values())
+    else:
+        y, pullback = anybn.batch_norm_vjp(x, state, residual=placed["residual"], **options)
+        grads = pullback(placed["dy"])
 
     statistics = oracle.statistics(values, mask=mask)
     mean: Any = statistics.mean if training else running_mean
@@ -105,6 +108,47 @@ def check(
     else:
         assert grads.weight is None
         assert grads.bias is None
+
+
+def differentiated(
+    target: Target, state: anybn.BatchNormState, options: dict[str, Any], x: Any, dy: Any, residual: Any
+) -> tuple[Any, anybn.Gradients]:
+    """y and its gradients with respect to all that is there, by the library itself."""
+    names = ["x"] + (["weight", "bias"] if state.affine else []) + ([] if residual is None else ["residual"])
+    there = state.copy().to(x)
+    arrays = {"x": x, "weight": there.weight, "bias": there.bias, "residual": residual}
+
+    def normalized(*given: Any) -> Any:
+        named = dict(zip(names, given, strict=True))
+        own = anybn.BatchNormState(state.num_features, affine=state.affine, dtype=state.dtype, like=named["x"])
+        own.running_mean, own.running_var = there.running_mean, there.running_var
+        if state.affine:
+            own.weight, own.bias = named["weight"], named["bias"]
+        return anybn.batch_norm(named["x"], own, residual=named.get("residual"), **options)
+
+    y, *grads = target.differentiated(normalized, dy, *(arrays[name] for name in names))
+    found = dict(zip(names, grads, strict=True))
+    return y, anybn.Gradients(*(found.get(name) for name in anybn.Gradients._fields))
+
+
+@pytest.mark.parametrize(("training", "masked", "with_residual", "relu"), [*itertools.product([True, False], repeat=4)])
+def test_automatic_differentiation(
+    target: Target, training: bool, masked: bool, with_residual: bool, relu: bool
+) -> None:
+    values = inputs.normal((6, 3, 5, 4)) + 2
+    for affine, layout in ((True, "NCHW"), (False, "NHWC")):
+        check(
+            target,
+            values,
+            "float32",
+            layout,
+            training=training,
+            masked=masked,
+            with_residual=with_residual,
+            relu=relu,
+            affine=affine,
+            automatic=True,
+        )
 
 
 @pytest.mark.parametrize("layout", inputs.LAYOUTS)
