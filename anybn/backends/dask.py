@@ -28,7 +28,7 @@ with needs("dask", pip="'dask[array]'"):
     import dask
     import dask.array
 
-    from anybn.backends._dask_again import again, is_kept, kept
+    from anybn.backends._dask_reread import is_of_shared, reread, shared
 
 
 class DaskBackend(Backend):
@@ -102,8 +102,8 @@ class DaskBackend(Backend):
     def evaluate(self, call: Call, statistics: Statistics) -> Array:
         x, spec, weight, bias, residual, mask = call[:6]
         channel = _of_channels(x, spec.axis, statistics.mean, statistics.shift, statistics.var, weight, bias)
-        if is_kept(statistics.mean):
-            x, residual, mask = again(channel, x, residual, mask)
+        if is_of_shared(statistics.mean):
+            x, residual, mask = reread(channel, x, residual, mask)
         return _blockwise(_normalize_chunk, x, spec.axis, x.dtype, x, residual, mask, *channel, spec=spec)
 
     def gradients(
@@ -114,8 +114,8 @@ class DaskBackend(Backend):
         x, spec, weight, mask = call.x, call.spec, call.weight, call.mask
         axis = spec.axis
         channel = _of_channels(x, axis, statistics.mean, statistics.shift, statistics.var)
-        if is_kept(statistics.mean):
-            dy, x, active, mask = again(channel, dy, x, active, mask)
+        if is_of_shared(statistics.mean):
+            dy, x, active, mask = reread(channel, dy, x, active, mask)
         parts = _by_chunk(_sums_of_chunk, x, axis, _SUMS, dy, x, active, mask, *channel, spec=spec)
         sums = _reduced(parts, axis, _added)
         dweight, dbias = sums["dweight"], sums["dbias"]
@@ -125,7 +125,7 @@ class DaskBackend(Backend):
             of_mean = dweight / n, dbias / n
         channel += _of_channels(x, axis, weight, *of_mean)
         if statistics.count is not None:
-            dy, x, active, mask = again(channel, dy, x, active, mask)
+            dy, x, active, mask = reread(channel, dy, x, active, mask)
         dx = _blockwise(_dx_of_chunk, x, axis, x.dtype, dy, x, active, mask, *channel, spec=spec)
         dresidual = _blockwise(_dresidual_of_chunk, x, axis, x.dtype, dy, active, mask) if wants_residual else None
         if weight is None:
@@ -159,12 +159,12 @@ def _reduced(parts: Array, axis: int, merge: Callable[..., np.ndarray]) -> Array
         meta=np.empty(0, parts.dtype),  # nothing has to be called to find out
         concatenate=True,
     )
-    return kept(found)
+    return shared(found)
 
 
 def _of_channels(x: Array, axis: int, *channel: Array | None) -> list[Array | None]:
-    """Arrays ``(C,)`` in the chunks of x's channels, `kept`."""
-    return [a if a is None else kept(a.rechunk((x.chunks[axis],))) for a in channel]
+    """Arrays ``(C,)`` in the chunks of x's channels, `shared`."""
+    return [a if a is None else shared(a.rechunk((x.chunks[axis],))) for a in channel]
 
 
 def _blockwise(

@@ -1,9 +1,9 @@
 """Computing Dask arrays a second time, in place of holding every chunk until it is needed again.
 
-``(x - x.mean()).compute()`` keeps all chunks of x in memory: each is needed for the mean and again when the mean is
-known. `again` copies the part of the graph that makes x, to run after the mean has been found. dask.graph_manipulation
-has ``bind`` for this, but it leaves references inside of Task objects as they were (dask 2026.8, arrays that have been
-rechunked).
+``(x - x.mean()).compute()`` holds all chunks of x in memory: each is needed for the mean and again when the mean is
+known (dask/dask#874). `reread` copies the part of the graph that makes x, to run after the mean has been found.
+dask.graph_manipulation has ``bind`` for this, but it leaves references inside of Task objects as they were (dask
+2026.8, arrays that have been rechunked). Delete this file when ``bind`` replaces these.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 Array = Any
 
-#: Begins the names of layers that hold results of C values, which are kept.
-KEPT = "anybn-kept-"
+#: Begins the names of layers that hold results of C values, which both readings use.
+SHARED = "anybn-shared-"
 
 
-def kept(a: Array) -> Array:
-    """a, as a layer of its own that `again` does not compute a second time."""
-    if a.name.startswith(KEPT):
+def shared(a: Array) -> Array:
+    """a, as a layer of its own that `reread` does not compute a second time."""
+    if a.name.startswith(SHARED):
         return a
-    return a.map_blocks(_same, name=KEPT + a.name, dtype=a.dtype, meta=a._meta)
+    return a.map_blocks(_same, name=SHARED + a.name, dtype=a.dtype, meta=a._meta)
 
 
-def is_kept(a: Array) -> bool:
-    """Whether a is made from something `kept`, so that it has to be computed first."""
-    return any(name.startswith(KEPT) for name in a.dask.layers)
+def is_of_shared(a: Array) -> bool:
+    """Whether a is made from something `shared`, so that it has to be computed first."""
+    return any(name.startswith(SHARED) for name in a.dask.layers)
 
 
-def again(parents: list[Array | None], *arrays: Array | None) -> list[Array | None]:
-    """The arrays, to be computed anew once the parents have been; what is `kept` or in memory serves both times.
+def reread(parents: list[Array | None], *arrays: Array | None) -> list[Array | None]:
+    """The arrays, to be computed anew once the parents have been; what is `shared` or in memory serves both times.
 
-    Reading twice costs time, never memory. In a chain of L batch norms each pass finds the earlier statistics kept, so
+    Reading twice costs time, never memory. In a chain of L batch norms each pass finds the earlier statistics there, so
     what is under the chain is read L + 1 times, not 2**L. Arrays that took long to make can be persisted or stored
     before, as ever in Dask. What the chunks will be used with belongs to the parents: scheduled later than they, it
     would have all of them wait in memory.
@@ -77,7 +77,7 @@ def again(parents: list[Array | None], *arrays: Array | None) -> list[Array | No
 
 
 def _clones(graph: dict[Any, GraphNode], keys: list[Any], token: str) -> dict[Any, Any]:
-    """key -> its copy's, of everything that has to be computed for keys and is not at hand or kept."""
+    """key -> its copy's, of everything that has to be computed for keys and is neither at hand nor shared."""
     clones: dict[Any, Any] = {}
     while keys:
         key = keys.pop()
@@ -86,7 +86,7 @@ def _clones(graph: dict[Any, GraphNode], keys: list[Any], token: str) -> dict[An
             continue
         if isinstance(node, Alias) and node.target not in graph:  # persisted on a cluster
             continue
-        if str(key[0] if isinstance(key, tuple) else key).startswith(KEPT):
+        if str(key[0] if isinstance(key, tuple) else key).startswith(SHARED):
             continue
         clones[key] = clone_key(key, token)
         keys.extend(node.dependencies)
