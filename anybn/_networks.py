@@ -55,20 +55,20 @@ def load_batch_norms(
         return _states(_layers(dict(flattened(source)), rows), settings)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source is a {type(source).__name__}; it must be a path or a mapping of names to arrays")
-    from anybn.checkpoints import files  # late: json and hashlib take time to import
+    from anybn.checkpoints import files, readers  # late: json, hashlib and zipfile take time to import
 
     path = Path(source)
     suffix = path.suffix.lower()
-    if (read := files.READERS.get(suffix)) is None:
+    if (read := readers.READERS.get(suffix)) is None:
         raise ValueError(
-            f"{path} is none of {', '.join(files.READERS)}: read it with its framework and pass names to arrays, "
+            f"{path} is none of {', '.join(readers.READERS)}: read it with its framework and pass names to arrays, "
             "e.g. {w.path: w for w in model.weights} from Keras"
         )
     path.open("rb").close()  # the OSError of a file that is not there tells more than what a library makes of it
-    with files.checkpoint_errors(path):
+    with files.checkpoint_errors(f"nothing was loaded: {path} is truncated, damaged or no {path.suffix} file"):
         if suffix == ".onnx":
             layers = read(path)
-        elif suffix == ".safetensors" and files.holds_a_state(path):
+        elif suffix == ".safetensors" and readers.is_a_state(path):
             layers = None
         else:
             layers = _layers(read(path, lambda keys: _keys_of(_batch_norms_among(keys, rows))), rows)
@@ -133,9 +133,12 @@ def _states(layers: Mapping[str, Layer], settings: Mapping[str, float]) -> dict[
     """All of them, or one error for all of them. These settings come before those that a layer tells."""
     states, problems = {}, []
     for name, layer in layers.items():
+        layer.convention.state_settings(
+            settings
+        )  # raises for what the caller gave; what is wrong below, the layer told
         try:
             states[name] = state_of(layer._replace(settings={**layer.settings, **settings}))
-        except CheckpointError as error:
+        except ValueError as error:
             problems.append(f"layer {name!r}: {str(error).removeprefix('nothing was loaded: ')}")
     if problems:
         raise CheckpointError(f"nothing was loaded: {'; '.join(problems)}")

@@ -17,7 +17,7 @@ from anybn import _checks, _settings
 from anybn.backends.registry import backend_for
 from anybn.checkpoints.conventions import Convention, Layer, complement, convention_called, flattened
 from anybn.core.call import Array, dtype_name
-from anybn.errors import CheckpointError
+from anybn.errors import BackendNotInstalled, CheckpointError
 
 _RUNNING = ("running_mean", "running_var")
 _FIELDS = ("weight", "bias", *_RUNNING, "num_batches_tracked")
@@ -121,13 +121,9 @@ def decode_layer(layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
     rules = layer.convention
     settings = rules.state_settings(layer.settings)
     quantities = {rules.names[name]: array for name, array in layer.arrays.items()}
-    shapes = [np.shape(a) for quantity, a in quantities.items() if quantity not in _COUNTS]
     affine = [quantities[q] for q in ("weight", "bias") if q in quantities]
-    if not shapes:
-        problems = [*layer.problems, "there is no array of a batch norm"]
-        raise CheckpointError(f"nothing was loaded: {'; '.join(problems)}")
     settings |= {
-        "num_features": math.prod(shapes[0]),
+        "num_features": _num_features(layer),
         "affine": bool(affine) or rules.always_affine,
         "track_running_stats": not rules.track or any(q.startswith("running") for q in quantities),
         "dtype": _widest_dtype(affine),
@@ -137,6 +133,21 @@ def decode_layer(layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
         optional |= {"hidden_mean", "hidden_var", "counter"}
     wanted = {name: q for name, q in _quantities_of(settings, rules).items() if q not in optional}
     return settings, _values(layer, settings, _required(wanted, layer))
+
+
+def _num_features(layer: Layer) -> int:
+    """The size of the first array that tells one. Raises CheckpointError if none does."""
+    problems = list(layer.problems)
+    for name, array in layer.arrays.items():
+        if layer.convention.names[name] not in _COUNTS:
+            try:
+                return math.prod(np.shape(array))
+            except Exception as error:  # RuntimeError from torch's lazy modules
+                problems.append(
+                    f"{name} has no shape yet ({error}): give the model a batch, and take its state_dict after that"
+                )
+    problems = problems or ["there is no array of a batch norm"]
+    raise CheckpointError(f"nothing was loaded: {'; '.join(problems)}")
 
 
 def _required(wanted: Mapping[str, str], layer: Layer) -> set[str]:
@@ -183,20 +194,29 @@ def _values(layer: Layer, settings: Mapping[str, Any], required: set[str]) -> di
         except (TypeError, ValueError) as error:
             problems.append(str(error))
             continue
+        except BackendNotInstalled:
+            raise
+        except (
+            Exception
+        ) as error:  # each library has kinds of its own for arrays without values, or without a NumPy form
+            problems.append(f"{name} cannot be read ({error or type(error).__name__})")
+            continue
         if quantity == "counter" and read.setdefault(quantity, value) != value:
             problems.append(f"{name} is {value}, but the other average has counted {read[quantity]} batches")
         read[quantity] = value
-    values = _fields_of(read, settings, problems)
+    with np.errstate(all="ignore"):  # the values are looked at below
+        values = _fields_of(read, settings, problems)
     for field in _RUNNING:
         if field in values and (problem := _checks.impossible_statistics(field, values[field])):
             name = rules.name_of(field)
             problems.append(problem if name == field else f"{name}: {problem}")
-    if not settings["affine"] and any(
-        np.any(values.pop(name, one) != one) for name, one in (("weight", 1), ("bias", 0))
-    ):
+    constants = {"weight": 1.0, "bias": 0.0}
+    if not settings["affine"] and any(np.any(values.pop(name, one) != one) for name, one in constants.items()):
         problems.append("weight is not 1 or bias is not 0, but the state has affine=False")
     if problems:
         raise CheckpointError(f"nothing was loaded: {'; '.join(problems)}")
+    if settings["affine"]:  # last: nothing of this size is made before an array has been seen to have it
+        values = {name: np.full(settings["num_features"], one) for name, one in constants.items()} | values
     if not settings["track_running_stats"]:
         del values["num_batches_tracked"]
     return values
@@ -204,8 +224,8 @@ def _values(layer: Layer, settings: Mapping[str, Any], required: set[str]) -> di
 
 def _fields_of(read: Mapping[str, Any], settings: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """{field: value} from {quantity: value}; what is wrong with the counter goes to problems."""
-    c, momentum = settings["num_features"], settings["momentum"]
-    values = {"weight": np.ones(c), "bias": np.zeros(c), "num_batches_tracked": read.get("counter", 0)}
+    momentum = settings["momentum"]
+    values = {"num_batches_tracked": read.get("counter", 0)}
     values |= {quantity: value for quantity, value in read.items() if quantity in _FIELDS}
     if "running_mean" not in values and "counter" in read:
         if momentum is None or momentum == 0:
@@ -218,7 +238,8 @@ def _fields_of(read: Mapping[str, Any], settings: Mapping[str, Any], problems: l
             if quantity.startswith("hidden")
         }
     if read.get("unfilled"):
-        values |= {"running_mean": np.zeros(c), "running_var": np.ones(c)}
+        start = {"running_mean": np.zeros_like, "running_var": np.ones_like}
+        values |= {field: like(values[field]) for field, like in start.items() if field in values}
     return values
 
 
@@ -226,18 +247,30 @@ def _read(name: str, value: Any, num_features: int, rules: Convention) -> Any:
     """value in NumPy, or a counter as an int, if it can be what the name stands for."""
     quantity = rules.names[name]
     if quantity in _COUNTS:
-        if not isinstance(value, numbers.Integral):
-            value = _to_numpy(_as_array(name, value))
-            if value.size != 1 or value.dtype.kind not in "iub":
-                raise ValueError(f"{name} has shape {value.shape} and dtype {value.dtype}; it must be one integer")
-            value = value.reshape(()).item()
-        return bool(value) if quantity == "unfilled" else _settings.batch_count(value)
+        return bool(_integer(name, value)) if quantity == "unfilled" else count_of(name, value)
     value = _as_array(name, value)
     backend = backend_for(value)
     if rules.keeps_rank and sum(size != 1 for size in _checks.shape_of(value)) <= 1:
         value = backend.namespace(value).reshape(value, (-1,))
     _checks.state_array(backend, name, value, num_features)
     return backend.to_numpy(value)
+
+
+def count_of(name: str, value: Any) -> int:
+    """A number of batches, as an int or an array of one, that int64 holds, as every library keeps it."""
+    value = _integer(name, value)
+    if value >= 2**63:
+        raise ValueError(f"{name} is 2**63 or more; it must be a count of batches that int64 holds")
+    return _settings.batch_count(value)
+
+
+def _integer(name: str, value: Any) -> Any:
+    if not isinstance(value, numbers.Integral):
+        value = _to_numpy(_as_array(name, value))
+        if value.size != 1 or value.dtype.kind not in "iub":
+            raise ValueError(f"{name} has shape {value.shape} and dtype {value.dtype}; it must be one integer")
+        value = value.reshape(()).item()
+    return value
 
 
 def _as_array(name: str, value: Any) -> Array:

@@ -13,7 +13,6 @@ from anybn.backends.registry import backend_for, libraries, resolve_target
 from anybn.checkpoints import translation
 from anybn.checkpoints.conventions import ConventionName
 from anybn.core.call import Array, root_module
-from anybn.errors import CheckpointError
 from anybn.state.arrays import Arrays, placed, read_only
 from anybn.state.store import Store
 
@@ -293,14 +292,9 @@ class BatchNormState:
         """
         from anybn.checkpoints import files
 
-        settings, arrays = files.load(path)
-        try:
-            state = BatchNormState(**settings)
-            if not state.track_running_stats:
-                state.num_batches_tracked = int(arrays.pop("num_batches_tracked"))
-            state.load_state_dict(arrays)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} holds no valid state ({error})") from error
+        settings, values = files.load(path)
+        state = BatchNormState(**settings)
+        state._store.fill(values)
         return state
 
     def _settings(self) -> dict[str, Any]:
