@@ -40,9 +40,14 @@ def load_batch_norms(
         running statistics, which no name tells from a layer norm. torch's ``InstanceNorm`` that tracks statistics looks
         the same as a batch norm.
 
-    Raises CheckpointError for a damaged file, and for layers that lack an array or have impossible ones, all of them
-    named; BackendNotInstalled if the file needs a library that is missing; OSError if it cannot be opened; ValueError
-    for another suffix or convention; TypeError for another source or setting.
+    A file need not be trusted. Nothing in it is executed, no module is imported because it says so, and other layers'
+    arrays are not taken. Those that are must come to less than 16 MiB and 8 times the file's size; the states, which
+    are float64, and copies on the way need a few times that. One thing is left to torch: its restricted unpickler reads
+    the pickle of a .pt file. It runs nothing, but may build objects of any size.
+
+    Raises CheckpointError for a damaged or forged file, and for layers that lack an array or have impossible ones, all
+    of them named; BackendNotInstalled if the file needs a library that is missing; OSError if it cannot be opened;
+    ValueError for another suffix, convention or value of a setting; TypeError for another source or setting.
 
     >>> import numpy as np, anybn
     >>> weights = {"conv.weight": np.ones((4, 3, 3, 3)), "bn.weight": np.ones(4), "bn.bias": np.zeros(4),

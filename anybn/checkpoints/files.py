@@ -89,19 +89,10 @@ def save(path: str | os.PathLike[str], settings: Mapping[str, Any], arrays: Mapp
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Whole or not at all: a reader never meets half a file, and the old one survives a full disk.
-
-    Until it is whole the file has no name, so that nothing is left of it when the process is killed. Where the system
-    has no such files, it has a name of its own: another than path's, which may be as long as a name may be.
-    """
-    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
+    """Whole or not at all: a reader never meets half a file, and the old one survives a full disk."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")  # not of path's name, which may be as long as names may be
     try:
-        if (unnamed := _without_name(path.parent)) is not None:
-            with os.fdopen(unnamed, "wb") as file:
-                _write_through(file, content)
-                # A directory's descriptor makes Python call linkat, which alone follows the link in /proc.
-                os.link(f"/proc/self/fd/{unnamed}", temporary, src_dir_fd=unnamed)
-        else:
+        if not _written_without_name(temporary, content):
             with temporary.open("xb") as file:
                 _write_through(file, content)
         if path.exists():
@@ -112,14 +103,24 @@ def _write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-def _without_name(folder: Path) -> int | None:
-    """The descriptor of a new file that has no name; None where the system or the file system has none."""
-    if not (hasattr(os, "O_TMPFILE") and os.path.exists("/proc/self/fd")):  # noqa: PTH110 no path to keep
-        return None
+def _written_without_name(path: Path, content: bytes) -> bool:
+    """Write a file that gets its name when it is whole, so that nothing is left of it if the process is killed before.
+
+    False where the system or the file system has no such files.
+    """
+    if not hasattr(os, "O_TMPFILE"):
+        return False
     try:
-        return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666)
+        descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
     except OSError:
-        return None
+        return False
+    with os.fdopen(descriptor, "wb") as file:
+        _write_through(file, content)
+        try:  # src_dir_fd makes Python call linkat, which alone follows the link in /proc
+            os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)
+        except OSError:
+            return False
+    return True
 
 
 def _write_through(file: Any, content: bytes) -> None:

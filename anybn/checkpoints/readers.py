@@ -5,6 +5,7 @@ A file may be made to harm: what is read of it is bounded by what is needed, and
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import zipfile
@@ -26,8 +27,8 @@ Needed = Callable[[Iterable[str]], list[str]]
 class Budget:
     """The bytes that may be made of a file: 16 MiB, and 8 times its size.
 
-    No network's batch norms come near, for they lie in the file: but for a compressed one, a shared array, or an ONNX
-    model whose arrays lie beside it, and there the 16 MiB are a million channels. A file that inflates passes it soon.
+    No network's batch norms come near, for they lie in the file. If it is compressed, layers share an array, or an ONNX
+    model's arrays lie beside it, there are the 16 MiB, a million channels. A file that inflates is soon beyond.
     """
 
     def __init__(self, path: Path):
@@ -95,7 +96,10 @@ def _torch_arrays(path: Path, needed: Needed) -> dict[str, Any]:
         ) from error
     budget = Budget(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path, budget))
+        if zipfile.is_zipfile(path):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path, budget))
+        else:  # from before torch 1.6; out of memory, since a file makes room for as many bytes as it is asked for
+            content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"nothing was loaded: {path} is damaged or holds more than arrays, such as a whole module, which may run "
@@ -114,9 +118,7 @@ def _torch_arrays(path: Path, needed: Needed) -> dict[str, Any]:
 
 
 def _can_be_mapped(path: Path, budget: Budget) -> bool:
-    """Whether its arrays lie in the file as they are, so that those that are not needed are never read."""
-    if not zipfile.is_zipfile(path):  # from before torch 1.6, or damaged
-        return False
+    """Whether the arrays lie in a zip as they are, so that those that are not needed are never read."""
     with zipfile.ZipFile(path) as file:
         members = file.infolist()
     if all(info.compress_type == zipfile.ZIP_STORED for info in members):
@@ -179,8 +181,9 @@ def _onnx_array(tensor: Any, path: Path, budget: Budget) -> np.ndarray:
             tensor.external_data.add(key="length", value=str(size))
         budget.take(tensor.name, size)
         external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+        return numpy_helper.to_array(tensor)
     array = numpy_helper.to_array(tensor)
-    budget.take(tensor.name, array.nbytes)
+    budget.take(tensor.name, array.nbytes)  # each time that a layer has it
     return array
 
 
