@@ -260,6 +260,16 @@ def test_a_pt_from_before_torch_1_6(tmp_path):
     assert list(anybn.load_batch_norms(path)) == [""]
 
 
+def test_a_pt_with_a_text_longer_than_the_file(tmp_path):
+    """Where a file is asked for as many bytes, it makes room for them first."""
+    pytest.importorskip("torch", reason="torch: not installed")
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"\x80\x02X" + (2**30).to_bytes(4, "little") + b"abc")
+    with pytest.raises(anybn.CheckpointError):  # imports torch
+        anybn.load_batch_norms(path)
+    refused(lambda: anybn.load_batch_norms(path), "nothing was loaded")
+
+
 def test_a_pt_of_mappings_that_hold_each_other(tmp_path):
     torch = pytest.importorskip("torch", reason="torch: not installed")
     path = tmp_path / "model.pt"
