@@ -36,6 +36,33 @@ class Recording(NumPyBackend):
         return super().statistics(call)
 
 
+class Alone:
+    """A group of one."""
+
+    rank, size = 0, 1
+
+    def all_reduce_sum(self, array):
+        return array
+
+
+class Heedless(NumPyBackend):
+    name = "heedless"
+
+    def train(self, call):
+        return super().train(call._replace(group=None))
+
+
+def test_a_backend_that_overlooks_the_group_is_told(registered):
+    registered(Heedless)
+    x, state = np.random.default_rng(0).normal(size=(8, 2)), anybn.BatchNormState(2)
+    with pytest.raises(RuntimeError, match="the heedless backend has overlooked call.group"):
+        anybn.batch_norm(x, state, training=True, group=Alone())
+    assert state.num_batches_tracked == 0
+    with anybn.use_backend("numpy"):
+        anybn.batch_norm(x, state, training=True, group=Alone())
+    assert state.num_batches_tracked == 1
+
+
 def test_registered_backends_come_first_and_can_be_chosen(registered):
     x = np.ones((4, 2))
     registered(Recording)
