@@ -106,6 +106,33 @@ def mask(value: Array, x: Array, axis: int, backend: Backend) -> Array:
     return xp.expand_dims(value, axis=axis)
 
 
+def state_arrays(arrays: tuple[Array | None, ...], channels: int) -> None:
+    """That weight, bias, running_mean and running_var, or the first of them, are ``(C,)``, in every call: what a state
+    or module holds, others hold too, and can resize."""
+    wanted = (channels,)
+    for a in arrays:
+        if a is not None and a.shape != wanted:
+            break
+    else:
+        return
+    for name, a in zip(("weight", "bias", "running_mean", "running_var"), arrays, strict=False):
+        if a is not None and shape_of(a) != wanted:
+            raise ValueError(_wrong_shape(name, a, channels))
+
+
+def _wrong_shape(name: str, value: Array, channels: int) -> str:
+    return f"{name} has shape {shape_of(value)}; the state has {channels} channels: it must be ({channels},)"
+
+
+def as_it_was(name: str, value: Array, shape: tuple[int, ...]) -> None:
+    """That what a pullback reads has the shape that it had when y was made."""
+    if shape_of(value) != shape:
+        raise ValueError(
+            f"{name} has shape {shape_of(value)} but had {shape} when y was made: the pullback reads it, so leave it "
+            "as it was"
+        )
+
+
 def overlaps_any(x: Array, others: Iterable[Array | None], backend: Backend) -> bool:
     """Whether x shares memory with one of the others that are of its library."""
     for a in others:
@@ -134,9 +161,7 @@ def state_array(backend: Backend, name: str, value: Array, num_features: int) ->
     """What weight, bias, running_mean and running_var may be set to."""
     floating_array(name, value, backend)
     if shape_of(value) != (num_features,):
-        raise ValueError(
-            f"{name} has shape {shape_of(value)}; the state has {num_features} channels: it must be ({num_features},)"
-        )
+        raise ValueError(_wrong_shape(name, value, num_features))
     if name.startswith("running") and not backend.is_traced(value):
         problem = impossible_statistics(name, backend.to_numpy(value))
         if problem:

@@ -154,11 +154,14 @@ def batch_norm_vjp(
         y, statistics, running = _forward(checked)
         active = y > 0 if call.spec.relu else None
         finish(checked, statistics, running)
+    shape = _checks.shape_of(call.x)
 
     def pullback(dy: Array) -> Gradients:
         """Gradients(x, weight, bias, residual) for the gradient dy of y."""
         owner = backend_for(dy, "dy")
+        _checks.as_it_was("x", call.x, shape)
         _checks.like_x("dy", _checks.floating_array("dy", dy, owner), call.x, backend)
+        _checks.state_arrays((call.weight,), shape[call.spec.axis])
         with backend.no_grad():
             return backend.gradients(call, statistics, dy, active, residual is not None)
 
@@ -237,6 +240,7 @@ def check(
     if residual is not None:
         _checks.like_x("residual", residual, x, backend)
     before, beside = state._store.beside(backend, x)
+    _checks.state_arrays(before[:4], state.num_features)
     if _checks.overlaps_any(x, before[:4], backend):
         raise ValueError("x shares memory with the state: give one of them a copy")
     if out is not None:
