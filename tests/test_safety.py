@@ -117,3 +117,151 @@ def test_a_weight_that_changes_its_shape_before_the_pullback():
     weight.resize(2, refcheck=False)
     with pytest.raises(ValueError, match=r"weight has shape \(2,\)"):
         pullback(y)
+
+
+# -- running statistics in 16 bits ---------------------------------------------------------------------------------
+
+
+def loaded(torch, m, dtype):
+    m.load_state_dict({n: a.to(dtype) if a.is_floating_point() else a for n, a in m.state_dict().items()}, assign=True)
+
+
+def in_place(torch, m, dtype):
+    for b in (m.running_mean, m.running_var):
+        b.data = b.data.to(dtype)
+
+
+def compiled(torch, m):
+    return torch.compile(m, backend="eager")
+
+
+def accumulated(torch, m):
+    def call(x):
+        with anybn.accumulate(m):
+            return m(x)
+
+    return call
+
+
+def natively(torch, m):
+    def call(x):
+        with anybn.use_backend("torch-native"):
+            return m(x)
+
+    return call
+
+
+def from_numpy(torch, m):
+    return lambda x: torch.from_numpy(anybn.batch_norm(x.numpy(), m.state, training=m.training))
+
+
+def functional(torch, m):
+    return lambda x: anybn.batch_norm(x, m.state, training=m.training)
+
+
+def with_mask(torch, m):
+    return lambda x: anybn.batch_norm(x, m.state, training=m.training, mask=torch.ones(len(x), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("call", [None, compiled, accumulated, natively, from_numpy, functional, with_mask])
+@pytest.mark.parametrize("change", [loaded, in_place])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_running_statistics_in_16_bits(dtype, change, call):
+    torch = pytest.importorskip("torch", reason="torch: not installed")
+    import anybn.torch
+
+    m, exact = anybn.torch.BatchNorm1d(4, momentum=0.3), anybn.torch.BatchNorm1d(4, momentum=0.3)
+    change(torch, m, getattr(torch, dtype))
+    assert m.running_mean.dtype is getattr(torch, dtype)
+    step = m if call is None else call(torch, m)
+    for seed in range(3):
+        x = torch.from_numpy(np.random.default_rng(seed).normal(5, 3, (64, 4))).float()
+        step(x), exact(x)
+        for name in ("running_mean", "running_var"):  # rounded once a step
+            torch.testing.assert_close(getattr(m, name).double(), getattr(exact, name), rtol=0.02, atol=0)
+    assert int(m.num_batches_tracked) == 3
+    exact.running_mean, exact.running_var = m.running_mean.double(), m.running_var.double()
+    m.eval(), exact.eval()
+    torch.testing.assert_close(step(x).detach().float(), exact(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_export_of_running_statistics_in_16_bits():
+    torch = pytest.importorskip("torch", reason="torch: not installed")
+    import anybn.torch
+
+    m, x = anybn.torch.BatchNorm1d(4).eval(), torch.randn(8, 4) * 3 + 5
+    in_place(torch, m.train(), torch.bfloat16)
+    m(x)
+    m.eval()
+    torch.testing.assert_close(torch.export.export(m, (x,), strict=False).module()(x), m(x))
+
+
+# -- memory that others resize -------------------------------------------------------------------------------------
+
+
+def test_storages_stay_resizable():
+    torch = pytest.importorskip("torch", reason="torch: not installed")
+    import anybn.torch
+
+    m = anybn.torch.BatchNorm1d(512)
+    calls = {
+        "moments": anybn.moments,
+        "layer_norm": norms.layer_norm,
+        "rms_norm": norms.rms_norm,
+        "batch_norm": lambda x: anybn.batch_norm(x, anybn.BatchNormState(512), training=True),
+        "batch_norm_vjp": lambda x: anybn.batch_norm_vjp(x, anybn.BatchNormState(512), training=True)[1](x),
+        "variants": lambda x: variants.batch_norm(x, anybn.BatchNormState(512)),
+        "module": m,
+        "module in evaluation": m.eval(),
+    }
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for call in calls.values():
+            for rows in (8, 600):
+                x = torch.randn(rows, 512).to(dtype)
+                call(x)
+                x.resize_(rows + 2, 512)
+                x = torch.randn(rows, 512).to(dtype)
+                call(x)
+                x.untyped_storage().resize_(0)
+    for t in (m.weight, m.bias, m.running_mean, m.running_var):
+        t.detach().untyped_storage().resize_(0)
+
+
+def test_x_can_be_what_cat_fills():
+    torch = pytest.importorskip("torch", reason="torch: not installed")
+    x = torch.randn(8, 4)
+    norms.layer_norm(x)
+    parts = torch.randn(3, 10, 4).unbind()
+    torch.cat(parts, out=x.resize_(0))
+    assert torch.equal(x, torch.cat(parts))
+
+
+def test_freed_storages_are_errors():
+    torch = pytest.importorskip("torch", reason="torch: not installed")
+    survives("""
+        import torch, anybn, anybn.torch
+        from anybn import norms
+        for shape in ((8, 64), (2000, 64)):
+            for name in ("x", "weight", "bias", "running_mean", "running_var", "residual"):
+                for training in (True, False):
+                    m = anybn.torch.BatchNorm1d(64).train(training)
+                    x, residual = torch.randn(shape), torch.randn(shape)
+                    freed = {"x": x, "residual": residual}.get(name)
+                    freed = getattr(m, name) if freed is None else freed
+                    freed.detach().untyped_storage().resize_(0)
+                    try:
+                        m(x, residual)
+                    except ValueError as error:
+                        assert "has no memory: its storage was freed" in str(error), error
+                    else:
+                        raise AssertionError((shape, name, training))
+                    assert int(m.num_batches_tracked) == 0
+        x = torch.randn(8, 64)
+        x.untyped_storage().resize_(0)
+        for call in (anybn.moments, norms.layer_norm):
+            try:
+                call(x)
+            except ValueError as error:
+                assert "has no memory" in str(error), error
+    """)
+    assert torch

@@ -41,7 +41,9 @@ def _evaluated(x: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
     if not is_exporting():
         return ops.evaluate(x, mean, var, *rest)
     weight, bias, residual, *spec = rest
-    return _TORCH.evaluate(Call(x, Spec(*spec), weight, bias, residual), Statistics(None, mean, None, var))
+    working = ops.working_dtype(x)
+    statistics = Statistics(None, mean.to(working), None, var.to(working))
+    return _TORCH.evaluate(Call(x, Spec(*spec), weight, bias, residual), statistics)
 
 
 def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:

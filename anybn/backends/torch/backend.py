@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch._C import _functorch as functorch  # torch.func has no public way to ask
 from torch.autograd.graph import increment_version
 
+from anybn import _lock
 from anybn._settings import DTYPES, numpy_dtype
 from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend, kernels
@@ -41,7 +43,7 @@ class _Namespace:
         root = torch.sqrt(x)
         if x.device.type != "cpu" or op_by_op():
             return root
-        exact = torch.from_numpy(np.sqrt(x.detach().numpy()))
+        exact = torch.from_numpy(np.sqrt(cpu.view(x)))
         return root + (exact - root.detach())  # keeps the derivatives
 
 
@@ -124,11 +126,11 @@ class TorchBackend(Backend):
     def _to_numpy(self, x: torch.Tensor) -> np.ndarray:
         if x.is_cuda:
             cuda.await_updates(x)
-        x = x.detach().cpu().contiguous()
+        x = x.detach().cpu().resolve_neg().clone(memory_format=torch.contiguous_format)  # see `cpu.view`
         name = dtype_name(x.dtype)
         if not hasattr(np, name):
-            return x.view(getattr(torch, DTYPES[name].bits)).numpy().view(numpy_dtype(name)).copy()
-        return np.array(x.numpy())
+            return x.view(getattr(torch, DTYPES[name].bits)).numpy().view(numpy_dtype(name))
+        return x.numpy()
 
     def is_traced(self, x: torch.Tensor) -> bool:
         return in_torch_func() and functorch.is_batchedtensor(unwrapped(x))
@@ -252,7 +254,7 @@ class TorchBackend(Backend):
 
         def over(*sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             sum_dy, sum_dy_xhat = exchange.sums(self, call.group.group, *map(torch.from_numpy, sums))
-            return sum_dy.numpy(), sum_dy_xhat.numpy()
+            return cpu.view(sum_dy), cpu.view(sum_dy_xhat)
 
         return cpu.gradients(call, statistics, dy, active, wants_residual, over)
 
@@ -283,11 +285,17 @@ class TorchBackend(Backend):
                 factor = 0.0 if counter is None else 1.0 / (counter + 1).to(mean.dtype)
                 if mean.is_cpu and not op_by_op():
                     factor = float(factor)
-            new_mean, new_var = self.update(Update(mean, var, factor, ddof, propagate), statistics)
-            self.write(mean, new_mean)
-            self.write(var, new_var)
+            working = self.working_dtype(mean)  # whatever a checkpoint or FSDP has made of them
+            of_running = Update(mean.to(working), var.to(working), factor, ddof, propagate)
+            targets, new = [mean, var], [*self.update(of_running, statistics)]
             if counter is not None:
-                self.write(counter, counter + 1)
+                targets.append(counter)
+                new.append(counter + 1)
+            if op_by_op():
+                for target, value in zip(targets, new, strict=True):
+                    self.write(target, value)
+            else:
+                _lock.at_once(*writing(targets, new))
 
     def _in_one_launch(self, update: Update, statistics: Statistics, counter: torch.Tensor | None) -> bool:
         """`update_in_place` by one launch of a CUDA kernel, if one can do that."""
@@ -296,6 +304,7 @@ class TorchBackend(Backend):
             isinstance(chosen, CudaArrays)
             and isinstance(statistics.count, int)
             and mean.dtype is var.dtype
+            and mean.dtype in (torch.float32, torch.float64)
             and mean.is_contiguous()
             and var.is_contiguous()
             and (update.momentum is not None or counter is not None)
@@ -364,6 +373,14 @@ class _OnHost(NumPyBackend):
 
 
 _ON_HOST = _OnHost()
+
+
+def writing(targets: list[torch.Tensor], values: list[torch.Tensor]) -> tuple[list[partial[Any]], list[partial[Any]]]:
+    """What to do to fill targets with values, and what to undo it, for `anybn._lock.at_once`."""
+    before = [target.detach().clone() for target in targets]
+    return [partial(torch._foreach_copy_, targets, values)], [
+        partial(target.copy_, old) for target, old in zip(targets, before, strict=True)
+    ]
 
 
 def _extent(a: torch.Tensor) -> tuple[int, int]:
