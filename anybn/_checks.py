@@ -16,6 +16,7 @@ from anybn.backends.base import Backend
 from anybn.core.call import Array, dtype_name
 from anybn.errors import NonFiniteError
 
+_STATE_ARRAYS = ("weight", "bias", "running_mean", "running_var")
 
 def shape_of(array: Array) -> tuple[int, ...]:
     return tuple(array.shape)
@@ -106,18 +107,20 @@ def mask(value: Array, x: Array, axis: int, backend: Backend) -> Array:
     return xp.expand_dims(value, axis=axis)
 
 
-def state_arrays(arrays: tuple[Array | None, ...], channels: int) -> None:
+def state_arrays(
+    arrays: tuple[Array | None, ...], channels: int, x: Array = None, backend: Backend | None = None
+) -> None:
     """That weight, bias, running_mean and running_var, or the first of them, are ``(C,)``, in every call: what a state
-    or module holds, others hold too, and can resize."""
-    wanted = (channels,)
+    or module holds, others hold too, and can resize. And that x, if it is given, does not lie on them."""
+    wanted, cls = (channels,), type(x)
     for a in arrays:
-        if a is not None and a.shape != wanted:
-            break
-    else:
-        return
-    for name, a in zip(("weight", "bias", "running_mean", "running_var"), arrays, strict=False):
-        if a is not None and shape_of(a) != wanted:
+        if a is None:
+            continue
+        if a.shape != wanted and shape_of(a) != wanted:
+            name = next(name for name, b in zip(_STATE_ARRAYS, arrays, strict=False) if b is a)
             raise ValueError(_wrong_shape(name, a, channels))
+        if backend is not None and (type(a) is cls or backend.owns(type(a))) and backend.overlaps(x, a):
+            raise ValueError("x shares memory with the state: give one of them a copy")
 
 
 def _wrong_shape(name: str, value: Array, channels: int) -> str:

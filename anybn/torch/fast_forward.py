@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, empty_like, is_grad_enabled
+from torch._C import _current_graph_task_id
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
@@ -20,11 +21,12 @@ from anybn import _lock
 from anybn.backends.numpy import kernels
 from anybn.backends.registry import backend_for
 from anybn.backends.torch import TorchBackend, cpu
-from anybn.backends.torch.autograd import Recorded, op_by_op
+from anybn.backends.torch.autograd import Recorded, op_by_op_here
 from anybn.core.call import Call, Spec, Statistics, Update
 from anybn.kernels.cpu.plan import ONE_CLAIM
 
 _TORCH = TorchBackend()
+_spec = functools.lru_cache(Spec)  # a third of the time
 _FLOAT32, _FLOAT64 = torch.float32, torch.float64
 
 #: What autograd gives the tensors to that it is to keep, if that is somebody's own function; torch does not say
@@ -48,16 +50,16 @@ def _is_plain(a: Any) -> bool:
     return type(a) is torch.Tensor and a.layout is torch.strided and not a.is_nested and not a.is_neg()
 
 
-def _vector(a: torch.Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+def _vector(a: torch.Tensor | None, kind: type, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """The address of a's values, as a compiled step takes it: 0 for None.
 
-    -1 unless a is a plain tensor with memory of its own in which they lie as they are. Subclasses may keep their values
-    anywhere, and freed storages have address 0.
+    -1 unless a is of this kind or a plain tensor, with memory of its own in which they lie as they are. Subclasses may
+    keep their values anywhere, and freed storages have address 0.
     """
     if a is None:
         return 0
     if (
-        (type(a) is Parameter or type(a) is Tensor)
+        (type(a) is kind or type(a) is Tensor)
         and a.dtype is dtype
         and a.is_cpu
         and a.shape == shape
@@ -72,7 +74,7 @@ def fast_forward(
     module: Any, x: torch.Tensor, residual: torch.Tensor | None, activation: str | None
 ) -> torch.Tensor | None:
     """y; or None, with nothing done, for whatever is special or wrong: `anybn.batch_norm` takes that."""
-    if not _is_plain(x) or type(backend_for(x)) is not TorchBackend or op_by_op():
+    if not _is_plain(x) or type(backend_for(x)) is not TorchBackend or op_by_op_here():
         return None
     steps, parameters, buffers = _steps(), module._parameters, module._buffers
     try:
@@ -96,10 +98,10 @@ def fast_forward(
         and (activation is None or activation == "relu")
         and x.is_cpu
         and (x_at := x.data_ptr())
-        and (weight_at := _vector(weight, parameter_dtype, of_channels)) >= 0
-        and (bias_at := _vector(bias, parameter_dtype, of_channels)) >= 0
-        and (mean_at := _vector(mean, _FLOAT64, of_channels)) >= 0
-        and (var_at := _vector(var, _FLOAT64, of_channels)) >= 0
+        and (weight_at := _vector(weight, Parameter, parameter_dtype, of_channels)) >= 0
+        and (bias_at := _vector(bias, Parameter, parameter_dtype, of_channels)) >= 0
+        and (mean_at := _vector(mean, Tensor, _FLOAT64, of_channels)) >= 0
+        and (var_at := _vector(var, Tensor, _FLOAT64, of_channels)) >= 0
         and (residual is None or (_is_plain(residual) and residual.shape == shape and residual.dtype is dtype))
         and (residual is None or (residual.is_cpu and residual.data_ptr()))
     ):
@@ -108,12 +110,12 @@ def fast_forward(
     if of_batch:
         if size // channels < 2 or not (momentum is None or 0 <= momentum <= 1):
             return None
-        if mean is not None and module.track_running_stats and not _TORCH.recomputes():
-            batches_at = -1 if batches is None else _vector(batches, torch.int64, ())
+        if mean is not None and module.track_running_stats and _current_graph_task_id() == -1:  # see `recomputes`
+            batches_at = -1 if batches is None else _vector(batches, Tensor, torch.int64, ())
             if batches_at < 0:
                 return None
 
-    spec = Spec(1, eps, activation is not None)
+    spec = _spec(1, eps, activation is not None)
     records = is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
