@@ -247,7 +247,7 @@ class BatchNormState:
         >>> list(anybn.BatchNormState(3).state_dict("keras"))
         ['gamma', 'beta', 'moving_mean', 'moving_variance']
         """
-        return translation.encode(self._settings(), self._arrays._asdict(), convention)
+        return translation.encode(self._settings(), self._store.snapshot()._asdict(), convention)
 
     def load_state_dict(self, mapping: Mapping[str, Array], convention: ConventionName = "torch") -> None:
         """Take over the arrays of a mapping, from any library; all of them or, on an error, none.
@@ -267,7 +267,11 @@ class BatchNormState:
         anybn.errors.CheckpointError: nothing was loaded: missing key 'moving_variance'
         >>> state.load_state_dict(keras | {"moving_variance": np.ones(2)}, "keras")
         """
-        self._store.fill(translation.decode(mapping, self._settings(), convention))
+        values = translation.decode(mapping, self._settings(), convention)
+        try:
+            self._store.fill(values)
+        except ValueError as error:
+            raise CheckpointError(f"nothing was loaded: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with the arrays, the settings and a checksum; the old file stays until it is whole.
@@ -281,7 +285,7 @@ class BatchNormState:
         """
         from anybn.checkpoints import files  # late: json and hashlib take time to import
 
-        files.save(path, self._settings(), self._arrays._asdict())
+        files.save(path, self._settings(), self._store.snapshot()._asdict())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> BatchNormState:

@@ -20,7 +20,7 @@ from anybn._settings import DTYPES, numpy_dtype
 from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend, kernels
 from anybn.backends.torch import cpu, cuda, native
-from anybn.backends.torch.autograd import Recorded, RecordedRows, Summed, in_torch_func, op_by_op, unwrapped
+from anybn.backends.torch.autograd import Recorded, RecordedRows, Summed, dispatches, in_torch_func, op_by_op, unwrapped
 from anybn.core.call import Array, Call, Gradients, Statistics, Update, dtype_name
 from anybn.errors import StateError
 from anybn.groups import exchange
@@ -75,6 +75,8 @@ class TorchBackend(Backend):
             return "is a nested tensor: pad it, and pass mask="
         if x.is_meta:
             return "is on the meta device and has no values: create it on a real one"
+        if x.is_cpu and not op_by_op() and not dispatches(x) and not x.data_ptr() and x.numel():
+            return cpu.NO_MEMORY
         return ""
 
     def module(self) -> ModuleType:
@@ -175,7 +177,7 @@ class TorchBackend(Backend):
         return torch._C._current_graph_task_id() != -1
 
     def overlaps(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        if op_by_op() or a.device != b.device or not a.numel() or not b.numel():
+        if op_by_op() or dispatches(a, b) or a.device != b.device or not a.numel() or not b.numel():
             return False
         first, second = _extent(a), _extent(b)
         return first[0] < second[1] and second[0] < first[1]
@@ -199,7 +201,7 @@ class TorchBackend(Backend):
         chosen = self._kernels_on(x.device)
         if chosen is None or call.mask is not None or not x.numel() or op_by_op() or not chosen.supports(x):
             return None
-        return chosen
+        return None if dispatches(x, call.weight, call.bias, call.residual, call.out) else chosen
 
     def statistics(self, call: Call) -> Statistics:
         if call.group is None:
@@ -271,15 +273,20 @@ class TorchBackend(Backend):
         return new
 
     def update_in_place(self, update: Update, statistics: Statistics, counter: torch.Tensor | None) -> None:
-        """Fold statistics, torch tensors, into the running ones where these lie, and count the batch.
+        """Fold statistics, torch tensors, into the running ones where these lie, and count the batch, all at once.
 
         Nothing waits for a device. ``update.momentum`` None is the cumulative average, by the counter.
         """
+        if not self._in_one_launch(update, statistics, counter):
+            _lock.at_once(*self.writes(*self.updated_values(update, statistics, counter)))
+
+    def updated_values(
+        self, update: Update, statistics: Statistics, counter: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What `update_in_place` writes to, and the values."""
         mean, var, momentum, ddof, propagate = update
-        statistics = Statistics(*(s.to(mean.device) if isinstance(s, torch.Tensor) else s for s in statistics))
+        statistics = _on(mean.device, statistics)
         with torch.no_grad():
-            if self._in_one_launch(update, statistics, counter):
-                return
             factor: Any = momentum
             if momentum is None:
                 factor = 0.0 if counter is None else 1.0 / (counter + 1).to(mean.dtype)
@@ -287,19 +294,13 @@ class TorchBackend(Backend):
                     factor = float(factor)
             working = self.working_dtype(mean)  # whatever a checkpoint or FSDP has made of them
             of_running = Update(mean.to(working), var.to(working), factor, ddof, propagate)
-            targets, new = [mean, var], [*self.update(of_running, statistics)]
-            if counter is not None:
-                targets.append(counter)
-                new.append(counter + 1)
-            if op_by_op():
-                for target, value in zip(targets, new, strict=True):
-                    self.write(target, value)
-            else:
-                _lock.at_once(*writing(targets, new))
+            values = [*self.update(of_running, statistics)]
+            return ([mean, var], values) if counter is None else ([mean, var, counter], [*values, counter + 1])
 
     def _in_one_launch(self, update: Update, statistics: Statistics, counter: torch.Tensor | None) -> bool:
         """`update_in_place` by one launch of a CUDA kernel, if one can do that."""
         mean, var, chosen = update.running_mean, update.running_var, self._kernels_for(Call(update.running_mean, None))
+        statistics = _on(mean.device, statistics)
         if not (
             isinstance(chosen, CudaArrays)
             and isinstance(statistics.count, int)
@@ -315,20 +316,28 @@ class TorchBackend(Backend):
         increment_version([a for a in (mean, var, counter) if a is not None])
         return True
 
-    def write(self, target: torch.Tensor, value: torch.Tensor) -> None:
+    def writes(self, targets: list[torch.Tensor], values: list[torch.Tensor]) -> tuple[list[Any], list[Any]]:
+        """What fills targets with values, and what undoes it, for `anybn._lock.at_once`."""
+        if op_by_op():
+            return [partial(self._write, *pair) for pair in zip(targets, values, strict=True)], []
+        copies = [target.detach().copy_ for target in targets]
+        before = [target.detach().clone() for target in targets]
+        fill, undo = (list(map(partial, copies, contents)) for contents in (values, before))
+        return fill, undo
+
+    def _write(self, target: torch.Tensor, value: torch.Tensor) -> None:
         """``target.copy_(value)``, under torch.func's transforms as well."""
-        if not in_torch_func() or functorch.is_functorch_wrapped_tensor(target):
-            target.copy_(value)
-        elif self.is_traced(value):
-            raise StateError(
-                "the module's buffers are not batched but the statistics are: pass them through vmap as well, with "
-                "torch.func.functional_call and torch.func.stack_module_state, or use eval mode"
-            )
-        else:
-            with (
-                torch._C._DisableFuncTorch()
-            ):  # what grad and its like record goes on; a buffer is none of their inputs
+        with torch.no_grad():
+            if not in_torch_func() or functorch.is_functorch_wrapped_tensor(target):
                 target.copy_(value)
+            elif self.is_traced(value):
+                raise StateError(
+                    "the module's buffers are not batched but the statistics are: pass them through vmap as well, with "
+                    "torch.func.functional_call and torch.func.stack_module_state, or use eval mode"
+                )
+            else:
+                with torch._C._DisableFuncTorch():  # what grad records goes on; a buffer is none of its inputs
+                    target.copy_(value)
 
     # -- norms of rows -----------------------------------------------------------------------------------------
 
@@ -375,12 +384,8 @@ class _OnHost(NumPyBackend):
 _ON_HOST = _OnHost()
 
 
-def writing(targets: list[torch.Tensor], values: list[torch.Tensor]) -> tuple[list[partial[Any]], list[partial[Any]]]:
-    """What to do to fill targets with values, and what to undo it, for `anybn._lock.at_once`."""
-    before = [target.detach().clone() for target in targets]
-    return [partial(torch._foreach_copy_, targets, values)], [
-        partial(target.copy_, old) for target, old in zip(targets, before, strict=True)
-    ]
+def _on(device: torch.device, statistics: Statistics) -> Statistics:
+    return Statistics(*(s.to(device) if isinstance(s, torch.Tensor) else s for s in statistics))
 
 
 def _extent(a: torch.Tensor) -> tuple[int, int]:

@@ -17,6 +17,8 @@ from anybn.core.formulas import Over
 DTYPES = {getattr(torch, name): np.dtype(bits) for name, (_, bits, _) in _settings.DTYPES.items()}
 _SEEN = DTYPES | {torch.bool: np.dtype(bool)}
 
+NO_MEMORY = "has no memory: its storage was freed, as FSDP does between the passes; gather it first"
+
 
 def supports(x: torch.Tensor) -> bool:
     return x.dtype in DTYPES and not x.is_neg() and bool(kernels().supports(DTYPES[x.dtype]))
@@ -101,10 +103,7 @@ def view(a: torch.Tensor) -> np.ndarray:
         a = a.detach().resolve_neg()
     address, dtype = a.data_ptr(), _SEEN[a.dtype]
     if not address and a.numel():
-        raise ValueError(
-            f"a tensor of shape {tuple(a.shape)} has no memory: its storage was freed, as FSDP does between the "
-            "passes; gather it first"
-        )
+        raise ValueError(f"a tensor of shape {tuple(a.shape)} {NO_MEMORY}")
     memory = _Memory.from_address(address)
     memory.tensor = a
     if a.is_contiguous():
