@@ -1,5 +1,6 @@
 """What crashed, went wrong silently or was left half done, once: each with what was done to it."""
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -540,3 +541,44 @@ def test_a_forward_pass_that_fails_late_changes_nothing(shape, activation):
     expected = x.detach().clone().requires_grad_()
     anybn.torch.BatchNorm1d(4, activation=activation)(expected).square().sum().backward()
     torch.testing.assert_close(x.grad, expected.grad)
+
+
+# -- many gradients at a time --------------------------------------------------------------------------------------
+
+
+BATCHED = {
+    "module": lambda torch, mode: anybn.torch.BatchNorm1d(3, dtype=torch.float64).train(mode),
+    "relu": lambda torch, mode: anybn.torch.BatchNorm1d(3, dtype=torch.float64, activation="relu").train(mode),
+    "state": lambda torch, mode: functools.partial(
+        anybn.batch_norm, state=anybn.BatchNormState(3, dtype="float64", like="torch"), training=mode
+    ),
+    "layer_norm": lambda torch, mode: norms.layer_norm,
+    "group_norm": lambda torch, mode: lambda x: norms.group_norm(x, 1),
+}
+
+
+@pytest.mark.parametrize("name", BATCHED)
+@pytest.mark.parametrize("training", [True, False])
+def test_batched_backward(name, training):
+    torch = pytest.importorskip("torch", reason="torch: not installed")
+    import anybn.torch  # noqa: F401
+
+    call = BATCHED[name](torch, training)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 3))).requires_grad_()
+    y = call(x)
+    one_by_one = torch.stack(
+        [torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in torch.eye(18).view(18, 6, 3)]
+    )
+    eye = torch.eye(18, dtype=torch.float64).view(18, 6, 3)
+    torch.testing.assert_close(torch.autograd.grad(call(x), x, eye, is_grads_batched=True)[0], one_by_one)
+    jacobian = torch.autograd.functional.jacobian(call, x, vectorize=True)
+    torch.testing.assert_close(jacobian.view(18, 6, 3), one_by_one)
+
+    def loss(x):
+        return call(x).sigmoid().sum()
+
+    hessians = [torch.autograd.functional.hessian(loss, x, vectorize=v) for v in (True, False)]
+    torch.testing.assert_close(*hessians)
+    assert torch.autograd.gradcheck(call, x, check_batched_grad=True)
+    zeros = torch._efficientzerotensor((6, 3), dtype=torch.float64)
+    assert not torch.autograd.grad(call(x), x, zeros)[0].any()

@@ -48,6 +48,11 @@ def dispatches(*arrays: Any) -> bool:
     )
 
 
+def has_no_memory(dy: torch.Tensor) -> bool:
+    """Whether a gradient is many at a time, for ``is_grads_batched`` and its like, or torch's notion of zeros."""
+    return functorch.is_legacy_batchedtensor(dy) or dy._is_zerotensor()
+
+
 def in_torch_func() -> bool:
     return _are_functorch_transforms_active()
 

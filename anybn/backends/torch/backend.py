@@ -20,7 +20,16 @@ from anybn._settings import DTYPES, numpy_dtype
 from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend, kernels
 from anybn.backends.torch import cpu, cuda, native
-from anybn.backends.torch.autograd import Recorded, RecordedRows, Summed, dispatches, in_torch_func, op_by_op, unwrapped
+from anybn.backends.torch.autograd import (
+    Recorded,
+    RecordedRows,
+    Summed,
+    dispatches,
+    has_no_memory,
+    in_torch_func,
+    op_by_op,
+    unwrapped,
+)
 from anybn.core.call import Array, Call, Gradients, Statistics, Update, dtype_name
 from anybn.errors import StateError
 from anybn.groups import exchange
@@ -41,7 +50,7 @@ class _Namespace:
     @staticmethod
     def sqrt(x: torch.Tensor) -> torch.Tensor:
         root = torch.sqrt(x)
-        if x.device.type != "cpu" or op_by_op():
+        if x.device.type != "cpu" or op_by_op() or dispatches(x):
             return root
         exact = torch.from_numpy(np.sqrt(cpu.view(x)))
         return root + (exact - root.detach())  # keeps the derivatives
@@ -247,7 +256,8 @@ class TorchBackend(Backend):
         active: torch.Tensor | None,
         wants_residual: bool,
     ) -> Gradients:
-        if self.records(dy, call.x, call.weight) or not (chosen := self._kernels_for(call)):
+        recorded = self.records(dy, call.x, call.weight) or dispatches(dy) or has_no_memory(dy)
+        if recorded or not (chosen := self._kernels_for(call)):
             return super().gradients(call, statistics, dy, active, wants_residual)
         if call.group is None:
             return chosen.gradients(call, statistics, dy, active, wants_residual)
@@ -352,7 +362,7 @@ class TorchBackend(Backend):
 
     def row_gradients(self, call: Call, statistics: Statistics, dy: torch.Tensor) -> Gradients:
         by_kernels = self._kernels_for(call) is cpu and kernels().row_kernels is not None
-        if not by_kernels or self.records(dy, call.x, call.weight):
+        if not by_kernels or self.records(dy, call.x, call.weight) or dispatches(dy) or has_no_memory(dy):
             return super().row_gradients(call, statistics, dy)
         return cpu.row_gradients(call, statistics, dy)
 
