@@ -582,3 +582,46 @@ def test_batched_backward(name, training):
     assert torch.autograd.gradcheck(call, x, check_batched_grad=True)
     zeros = torch._efficientzerotensor((6, 3), dtype=torch.float64)
     assert not torch.autograd.grad(call(x), x, zeros)[0].any()
+
+
+def test_distributed_tensors(tmp_path):
+    """All of them, as torch's module takes them; a mixture is torch's error, and changes nothing."""
+    pytest.importorskip("torch.distributed.tensor", reason="torch: not installed")
+    survives(f"""
+        import torch, torch.distributed as dist, anybn, anybn.torch
+        from anybn import norms
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+        dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+        mesh = init_device_mesh("cpu", (1,))
+        x = torch.randn(6, 4)
+        spread = distribute_tensor(x, mesh, [Shard(0)])
+        replicated = lambda a: distribute_tensor(a.detach(), mesh, [Replicate()])
+
+        def module(parameters, buffers):
+            m = anybn.torch.BatchNorm1d(4)
+            for name, p in list(m.named_parameters()) if parameters else ():
+                setattr(m, name, torch.nn.Parameter(replicated(p)))
+            for name, b in list(m.named_buffers()) if buffers else ():
+                setattr(m, name, replicated(b))
+            return m
+
+        m, plain = module(True, True), anybn.torch.BatchNorm1d(4)
+        for training in (True, False):
+            y, expected = m.train(training)(spread), plain.train(training)(x)
+            torch.testing.assert_close(y.full_tensor(), expected)
+            y.square().sum().backward(), expected.square().sum().backward()
+            torch.testing.assert_close(m.weight.grad.full_tensor(), plain.weight.grad)
+        torch.testing.assert_close(m.running_var.full_tensor(), plain.running_var)
+        torch.testing.assert_close(norms.layer_norm(spread).full_tensor(), norms.layer_norm(x))
+        for m, given in ((module(True, False), spread), (module(True, False), x), (module(False, False), spread)):
+            for training in (True, False):
+                try:
+                    m.train(training)(given)
+                except RuntimeError as error:
+                    assert "got mixed torch.Tensor and DTensor" in str(error), error
+                else:
+                    raise AssertionError("no error")
+                assert int(m.num_batches_tracked) == 0 and not m.running_mean.any()
+        dist.destroy_process_group()
+    """)

@@ -19,6 +19,8 @@ from torch.compiler import is_compiling
 from anybn.core import formulas
 from anybn.core.call import Call, Gradients, RowSpec, Spec, Statistics
 
+_NO_DISPATCH = torch.Tensor.__torch_dispatch__
+
 
 def op_by_op() -> bool:
     """True where torch has to see each operation: forward-mode differentiation, torch.func, tracing and exporting, and
@@ -39,13 +41,13 @@ def op_by_op_here() -> bool:
 def dispatches(*arrays: Any) -> bool:
     """True if one of these tensors takes torch's operations into its own hands, as DTensor does: what lies behind it
     may lie anywhere."""
-    return any(
-        a is not None
-        and type(a) is not torch.Tensor
-        and type(a) is not torch.nn.Parameter
-        and type(a).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-        for a in arrays
-    )
+    for a in arrays:
+        cls = type(a)
+        if a is None or cls is torch.Tensor or cls is torch.nn.Parameter:  # as most are
+            continue
+        if getattr(cls, "__torch_dispatch__", _NO_DISPATCH) is not _NO_DISPATCH:
+            return True
+    return False
 
 
 def has_no_memory(dy: torch.Tensor) -> bool:

@@ -272,7 +272,7 @@ class TorchBackend(Backend):
 
     def update(self, update: Update, statistics: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
         mean = update.running_mean
-        chosen = self._kernels_for(Call(mean, None))
+        chosen = None if dispatches(*statistics) else self._kernels_for(Call(mean, None))
         if chosen and isinstance(statistics.count, int) and isinstance(update.momentum, (int, float)):
             with self.no_grad():
                 new = chosen.updated_running_statistics(update, statistics)
