@@ -1,6 +1,8 @@
 """What crashed, went wrong silently or was left half done, once: each with what was done to it."""
 
+import copy
 import functools
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -625,3 +627,40 @@ def test_distributed_tensors(tmp_path):
                 assert int(m.num_batches_tracked) == 0 and not m.running_mean.any()
         dist.destroy_process_group()
     """)
+
+
+# -- states and layers that are looked at or copied ----------------------------------------------------------------
+
+
+def test_states_without_values_have_a_repr():
+    jax = pytest.importorskip("jax", reason="jax: not installed")
+    state = anybn.BatchNormState(4, like="jax")
+    shapes = jax.eval_shape(lambda s: s, state)
+    specs = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), state)
+    assert repr(shapes) == "BatchNormState(4, eps=1e-05, momentum=0.1) of ShapeDtypeStruct"
+    assert repr(specs).startswith("BatchNormState(4, eps=1e-05, momentum=0.1) of P")
+    assert repr(anybn.BatchNorm(4, state=specs)).startswith("BatchNorm(4, eps=1e-05, momentum=0.1, axis=1) in training")
+
+
+def test_layers_copy_within_their_group():
+    class Group:
+        def all_reduce_sum(self, array):
+            return array
+
+        def __deepcopy__(self, memo):
+            raise TypeError("cannot pickle this")
+
+    layer = anybn.BatchNorm(4, group=Group())
+    twin = copy.deepcopy(layer)
+    layer(np.random.default_rng(0).normal(size=(8, 4)))
+    assert twin.group is layer.group
+    assert (twin.state.num_batches_tracked, layer.state.num_batches_tracked) == (0, 1)
+
+
+def test_the_state_of_a_module_pickles():
+    pytest.importorskip("torch", reason="torch: not installed")
+    import anybn.torch
+
+    state = pickle.loads(pickle.dumps(anybn.torch.BatchNorm1d(4).state))
+    anybn.batch_norm(np.random.default_rng(0).normal(size=(8, 4)), state, training=True)
+    assert state.num_batches_tracked == 1

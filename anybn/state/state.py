@@ -185,11 +185,11 @@ class BatchNormState:
 
     @property
     def num_batches_tracked(self) -> int:
-        n = self._arrays.num_batches_tracked
+        n: Any = self._arrays.num_batches_tracked
         try:
-            return n if isinstance(n, int) or n.ndim else int(n)  # type: ignore[return-value]
+            return n if isinstance(n, int) or not hasattr(n, "ndim") or n.ndim else int(n)
         except TypeError:  # what jax.jit and jax.grad made of it
-            return n  # type: ignore[return-value]
+            return n
 
     @num_batches_tracked.setter
     def num_batches_tracked(self, value: int) -> None:
@@ -322,7 +322,10 @@ class BatchNormState:
         settings += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v]
         where = ""
         for array in self._arrays.held().values():
-            where = f" on {backend_for(array).place(array)}"
+            try:
+                where = f" on {backend_for(array).place(array)}"
+            except TypeError:  # of jax.eval_shape, or whatever else a tree can hold
+                return f"BatchNormState({', '.join(settings)}) of {type(array).__name__}"
         tracked = f", {self.num_batches_tracked} batches tracked" if self.track_running_stats else ""
         return f"BatchNormState({', '.join(settings)}){where}{tracked}"
 

@@ -33,6 +33,9 @@ class ModuleStore(Store):
     def __init__(self, module: torch.nn.modules.batchnorm._BatchNorm):
         self._module = module
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._module,)
+
     @property
     def owner(self) -> torch.nn.Module:
         return self._module
