@@ -8,7 +8,7 @@ from typing import Any
 
 from anybn import _lock
 from anybn.state.state import BatchNormState
-from anybn.state.store import Block
+from anybn.state.store import Block, Opening
 
 
 @contextmanager
@@ -37,20 +37,24 @@ def accumulate(*targets: Any) -> Iterator[None]:
     (True, 1)
     """
     states = {id(state._store.owner): state for target in targets for state in _states(target)}
-    with _lock.commits:
-        for state in states.values():
-            if state._store.block is not None:
-                raise ValueError(f"accumulate is open already for {state!r}: leave out the inner one")
-        blocks = {key: Block() for key in states}
-        for key, state in states.items():
-            state._store.block = blocks[key]
+    opening = Opening()
+    blocks = {key: Block(opening) for key in states}
     try:
+        with _lock.commits:
+            for state in states.values():
+                if (block := state._store.block) is not None and block.is_open:
+                    raise ValueError(f"accumulate is open already for {state!r}: leave out the inner one")
+            for key, state in states.items():
+                state._store.block = blocks[key]
         yield
     finally:
-        for state in states.values():
-            state._store.block = None
-    for key, state in states.items():
-        blocks[key].close(state._store)
+        opening.is_open = False  # of all at once, wherever an interrupt comes
+        for key, state in states.items():
+            if state._store.block is blocks[key]:
+                state._store.block = None
+    with _lock.commits:
+        changes = [blocks[key].changes(state._store) for key, state in states.items()]
+        _lock.at_once(*([step for part in parts for step in part] for parts in zip(*changes, strict=True)))
 
 
 def _states(target: Any) -> list[BatchNormState]:

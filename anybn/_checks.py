@@ -16,6 +16,7 @@ from anybn.backends.base import Backend
 from anybn.core.call import Array, dtype_name
 from anybn.errors import NonFiniteError
 
+_STATE_ARRAYS = ("weight", "bias", "running_mean", "running_var")
 
 def shape_of(array: Array) -> tuple[int, ...]:
     return tuple(array.shape)
@@ -106,6 +107,35 @@ def mask(value: Array, x: Array, axis: int, backend: Backend) -> Array:
     return xp.expand_dims(value, axis=axis)
 
 
+def state_arrays(
+    arrays: tuple[Array | None, ...], channels: int, x: Array = None, backend: Backend | None = None
+) -> None:
+    """That weight, bias, running_mean and running_var, or the first of them, are ``(C,)``, in every call: what a state
+    or module holds, others hold too, and can resize. And that x, if it is given, does not lie on them."""
+    wanted, cls = (channels,), type(x)
+    for a in arrays:
+        if a is None:
+            continue
+        if a.shape != wanted and shape_of(a) != wanted:
+            name = next(name for name, b in zip(_STATE_ARRAYS, arrays, strict=False) if b is a)
+            raise ValueError(_wrong_shape(name, a, channels))
+        if backend is not None and (type(a) is cls or backend.owns(type(a))) and backend.overlaps(x, a):
+            raise ValueError("x shares memory with the state: give one of them a copy")
+
+
+def _wrong_shape(name: str, value: Array, channels: int) -> str:
+    return f"{name} has shape {shape_of(value)}; the state has {channels} channels: it must be ({channels},)"
+
+
+def as_it_was(name: str, value: Array, shape: tuple[int, ...]) -> None:
+    """That what a pullback reads has the shape that it had when y was made."""
+    if shape_of(value) != shape:
+        raise ValueError(
+            f"{name} has shape {shape_of(value)} but had {shape} when y was made: the pullback reads it, so leave it "
+            "as it was"
+        )
+
+
 def overlaps_any(x: Array, others: Iterable[Array | None], backend: Backend) -> bool:
     """Whether x shares memory with one of the others that are of its library."""
     for a in others:
@@ -134,9 +164,7 @@ def state_array(backend: Backend, name: str, value: Array, num_features: int) ->
     """What weight, bias, running_mean and running_var may be set to."""
     floating_array(name, value, backend)
     if shape_of(value) != (num_features,):
-        raise ValueError(
-            f"{name} has shape {shape_of(value)}; the state has {num_features} channels: it must be ({num_features},)"
-        )
+        raise ValueError(_wrong_shape(name, value, num_features))
     if name.startswith("running") and not backend.is_traced(value):
         problem = impossible_statistics(name, backend.to_numpy(value))
         if problem:

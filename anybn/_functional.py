@@ -24,6 +24,10 @@ from anybn.state.store import Batch
 compiled: tuple[Callable[[], bool], Callable[..., Array]] | None = None
 
 
+#: The default, which needs no check: a call has many arguments, and they are looked at before each.
+_SKIP = "skip"
+
+
 class Checked(NamedTuple):
     """A call whose arguments have been checked, and what it does to the state, of which backends know nothing."""
 
@@ -154,11 +158,14 @@ def batch_norm_vjp(
         y, statistics, running = _forward(checked)
         active = y > 0 if call.spec.relu else None
         finish(checked, statistics, running)
+    shape = _checks.shape_of(call.x)
 
     def pullback(dy: Array) -> Gradients:
         """Gradients(x, weight, bias, residual) for the gradient dy of y."""
         owner = backend_for(dy, "dy")
+        _checks.as_it_was("x", call.x, shape)
         _checks.like_x("dy", _checks.floating_array("dy", dy, owner), call.x, backend)
+        _checks.state_arrays((call.weight,), shape[call.spec.axis])
         with backend.no_grad():
             return backend.gradients(call, statistics, dy, active, residual is not None)
 
@@ -221,9 +228,12 @@ def check(
         hint = "; import anybn.jax makes states pytrees" if root_module(type(state)) == "jax" else ""
         raise TypeError(f"state is a {type(state).__name__}; it must be an anybn.BatchNormState of x's channels{hint}")
     index = _checks.batch(x, backend, axis, state.num_features)
-    training = _settings.flag("training", training)
-    _settings.choice("activation", activation, (None, "relu"))
-    _settings.choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
+    if training is not True and training is not False:
+        training = _settings.flag("training", training)
+    if activation is not None:
+        _settings.choice("activation", activation, (None, "relu"))
+    if nonfinite is not _SKIP:
+        _settings.choice("nonfinite", nonfinite, ("skip", "raise", "propagate"))
     if group is not None:
         group = engines.as_group(group)
         called = training or not state.track_running_stats
@@ -237,8 +247,7 @@ def check(
     if residual is not None:
         _checks.like_x("residual", residual, x, backend)
     before, beside = state._store.beside(backend, x)
-    if _checks.overlaps_any(x, before[:4], backend):
-        raise ValueError("x shares memory with the state: give one of them a copy")
+    _checks.state_arrays(before[:4], state.num_features, x, backend)
     if out is not None:
         _checks.out(out, x, residual, before[:4], backend)
         if recorded and backend.records(x, beside.weight, beside.bias, residual):
@@ -331,10 +340,10 @@ def finish(checked: Checked, statistics: Statistics, running: tuple[Array, Array
         store.settle(backend, before, beside)
         return
     batch = Batch(backend, call.x, statistics, nonfinite == "propagate", before, beside, running)
-    if store.block is None:
+    block = store.block
+    if block is None or not block.add(batch):
         store.learn(batch)
     else:
-        store.block.add(batch)
         store.settle(backend, before, beside)
 
 

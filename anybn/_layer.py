@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -122,6 +123,12 @@ class BatchNorm:
         """Move the state, see `BatchNormState.to`; returns self."""
         self.state.to(target)
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A layer of its own in the same group: a copy talks to the same processes."""
+        twin = copy.copy(self)
+        twin.state = copy.deepcopy(self.state, memo)
+        return twin
 
     def __repr__(self) -> str:
         inside, _, after = repr(self.state).removeprefix("BatchNormState(").rpartition(")")

@@ -301,9 +301,12 @@ def _vjp(checked: _Checked, weight: Array | None, bias: Array | None) -> tuple[A
         else:
             y, statistics = backend.normalize_rows(_call(checked, weight, bias))
             y = _delivered(checked, y)
+    shape = _checks.shape_of(x)
 
     def pullback(dy: Array) -> Gradients:
         """Gradients(x, weight, bias, None) for the gradient dy of y."""
+        _checks.as_it_was("x", x, shape)
+        _check_parameters(checked, weight=weight, bias=bias)
         _checks.like_x("dy", _checks.floating_array("dy", dy, backend_for(dy, "dy")), x, backend)
         with backend.no_grad():
             if empty:

@@ -117,10 +117,12 @@ def batch_norm_vjp(
         done = _run(x, state, options, axis, mask, residual, activation, nonfinite)
         active = done.y > 0 if done.checked.call.spec.relu else None
     call, ghosts = done.checked.call, done.ghosts
-    xp, weight = backend.namespace(x), call.weight
+    xp, weight, shape = backend.namespace(x), call.weight, _checks.shape_of(x)
 
     def pullback(dy: Array) -> Gradients:
         """Gradients(x, weight, bias, residual) for the gradient dy of y."""
+        _checks.as_it_was("x", x, shape)
+        _checks.state_arrays((weight,), shape[call.spec.axis])
         _checks.like_x("dy", _checks.floating_array("dy", dy, backend_for(dy, "dy")), x, backend)
         with backend.no_grad():
             parts, dparts, active_parts, mask_parts = (ghosts.split(xp, a) for a in (x, dy, active, call.mask))

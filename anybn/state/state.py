@@ -185,11 +185,11 @@ class BatchNormState:
 
     @property
     def num_batches_tracked(self) -> int:
-        n = self._arrays.num_batches_tracked
+        n: Any = self._arrays.num_batches_tracked
         try:
-            return n if isinstance(n, int) or n.ndim else int(n)  # type: ignore[return-value]
+            return n if isinstance(n, int) or not hasattr(n, "ndim") or n.ndim else int(n)
         except TypeError:  # what jax.jit and jax.grad made of it
-            return n  # type: ignore[return-value]
+            return n
 
     @num_batches_tracked.setter
     def num_batches_tracked(self, value: int) -> None:
@@ -247,7 +247,7 @@ class BatchNormState:
         >>> list(anybn.BatchNormState(3).state_dict("keras"))
         ['gamma', 'beta', 'moving_mean', 'moving_variance']
         """
-        return translation.encode(self._settings(), self._arrays._asdict(), convention)
+        return translation.encode(self._settings(), self._store.snapshot()._asdict(), convention)
 
     def load_state_dict(self, mapping: Mapping[str, Array], convention: ConventionName = "torch") -> None:
         """Take over the arrays of a mapping, from any library; all of them or, on an error, none.
@@ -267,7 +267,11 @@ class BatchNormState:
         anybn.errors.CheckpointError: nothing was loaded: missing key 'moving_variance'
         >>> state.load_state_dict(keras | {"moving_variance": np.ones(2)}, "keras")
         """
-        self._store.fill(translation.decode(mapping, self._settings(), convention))
+        values = translation.decode(mapping, self._settings(), convention)
+        try:
+            self._store.fill(values)
+        except ValueError as error:
+            raise CheckpointError(f"nothing was loaded: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with the arrays, the settings and a checksum; the old file stays until it is whole.
@@ -281,7 +285,7 @@ class BatchNormState:
         """
         from anybn.checkpoints import files  # late: json and hashlib take time to import
 
-        files.save(path, self._settings(), self._arrays._asdict())
+        files.save(path, self._settings(), self._store.snapshot()._asdict())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> BatchNormState:
@@ -318,7 +322,10 @@ class BatchNormState:
         settings += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v]
         where = ""
         for array in self._arrays.held().values():
-            where = f" on {backend_for(array).place(array)}"
+            try:
+                where = f" on {backend_for(array).place(array)}"
+            except TypeError:  # of jax.eval_shape, or whatever else a tree can hold
+                return f"BatchNormState({', '.join(settings)}) of {type(array).__name__}"
         tracked = f", {self.num_batches_tracked} batches tracked" if self.track_running_stats else ""
         return f"BatchNormState({', '.join(settings)}){where}{tracked}"
 

@@ -6,7 +6,9 @@ tuple. A torch module's store (`anybn.torch.state`) has the module's tensors, wh
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,6 +84,10 @@ class Store:
         arrays = self.arrays
         return arrays, placed(arrays, self.dtype, backend, backend.device_of(x))
 
+    def snapshot(self) -> Arrays:
+        """The arrays, as no other thread changes them."""
+        return self.arrays
+
     def planned_update(self, arrays: Arrays, propagate: bool) -> Update | None:
         """How arrays take in a batch; None where a backend must not do that while it normalizes."""
         momentum = 1.0 / (arrays.num_batches_tracked + 1) if self.momentum is None else self.momentum
@@ -108,21 +114,26 @@ class Store:
 
     def learn(self, batch: Batch) -> None:
         """Count the batch and fold its statistics into the running ones: one swap, after everything has succeeded."""
+        self.swap(partial(self._learnt, batch))
 
-        def change(old: Arrays) -> Arrays:
-            backend, arrays, running = batch.backend, batch.beside, batch.running
-            if old is not batch.before:  # overtaken, and so is what was made of it
-                arrays, running = placed(old, self.dtype, backend, backend.device_of(batch.x)), None
-            if running is None:
-                update = self.planned_update(arrays, batch.propagate)
-                assert update is not None
-                running = backend.update(update, batch.statistics)
-            mean, var = map(backend.frozen, running)
-            arrays = Arrays(arrays.weight, arrays.bias, mean, var, arrays.num_batches_tracked + 1)
-            require_storable(backend, arrays, old)
-            return arrays
+    def changes(self, batch: Batch) -> tuple[list[Any], list[Any]]:
+        """What lets the state learn the batch, and what undoes it, for `anybn._lock.at_once`; asked under the lock."""
+        old = self.arrays
+        new = self._learnt(batch, old)
+        return [partial(setattr, self, "arrays", new)], [partial(setattr, self, "arrays", old)]
 
-        self.swap(change)
+    def _learnt(self, batch: Batch, old: Arrays) -> Arrays:
+        backend, arrays, running = batch.backend, batch.beside, batch.running
+        if old is not batch.before:  # overtaken, and so is what was made of it
+            arrays, running = placed(old, self.dtype, backend, backend.device_of(batch.x)), None
+        if running is None:
+            update = self.planned_update(arrays, batch.propagate)
+            assert update is not None
+            running = backend.update(update, batch.statistics)
+        mean, var = map(backend.frozen, running)
+        arrays = Arrays(arrays.weight, arrays.bias, mean, var, arrays.num_batches_tracked + 1)
+        require_storable(backend, arrays, old)
+        return arrays
 
     def put(self, name: str, value: Array) -> None:
         """Take value as it is where its dtype allows (a torch Parameter stays itself); the state moves beside it."""
@@ -181,32 +192,47 @@ class Store:
         self.swap(change)
 
 
+class Opening:
+    """Of the blocks that an `anybn.accumulate` opens and closes together."""
+
+    is_open = True
+
+
 class Block:
     """What one state has seen within an open block of `anybn.accumulate`."""
 
-    def __init__(self) -> None:
+    def __init__(self, opening: Opening) -> None:
+        self._opening = weakref.ref(opening)  # accumulate has it, and with that it goes, whatever happens
         self.latest: Batch | None = None
         self.moments: Moments | None = None
 
-    def add(self, batch: Batch) -> None:
-        """Merge the batch's moments. One thread after the other, so that none is lost."""
+    @property
+    def is_open(self) -> bool:
+        opening = self._opening()
+        return opening is not None and opening.is_open
+
+    def add(self, batch: Batch) -> bool:
+        """Merge the batch's moments, one thread after the other, so that none is lost; False if the block is closed."""
         backend, s = batch.backend, batch.statistics
         with _lock.commits, backend.no_grad():
+            if not self.is_open:
+                return False
             detached = (backend.detached(a) for a in (s.count, s.mean, s.m2, s.shift))
             moments = Moments(*detached)  # type: ignore[arg-type]
             if self.latest is not None and self.moments is not None:
                 moments = self._moments_beside(batch, self.latest, self.moments) + moments
                 batch = batch._replace(propagate=batch.propagate or self.latest.propagate)
             self.latest, self.moments = batch, moments
+            return True
 
-    def close(self, store: Any) -> None:
-        """Let the state learn all of it as one batch."""
+    def changes(self, store: Any) -> tuple[list[Any], list[Any]]:
+        """What lets the state learn all of it as one batch, as `Store.changes` gives it."""
         if self.latest is None or self.moments is None:
-            return
+            return [], []
         backend, x, moments = self.latest.backend, self.latest.x, self.moments
         with backend.no_grad():
             statistics = Statistics(moments.count, moments.mean, moments.shift, moments.var(), moments.m2)
-        store.learn(Batch(backend, x, statistics, self.latest.propagate, *store.beside(backend, x)))
+        return store.changes(Batch(backend, x, statistics, self.latest.propagate, *store.beside(backend, x)))
 
     @staticmethod
     def _moments_beside(batch: Batch, latest: Batch, moments: Moments) -> Moments:

@@ -22,8 +22,9 @@ _TORCH = TorchBackend()
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7
 
 
-def _check(x: Tensor, residual: Tensor | None, axis: int, channels: int) -> None:
+def _check(x: Tensor, residual: Tensor | None, axis: int, channels: int, arrays: tuple[Tensor | None, ...]) -> None:
     """What torch.compile can look at of the checks; where it fails, the check itself has the words."""
+    _checks.state_arrays(arrays, channels)
     if not -x.ndim <= axis < x.ndim or x.ndim < 2 or x.shape[axis] != channels or not x.dtype.is_floating_point:
         _checks.batch(x, _TORCH, axis, channels)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -40,7 +41,9 @@ def _evaluated(x: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
     if not is_exporting():
         return ops.evaluate(x, mean, var, *rest)
     weight, bias, residual, *spec = rest
-    return _TORCH.evaluate(Call(x, Spec(*spec), weight, bias, residual), Statistics(None, mean, None, var))
+    working = ops.working_dtype(x)
+    statistics = Statistics(None, mean.to(working), None, var.to(working))
+    return _TORCH.evaluate(Call(x, Spec(*spec), weight, bias, residual), statistics)
 
 
 def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
@@ -51,13 +54,14 @@ def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | N
             raise NotImplementedError("torch.export cannot take a group or accumulate into its graph: export without")
         return eagerly(module.forward)(x, residual, activation)
     module._check_input_dim(x)
-    _check(x, residual, 1, module.num_features)
+    state = module.weight, module.bias, module.running_mean, module.running_var
+    _check(x, residual, 1, module.num_features, state)
     eps, momentum = module.eps, module.momentum
     if not eps > 0 or not (momentum is None or 0 <= momentum <= 1):
         _settings.eps(eps), _settings.momentum(momentum)
     _settings.choice("activation", activation, (None, "relu"))
-    relu, mean, var = activation == "relu", module.running_mean, module.running_var
-    parameters = module.weight, module.bias, residual
+    relu, (weight, bias, mean, var) = activation == "relu", state
+    parameters = weight, bias, residual
     if x.numel() and (module.training or mean is None):
         count = x.numel() // x.shape[1]
         if count < 2:
@@ -107,7 +111,7 @@ def batch_norm(
     for array in arrays[:4]:
         if array is not None and not isinstance(array, Tensor):
             raise StateError("torch.compile cannot move a state: call state.to(x) before")
-    _check(x, residual, axis, store.num_features)
+    _check(x, residual, axis, store.num_features, arrays[:4])
     _settings.choice("activation", activation, (None, "relu"))
     axis, eps, relu = axis % x.ndim, store.eps, activation == "relu"
     mean, var = arrays.running_mean, arrays.running_var

@@ -12,19 +12,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import empty_like, is_grad_enabled
+from torch import Tensor, empty_like, is_grad_enabled
+from torch._C import _current_graph_task_id
 from torch.autograd.graph import increment_version
+from torch.nn import Parameter
 
 from anybn import _lock
 from anybn.backends.numpy import kernels
 from anybn.backends.registry import backend_for
 from anybn.backends.torch import TorchBackend, cpu
-from anybn.backends.torch.autograd import Recorded, op_by_op
+from anybn.backends.torch.autograd import Recorded, op_by_op_here
 from anybn.core.call import Call, Spec, Statistics, Update
 from anybn.kernels.cpu.plan import ONE_CLAIM
 
 _TORCH = TorchBackend()
+_spec = functools.lru_cache(Spec)  # a third of the time
 _FLOAT32, _FLOAT64 = torch.float32, torch.float64
+
+#: What autograd gives the tensors to that it is to keep, if that is somebody's own function; torch does not say
+#: publicly, and before it said at all, there might always be one.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
 @functools.cache
@@ -39,25 +46,35 @@ def _examples() -> dict[torch.dtype, np.ndarray]:
     return {dtype: np.empty(0, seen) for dtype, seen in cpu.DTYPES.items() if kernels().supports(np.dtype(seen))}
 
 
-def _is_strided(a: Any) -> bool:
-    return type(a) is torch.Tensor and a.layout is torch.strided and not a.is_nested
+def _is_plain(a: Any) -> bool:
+    return type(a) is torch.Tensor and a.layout is torch.strided and not a.is_nested and not a.is_neg()
 
 
-def _is_vector(a: torch.Tensor | None, dtype: torch.dtype, count: int) -> bool:
-    """Whether a is nothing, or lies in the CPU's memory as so many values of dtype without gaps."""
-    return a is None or (a.is_cpu and a.dtype is dtype and a.numel() == count and a.is_contiguous())
+def _vector(a: torch.Tensor | None, kind: type, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """The address of a's values, as a compiled step takes it: 0 for None.
 
-
-def _address(a: torch.Tensor | None) -> int:
-    """As a compiled step takes it: 0 for what is not there."""
-    return 0 if a is None else a.data_ptr()
+    -1 unless a is of this kind or a plain tensor, with memory of its own in which they lie as they are. Subclasses may
+    keep their values anywhere, and freed storages have address 0.
+    """
+    if a is None:
+        return 0
+    if (
+        (type(a) is kind or type(a) is Tensor)
+        and a.dtype is dtype
+        and a.is_cpu
+        and a.shape == shape
+        and a.is_contiguous()
+        and not a.is_neg()
+    ):
+        return a.data_ptr() or -1
+    return -1
 
 
 def fast_forward(
     module: Any, x: torch.Tensor, residual: torch.Tensor | None, activation: str | None
 ) -> torch.Tensor | None:
     """y; or None, with nothing done, for whatever is special or wrong: `anybn.batch_norm` takes that."""
-    if not _is_strided(x) or type(backend_for(x)) is not TorchBackend or op_by_op():
+    if not _is_plain(x) or type(backend_for(x)) is not TorchBackend or op_by_op_here():
         return None
     steps, parameters, buffers = _steps(), module._parameters, module._buffers
     try:
@@ -66,9 +83,9 @@ def fast_forward(
     except KeyError:  # parametrized, or a replica of DataParallel
         return None
     shape, dtype, channels, eps = x.shape, x.dtype, module.num_features, module.eps
-    if len(shape) not in module._ranks or shape[1] != channels or channels < 2:  # one channel can be a negated view
+    if len(shape) not in module._ranks or shape[1] != channels:
         return None
-    parameter_dtype = _FLOAT32 if weight is None else weight.dtype
+    parameter_dtype, of_channels = _FLOAT32 if weight is None else weight.dtype, (channels,)
     of_batch, size, examples = module.training or mean is None, x.numel(), _examples()
     example, parameter_example = examples.get(dtype), examples.get(parameter_dtype)
     if not (
@@ -80,69 +97,73 @@ def fast_forward(
         and eps > 0
         and (activation is None or activation == "relu")
         and x.is_cpu
-        and _is_vector(weight, parameter_dtype, channels)
-        and _is_vector(bias, parameter_dtype, channels)
-        and _is_vector(mean, _FLOAT64, channels)
-        and _is_vector(var, _FLOAT64, channels)
-        and (residual is None or (_is_strided(residual) and residual.shape == shape and residual.dtype is dtype))
-        and (residual is None or residual.is_cpu)
+        and (x_at := x.data_ptr())
+        and (weight_at := _vector(weight, Parameter, parameter_dtype, of_channels)) >= 0
+        and (bias_at := _vector(bias, Parameter, parameter_dtype, of_channels)) >= 0
+        and (mean_at := _vector(mean, Tensor, _FLOAT64, of_channels)) >= 0
+        and (var_at := _vector(var, Tensor, _FLOAT64, of_channels)) >= 0
+        and (residual is None or (_is_plain(residual) and residual.shape == shape and residual.dtype is dtype))
+        and (residual is None or (residual.is_cpu and residual.data_ptr()))
     ):
         return None
-    momentum, commits = module.momentum, False
+    momentum, batches_at = module.momentum, 0
     if of_batch:
         if size // channels < 2 or not (momentum is None or 0 <= momentum <= 1):
             return None
-        commits = mean is not None and module.track_running_stats and not _TORCH.recomputes()
-        if commits and not (type(batches) is torch.Tensor and _is_vector(batches, torch.int64, 1)):
-            return None
+        if mean is not None and module.track_running_stats and _current_graph_task_id() == -1:  # see `recomputes`
+            batches_at = -1 if batches is None else _vector(batches, Tensor, torch.int64, ())
+            if batches_at < 0:
+                return None
 
-    spec = Spec(1, eps, activation is not None)
+    spec = _spec(1, eps, activation is not None)
+    records = is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
     small = (
         size * example.itemsize <= ONE_CLAIM and x.is_contiguous() and (residual is None or residual.is_contiguous())
     )
     statistics: Statistics | np.ndarray
     if small and (plans := steps.plans(shape, example.itemsize)):
+        if records and spec.relu and _saved_tensors_hooks(True) is not None:  # which would read y at once
+            return None
         y, floor = empty_like(x), 0.0 if spec.relu else -math.inf
-        arrays = (
-            example,
-            parameter_example,
-            x.data_ptr(),
-            y.data_ptr(),
-            _address(residual),
-            _address(weight),
-            _address(bias),
-        )
+        statistics = np.empty((5 if of_batch else 2, channels))
+        residual_at = 0 if residual is None else residual.data_ptr()
+        arrays = (example, parameter_example, x_at, y.data_ptr(), residual_at, weight_at, bias_at)
+        if records:  # before anything is changed, since it can fail
+            y = Recorded.apply(x, weight, bias, residual, (y, statistics), _TORCH, spec)
         if of_batch:
-            statistics, running = np.empty((5, channels)), (0, 0, 0)
-            if commits:
-                running = mean.data_ptr(), var.data_ptr(), batches.data_ptr()
+            running = (mean_at, var_at, batches_at) if batches_at else (0, 0, 0)
             new = -1.0 if momentum is None else momentum
             with _lock.commits:
+                _lock.writes |= 1
                 done = steps.train(*arrays, *running, size, channels, floor, eps, new, statistics, *plans[0])
-            if done and commits:
+                _lock.writes += 1
+            if done and batches_at:
                 increment_version((mean, var, batches))
         else:
-            statistics, running_addresses = np.empty((2, channels)), (mean.data_ptr(), var.data_ptr())
-            done = steps.evaluate(*arrays, *running_addresses, size, channels, floor, eps, statistics, *plans[1])
-        if not done:  # x shares memory with the state
-            return None
-    else:
-        if x.is_neg() or any(a is not None and _TORCH.overlaps(x, a) for a in (weight, bias, mean, var)):
-            return None
-        call = Call(x, spec, weight, bias, residual)
-        if of_batch:
-            y, statistics, _ = cpu.train(call)
-            if commits:
+            given = (*arrays, mean_at, var_at, size, channels, floor, eps, statistics, *plans[1])
+            before = _lock.writes
+            done = steps.evaluate(*given)
+            if before & 1 or before != _lock.writes:  # another thread was at a module's statistics, perhaps these
                 with _lock.commits:
-                    _TORCH.update_in_place(Update(mean, var, momentum, 1, False), statistics, batches)
-        else:
+                    done = steps.evaluate(*given)
+        return y if done else None  # x shares memory with the state
+    if any(a is not None and _TORCH.overlaps(x, a) for a in (weight, bias, mean, var)):
+        return None
+    call = Call(x, spec, weight, bias, residual)
+    if of_batch:
+        y, statistics, _ = cpu.train(call)
+    else:
+        with _lock.commits:
             statistics = Statistics(None, mean.clone(), None, var.clone())
-            y = cpu.evaluate(call, statistics)
-    if is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        return Recorded.apply(x, weight, bias, residual, (y, statistics), _TORCH, spec)
+        y = cpu.evaluate(call, statistics)
+    if records:
+        y = Recorded.apply(x, weight, bias, residual, (y, statistics), _TORCH, spec)
+    if batches_at:
+        with _lock.commits:
+            _TORCH.update_in_place(Update(mean, var, momentum, 1, False), statistics, batches)
     return y

@@ -33,12 +33,16 @@ class ModuleStore(Store):
     def __init__(self, module: torch.nn.modules.batchnorm._BatchNorm):
         self._module = module
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._module,)
+
     @property
     def owner(self) -> torch.nn.Module:
         return self._module
 
     def copy(self) -> Store:
-        copied = super().copy()
+        with _lock.commits:
+            copied = super().copy()
         arrays = copied.arrays
         if arrays.weight is not None and arrays.bias is None:  # torch can leave out one of them
             arrays = arrays._replace(bias=torch.zeros_like(arrays.weight))
@@ -93,15 +97,21 @@ class ModuleStore(Store):
     def block(self, value: Any) -> None:
         self._module._block = value
 
+    def snapshot(self) -> Arrays:
+        with _lock.commits:
+            return Arrays(*(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in self.arrays))
+
     def beside(self, backend: Backend, x: Array) -> tuple[Arrays, Arrays]:
-        arrays = self.arrays
-        device = backend.device_of(x)
-        if not all(backend.holds(a, device) for a in arrays.held().values()):
-            return arrays, placed(arrays, self.dtype, backend, device)
-        if arrays.running_mean is None or arrays.running_var is None or not isinstance(backend, TorchBackend):
-            return arrays, arrays
-        working = backend.working_dtype(x)  # a checkpoint may have brought float32 with it
-        mean, var = arrays.running_mean.to(working), arrays.running_var.to(working)
+        arrays, device = self.arrays, backend.device_of(x)
+        for name, array in arrays.held().items():
+            _checks.floating_array(name, array, _TORCH)
+        with _lock.commits:  # both running statistics before a thread that trains, or both after it
+            if not all(backend.holds(a, device) for a in arrays.held().values()):
+                return arrays, placed(arrays, self.dtype, backend, device)
+            if arrays.running_mean is None or arrays.running_var is None or not isinstance(backend, TorchBackend):
+                return arrays, arrays
+            working = backend.working_dtype(x)  # a checkpoint may have brought float32 with it
+            mean, var = arrays.running_mean.to(working, copy=True), arrays.running_var.to(working, copy=True)
         return arrays, arrays._replace(running_mean=mean, running_var=var)
 
     def planned_update(self, arrays: Arrays, propagate: bool) -> None:
@@ -113,13 +123,20 @@ class ModuleStore(Store):
         """It stays where it is."""
 
     def learn(self, batch: Batch) -> None:
-        module, backend = self._module, batch.backend
-        if not module.track_running_stats:  # switched off after the module was made
-            return
-        statistics = Statistics(*(_as_tensor(backend, s) for s in batch.statistics))
+        if self._module.track_running_stats:  # it may have been switched off after the module was made
+            with _lock.commits:
+                _TORCH.update_in_place(*self._update(batch))
+
+    def changes(self, batch: Batch) -> tuple[list[Any], list[Any]]:
+        if not self._module.track_running_stats:
+            return [], []
+        return _TORCH.writes(*_TORCH.updated_values(*self._update(batch)))
+
+    def _update(self, batch: Batch) -> tuple[Update, Statistics, torch.Tensor | None]:
+        module = self._module
+        statistics = Statistics(*(_as_tensor(batch.backend, s) for s in batch.statistics))
         update = Update(module.running_mean, module.running_var, self.momentum, self.ddof, batch.propagate)
-        with _lock.commits:
-            _TORCH.update_in_place(update, statistics, module.num_batches_tracked)
+        return update, statistics, module.num_batches_tracked
 
     def put(self, name: str, value: Array) -> None:
         backend = backend_for(value, name)
@@ -136,14 +153,16 @@ class ModuleStore(Store):
         self._write(values | {name: _TORCH.from_numpy(value, torch.device("cpu")) for name, value in numpy.items()})
 
     def _write(self, values: dict[str, Any]) -> None:
-        """Tensors and numbers, by field name."""
-        with _lock.commits, torch.no_grad():
-            for name, value in values.items():
-                target = getattr(self._module, name)
-                if isinstance(value, torch.Tensor):
-                    target.copy_(value)
-                elif target is not None:
-                    target.fill_(value)
+        """Tensors and numbers, by field name; all of them or, on an error, none."""
+        _checks.state_arrays(self.arrays[:4], self.num_features)
+        with torch.no_grad():
+            found = {name: getattr(self._module, name) for name in values}
+            found = {name: target for name, target in found.items() if target is not None}
+            for name, target in found.items():
+                if problem := _TORCH.write_problem(target):
+                    raise ValueError(f"{name} {problem}")
+            filling = [_filling(name, values[name], target) for name, target in found.items()]
+            _lock.at_once(*_TORCH.writes(list(found.values()), filling))
 
     def move(self, backend: Backend, device: Any) -> None:
         """Moves the module, within torch. Raises StateError for another library."""
@@ -158,6 +177,17 @@ class ModuleStore(Store):
 def state_of(module: torch.nn.modules.batchnorm._BatchNorm) -> BatchNormState:
     """The live `BatchNormState` of a module's own tensors."""
     return BatchNormState._over(ModuleStore(module))
+
+
+def _filling(name: str, value: Any, target: torch.Tensor) -> torch.Tensor:
+    """value as a tensor, of the target's dtype where it is a number."""
+    if isinstance(value, torch.Tensor):
+        return value
+    if not target.is_floating_point() and value > (most := torch.iinfo(target.dtype).max):
+        raise ValueError(
+            f"{name} is {value}; the module keeps it in {dtype_name(target.dtype)}: it must be {most} or less"
+        )
+    return torch.tensor(value, dtype=target.dtype)
 
 
 def _as_tensor(backend: Backend, value: Any) -> Any:

@@ -19,17 +19,40 @@ from torch.compiler import is_compiling
 from anybn.core import formulas
 from anybn.core.call import Call, Gradients, RowSpec, Spec, Statistics
 
+_NO_DISPATCH = torch.Tensor.__torch_dispatch__
+
 
 def op_by_op() -> bool:
     """True where torch has to see each operation: forward-mode differentiation, torch.func, tracing and exporting, and
     modes that take operations one at a time, fake tensors among them. The core serves them all."""
+    return is_compiling() or op_by_op_here()
+
+
+def op_by_op_here() -> bool:
+    """`op_by_op` where nothing is being compiled."""
     return (
-        is_compiling()
-        or forward_ad._current_level >= 0
+        forward_ad._current_level >= 0
         or _are_functorch_transforms_active()
         or _len_torch_dispatch_stack() > 0
         or _get_tracing_state() is not None
     )
+
+
+def dispatches(*arrays: Any) -> bool:
+    """True if one of these tensors takes torch's operations into its own hands, as DTensor does: what lies behind it
+    may lie anywhere."""
+    for a in arrays:
+        cls = type(a)
+        if a is None or cls is torch.Tensor or cls is torch.nn.Parameter:  # as most are
+            continue
+        if getattr(cls, "__torch_dispatch__", _NO_DISPATCH) is not _NO_DISPATCH:
+            return True
+    return False
+
+
+def has_no_memory(dy: torch.Tensor) -> bool:
+    """Whether a gradient is many at a time, for ``is_grads_batched`` and its like, or torch's notion of zeros."""
+    return functorch.is_legacy_batchedtensor(dy) or dy._is_zerotensor()
 
 
 def in_torch_func() -> bool:
@@ -67,17 +90,17 @@ class Recorded(_SingleLevelFunction):
         # y comes in a tuple: so autograd takes it for this function's own, which may be written to in place.
         y, ctx.statistics = computed
         ctx.save_for_backward(x, weight, mask, y if spec.relu else None)
-        ctx.backend, ctx.spec, ctx.group = backend, spec, group
+        ctx.call = backend, spec, group
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, mask, y = ctx.saved_tensors
-        statistics, wants = ctx.statistics, ctx.needs_input_grad
+        statistics, wants, (backend, spec, group) = ctx.statistics, ctx.needs_input_grad, ctx.call
         if isinstance(statistics, np.ndarray):
             statistics = _statistics_of_rows(statistics, x)
-        call = Call(x, ctx.spec, weight, None, None, mask, ctx.group)
-        grads = differentiated(ctx.backend, call, statistics, dy, None if y is None else y > 0, wants[3])
+        call = Call(x, spec, weight, None, None, mask, group)
+        grads = differentiated(backend, call, statistics, dy, None if y is None else y > 0, wants[3])
         return grads.x, grads.weight, grads.bias if wants[2] else None, grads.residual, None, None, None, None, None
 
 

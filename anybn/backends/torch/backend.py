@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -14,11 +15,21 @@ import torch
 from torch._C import _functorch as functorch  # torch.func has no public way to ask
 from torch.autograd.graph import increment_version
 
+from anybn import _lock
 from anybn._settings import DTYPES, numpy_dtype
 from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend, kernels
 from anybn.backends.torch import cpu, cuda, native
-from anybn.backends.torch.autograd import Recorded, RecordedRows, Summed, in_torch_func, op_by_op, unwrapped
+from anybn.backends.torch.autograd import (
+    Recorded,
+    RecordedRows,
+    Summed,
+    dispatches,
+    has_no_memory,
+    in_torch_func,
+    op_by_op,
+    unwrapped,
+)
 from anybn.core.call import Array, Call, Gradients, Statistics, Update, dtype_name
 from anybn.errors import StateError
 from anybn.groups import exchange
@@ -39,9 +50,9 @@ class _Namespace:
     @staticmethod
     def sqrt(x: torch.Tensor) -> torch.Tensor:
         root = torch.sqrt(x)
-        if x.device.type != "cpu" or op_by_op():
+        if x.device.type != "cpu" or op_by_op() or dispatches(x):
             return root
-        exact = torch.from_numpy(np.sqrt(x.detach().numpy()))
+        exact = torch.from_numpy(np.sqrt(cpu.view(x)))
         return root + (exact - root.detach())  # keeps the derivatives
 
 
@@ -73,6 +84,8 @@ class TorchBackend(Backend):
             return "is a nested tensor: pad it, and pass mask="
         if x.is_meta:
             return "is on the meta device and has no values: create it on a real one"
+        if x.is_cpu and not op_by_op() and not dispatches(x) and not x.data_ptr() and x.numel():
+            return cpu.NO_MEMORY
         return ""
 
     def module(self) -> ModuleType:
@@ -124,11 +137,11 @@ class TorchBackend(Backend):
     def _to_numpy(self, x: torch.Tensor) -> np.ndarray:
         if x.is_cuda:
             cuda.await_updates(x)
-        x = x.detach().cpu().contiguous()
+        x = x.detach().cpu().resolve_neg().clone(memory_format=torch.contiguous_format)  # see `cpu.view`
         name = dtype_name(x.dtype)
         if not hasattr(np, name):
-            return x.view(getattr(torch, DTYPES[name].bits)).numpy().view(numpy_dtype(name)).copy()
-        return np.array(x.numpy())
+            return x.view(getattr(torch, DTYPES[name].bits)).numpy().view(numpy_dtype(name))
+        return x.numpy()
 
     def is_traced(self, x: torch.Tensor) -> bool:
         return in_torch_func() and functorch.is_batchedtensor(unwrapped(x))
@@ -173,7 +186,7 @@ class TorchBackend(Backend):
         return torch._C._current_graph_task_id() != -1
 
     def overlaps(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        if op_by_op() or a.device != b.device or not a.numel() or not b.numel():
+        if op_by_op() or dispatches(a, b) or a.device != b.device or not a.numel() or not b.numel():
             return False
         first, second = _extent(a), _extent(b)
         return first[0] < second[1] and second[0] < first[1]
@@ -197,7 +210,7 @@ class TorchBackend(Backend):
         chosen = self._kernels_on(x.device)
         if chosen is None or call.mask is not None or not x.numel() or op_by_op() or not chosen.supports(x):
             return None
-        return chosen
+        return None if dispatches(x, call.weight, call.bias, call.residual, call.out) else chosen
 
     def statistics(self, call: Call) -> Statistics:
         if call.group is None:
@@ -243,7 +256,8 @@ class TorchBackend(Backend):
         active: torch.Tensor | None,
         wants_residual: bool,
     ) -> Gradients:
-        if self.records(dy, call.x, call.weight) or not (chosen := self._kernels_for(call)):
+        recorded = self.records(dy, call.x, call.weight) or dispatches(dy) or has_no_memory(dy)
+        if recorded or not (chosen := self._kernels_for(call)):
             return super().gradients(call, statistics, dy, active, wants_residual)
         if call.group is None:
             return chosen.gradients(call, statistics, dy, active, wants_residual)
@@ -252,13 +266,13 @@ class TorchBackend(Backend):
 
         def over(*sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             sum_dy, sum_dy_xhat = exchange.sums(self, call.group.group, *map(torch.from_numpy, sums))
-            return sum_dy.numpy(), sum_dy_xhat.numpy()
+            return cpu.view(sum_dy), cpu.view(sum_dy_xhat)
 
         return cpu.gradients(call, statistics, dy, active, wants_residual, over)
 
     def update(self, update: Update, statistics: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
         mean = update.running_mean
-        chosen = self._kernels_for(Call(mean, None))
+        chosen = None if dispatches(*statistics) else self._kernels_for(Call(mean, None))
         if chosen and isinstance(statistics.count, int) and isinstance(update.momentum, (int, float)):
             with self.no_grad():
                 new = chosen.updated_running_statistics(update, statistics)
@@ -269,33 +283,39 @@ class TorchBackend(Backend):
         return new
 
     def update_in_place(self, update: Update, statistics: Statistics, counter: torch.Tensor | None) -> None:
-        """Fold statistics, torch tensors, into the running ones where these lie, and count the batch.
+        """Fold statistics, torch tensors, into the running ones where these lie, and count the batch, all at once.
 
         Nothing waits for a device. ``update.momentum`` None is the cumulative average, by the counter.
         """
+        if not self._in_one_launch(update, statistics, counter):
+            _lock.at_once(*self.writes(*self.updated_values(update, statistics, counter)))
+
+    def updated_values(
+        self, update: Update, statistics: Statistics, counter: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What `update_in_place` writes to, and the values."""
         mean, var, momentum, ddof, propagate = update
-        statistics = Statistics(*(s.to(mean.device) if isinstance(s, torch.Tensor) else s for s in statistics))
+        statistics = _on(mean.device, statistics)
         with torch.no_grad():
-            if self._in_one_launch(update, statistics, counter):
-                return
             factor: Any = momentum
             if momentum is None:
                 factor = 0.0 if counter is None else 1.0 / (counter + 1).to(mean.dtype)
                 if mean.is_cpu and not op_by_op():
                     factor = float(factor)
-            new_mean, new_var = self.update(Update(mean, var, factor, ddof, propagate), statistics)
-            self.write(mean, new_mean)
-            self.write(var, new_var)
-            if counter is not None:
-                self.write(counter, counter + 1)
+            working = self.working_dtype(mean)  # whatever a checkpoint or FSDP has made of them
+            of_running = Update(mean.to(working), var.to(working), factor, ddof, propagate)
+            values = [*self.update(of_running, statistics)]
+            return ([mean, var], values) if counter is None else ([mean, var, counter], [*values, counter + 1])
 
     def _in_one_launch(self, update: Update, statistics: Statistics, counter: torch.Tensor | None) -> bool:
         """`update_in_place` by one launch of a CUDA kernel, if one can do that."""
         mean, var, chosen = update.running_mean, update.running_var, self._kernels_for(Call(update.running_mean, None))
+        statistics = _on(mean.device, statistics)
         if not (
             isinstance(chosen, CudaArrays)
             and isinstance(statistics.count, int)
             and mean.dtype is var.dtype
+            and mean.dtype in (torch.float32, torch.float64)
             and mean.is_contiguous()
             and var.is_contiguous()
             and (update.momentum is not None or counter is not None)
@@ -306,20 +326,28 @@ class TorchBackend(Backend):
         increment_version([a for a in (mean, var, counter) if a is not None])
         return True
 
-    def write(self, target: torch.Tensor, value: torch.Tensor) -> None:
+    def writes(self, targets: list[torch.Tensor], values: list[torch.Tensor]) -> tuple[list[Any], list[Any]]:
+        """What fills targets with values, and what undoes it, for `anybn._lock.at_once`."""
+        if op_by_op():
+            return [partial(self._write, *pair) for pair in zip(targets, values, strict=True)], []
+        copies = [target.detach().copy_ for target in targets]
+        before = [target.detach().clone() for target in targets]
+        fill, undo = (list(map(partial, copies, contents)) for contents in (values, before))
+        return fill, undo
+
+    def _write(self, target: torch.Tensor, value: torch.Tensor) -> None:
         """``target.copy_(value)``, under torch.func's transforms as well."""
-        if not in_torch_func() or functorch.is_functorch_wrapped_tensor(target):
-            target.copy_(value)
-        elif self.is_traced(value):
-            raise StateError(
-                "the module's buffers are not batched but the statistics are: pass them through vmap as well, with "
-                "torch.func.functional_call and torch.func.stack_module_state, or use eval mode"
-            )
-        else:
-            with (
-                torch._C._DisableFuncTorch()
-            ):  # what grad and its like record goes on; a buffer is none of their inputs
+        with torch.no_grad():
+            if not in_torch_func() or functorch.is_functorch_wrapped_tensor(target):
                 target.copy_(value)
+            elif self.is_traced(value):
+                raise StateError(
+                    "the module's buffers are not batched but the statistics are: pass them through vmap as well, with "
+                    "torch.func.functional_call and torch.func.stack_module_state, or use eval mode"
+                )
+            else:
+                with torch._C._DisableFuncTorch():  # what grad records goes on; a buffer is none of its inputs
+                    target.copy_(value)
 
     # -- norms of rows -----------------------------------------------------------------------------------------
 
@@ -334,7 +362,7 @@ class TorchBackend(Backend):
 
     def row_gradients(self, call: Call, statistics: Statistics, dy: torch.Tensor) -> Gradients:
         by_kernels = self._kernels_for(call) is cpu and kernels().row_kernels is not None
-        if not by_kernels or self.records(dy, call.x, call.weight):
+        if not by_kernels or self.records(dy, call.x, call.weight) or dispatches(dy) or has_no_memory(dy):
             return super().row_gradients(call, statistics, dy)
         return cpu.row_gradients(call, statistics, dy)
 
@@ -364,6 +392,10 @@ class _OnHost(NumPyBackend):
 
 
 _ON_HOST = _OnHost()
+
+
+def _on(device: torch.device, statistics: Statistics) -> Statistics:
+    return Statistics(*(s.to(device) if isinstance(s, torch.Tensor) else s for s in statistics))
 
 
 def _extent(a: torch.Tensor) -> tuple[int, int]:

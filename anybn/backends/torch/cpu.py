@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from anybn.core.formulas import Over
 
 #: As kernels see them: 16-bit numbers as their bits.
 DTYPES = {getattr(torch, name): np.dtype(bits) for name, (_, bits, _) in _settings.DTYPES.items()}
-_BITS = {getattr(torch, name): getattr(torch, bits) for name, (_, bits, _) in _settings.DTYPES.items() if bits != name}
+_SEEN = DTYPES | {torch.bool: np.dtype(bool)}
+
+NO_MEMORY = "has no memory: its storage was freed, as FSDP does between the passes; gather it first"
 
 
 def supports(x: torch.Tensor) -> bool:
@@ -35,8 +38,13 @@ def evaluate(call: Call, statistics: Statistics) -> torch.Tensor:
 
 
 def updated_running_statistics(update: Update, statistics: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
-    views = Update(_view(update.running_mean), _view(update.running_var), *update[2:])
-    mean, var = kernels().updated_running_statistics(views, _views(statistics))
+    mean, var, batch = _float64(update.running_mean), _float64(update.running_var), _views(statistics)
+    if not len(mean) == len(var) == len(batch.mean):
+        raise ValueError(
+            f"running_mean has {len(mean)} values and running_var {len(var)}, but the batch has {len(batch.mean)} "
+            "channels: they must be as many"
+        )
+    mean, var = kernels().updated_running_statistics(Update(mean, var, *update[2:]), batch)
     return torch.from_numpy(mean), torch.from_numpy(var)
 
 
@@ -80,21 +88,45 @@ def row_gradients(call: Call, statistics: Statistics, dy: torch.Tensor) -> Gradi
     return Gradients(_tensor(grads.x, call.x.dtype), dweight, dbias, None)
 
 
+class _Memory(ctypes.c_char * (1 << 62)):  # type: ignore[misc] # an array type is a class
+    """What lies behind an address, and the tensor that keeps it there."""
+
+    tensor: torch.Tensor
+
+
+def view(a: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as a NumPy array; 16 bits as they are.
+
+    By its address: after ``Tensor.numpy`` nobody can resize the storage any more, as FSDP does with parameters.
+    """
+    if a.is_neg():
+        a = a.detach().resolve_neg()
+    address, dtype = a.data_ptr(), _SEEN[a.dtype]
+    if not address and a.numel():
+        raise ValueError(f"a tensor of shape {tuple(a.shape)} {NO_MEMORY}")
+    memory = _Memory.from_address(address)
+    memory.tensor = a
+    if a.is_contiguous():
+        return np.ndarray(a.shape, dtype, memory)
+    return np.ndarray(a.shape, dtype, memory, 0, [stride * dtype.itemsize for stride in a.stride()])
+
+
 def _view(a: torch.Tensor | None) -> Any:
-    """The tensor's memory as a NumPy array; 16 bits as they are."""
-    if a is None:
-        return None
-    a = a.detach().resolve_neg()
-    bits = _BITS.get(a.dtype)
-    return a.numpy() if bits is None else a.view(bits).numpy()
+    return None if a is None else view(a)
 
 
 def _numbers(a: torch.Tensor | None) -> Any:
-    """The tensor's values, as the kernels take weight and bias: NumPy lacks some dtypes, and bits are no numbers."""
+    """The values of weight or bias: bits are for x and what is like it, and no numbers."""
     if a is None:
         return None
-    a = a.detach().resolve_neg()
-    return (a.float() if a.dtype in _BITS else a).numpy()
+    return view(a if a.dtype is torch.float32 or a.dtype is torch.float64 else a.detach().float())
+
+
+def _float64(a: torch.Tensor | None) -> Any:
+    """The values of statistics, in the one dtype of them for which there are kernels."""
+    if a is None:
+        return None
+    return view(a if a.dtype is torch.float64 else a.detach().double())
 
 
 def _tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -118,7 +150,7 @@ def _delivered(y: np.ndarray, call: Call) -> torch.Tensor:
 
 
 def _views(statistics: Statistics) -> Statistics:
-    return Statistics(statistics.count, *map(_view, statistics[1:]))
+    return Statistics(statistics.count, *map(_float64, statistics[1:]))
 
 
 def _from_views(statistics: Statistics) -> Statistics:

@@ -55,6 +55,8 @@ def evaluate(
     eps: float,
     relu: bool,
 ) -> Tensor:
+    with _lock.commits:  # both before a thread that trains, or both after it
+        mean, var = mean.clone(), var.clone()
     return _TORCH.evaluate(Call(x, Spec(axis, eps, relu), weight, bias, residual), Statistics(None, mean, None, var))
 
 
