@@ -18,6 +18,7 @@ from anybn.errors import NonFiniteError
 
 _STATE_ARRAYS = ("weight", "bias", "running_mean", "running_var")
 
+
 def shape_of(array: Array) -> tuple[int, ...]:
     return tuple(array.shape)
 

@@ -13,6 +13,7 @@ from anybn.backends.registry import backend_for, libraries, resolve_target
 from anybn.checkpoints import translation
 from anybn.checkpoints.conventions import ConventionName
 from anybn.core.call import Array, root_module
+from anybn.errors import CheckpointError
 from anybn.state.arrays import Arrays, placed, read_only
 from anybn.state.store import Store
 
