@@ -47,6 +47,7 @@ DEVICES = {
     "without clusters": CONSUMER,
     "half kept": Device(multiprocessors=1, shared_bytes=10 * 1024, capability=(9, 0), cooperative=False),
     "two passes": Device(multiprocessors=4, shared_bytes=1, capability=(8, 0)),
+    "two passes, slow float64": Device(multiprocessors=4, shared_bytes=1, capability=(8, 6)),
 }
 
 
@@ -167,7 +168,7 @@ def test_clusters(dtype: str, shape: Shape, cluster: int) -> None:
 
 GROUPED = {
     "all is kept": Grouped(multiprocessors=5, shared_bytes=100 * 1024, capability=(8, 0)),
-    "some is kept": Grouped(multiprocessors=5, shared_bytes=44 * 1024, capability=(8, 0)),
+    "some is kept": Grouped(multiprocessors=5, shared_bytes=44 * 1024, capability=(8, 9)),
 }
 #: With several tiles for a group, the last one of rows not whole, on one device or the other.
 FOR_GROUPS: tuple[Shape, ...] = (

@@ -32,7 +32,7 @@ OPTIONS = ("--std=c++17", "--fmad=false")
 
 #: `struct Call` of batchnorm.cu, field by field.
 _POINTERS = (
-    *("x", "residual", "dy", "active", "y", "dresidual", "weight", "bias", "mean", "shift", "var", "m2"),
+    *("x", "residual", "dy", "active", "activated", "y", "dresidual", "weight", "bias", "mean", "shift", "var", "m2"),
     *("dweight", "dbias", "running_mean", "running_var", "new_running_mean", "new_running_var"),
     *("counter", "partials", "corrections", "barriers"),
 )
@@ -78,8 +78,8 @@ def call(
 ) -> None:
     """Queue one operation on arrays that lie in memory as shape, ``(n, channels, length)`` in C order, not empty.
 
-    Pointers are ints, 0 (or left out) for none. Like x, of ``dtype``: x, y, residual, dy, dresidual; ``active`` is one
-    byte per value. ``(channels,)`` of parameter_dtype: weight, bias, dweight, dbias; of running_dtype: the running
+    Pointers are ints, 0 (or left out) for none. Like x, of ``dtype``: x, y, residual, dy, activated, dresidual; ``active``
+    is one byte per value. ``(channels,)`` of parameter_dtype: weight, bias, dweight, dbias; of running_dtype: the running
     statistics; of float64: mean, shift, var, m2. ``shift`` is wanted for float64 x in training.
 
     ==========  =====================================================================================================
@@ -89,8 +89,8 @@ def call(
                 running_var, new_running_mean, new_running_var (may be the same), momentum, ddof, [propagate, counter]
     statistics  x, mean, [shift], var, m2, and as above to commit
     evaluate    x, y, mean, [shift], var, eps, [weight, bias, residual, relu]
-    backward    dy, x, y (gets dx), mean, [shift], var, eps, training, [weight, dweight, dbias, active, dresidual];
-                training=0: mean and var are constants
+    backward    dy, x, y (gets dx), mean, [shift], var, eps, training, [weight, dweight, dbias, dresidual]; behind a
+                relu, active, or activated, which is what came out of it; training=0: mean and var are constants
     commit      mean, [shift], m2, running_mean, running_var, new_running_mean, new_running_var, ddof, [propagate];
                 momentum, or cumulative=1 for 1 / (counter + 1); [counter] is increased
     ==========  =====================================================================================================
@@ -100,7 +100,7 @@ def call(
     if op == "backward" and not fields.get("training") and not fields.get("dweight"):
         op = "gradients"
     itemsize = TYPES[dtype][1]
-    like_x = [fields.get(name, 0) for name in ("x", "residual", "dy", "y", "dresidual")]
+    like_x = [fields.get(name, 0) for name in ("x", "residual", "dy", "activated", "y", "dresidual")]
     alignment = alignment_of([*like_x, fields.get("active", 0) * itemsize], itemsize)
     made = plan(op, shape, dtype, gpu.device, alignment)
     if any(launch.cooperative and math.prod(launch.grid) > gpu.resident(launch) for launch in made.launches):

@@ -27,11 +27,11 @@ TYPES = {
 #: because a thread has a pair of sums for each of its channels.
 VECTORS = {
     ("float16", False): (8, 4, 1),
-    ("float16", True): (4, 1),
+    ("float16", True): (8, 4, 1),
     ("bfloat16", False): (8, 4, 1),
-    ("bfloat16", True): (4, 1),
+    ("bfloat16", True): (8, 4, 1),
     ("float32", False): (4, 1),
-    ("float32", True): (2, 1),
+    ("float32", True): (4, 1),
     ("float64", False): (2, 1),
     ("float64", True): (1,),
 }
@@ -145,7 +145,7 @@ def tiling(shape: tuple[int, int, int], dtype: str, alignment: int, row_bytes: i
         # Up to a warp, a power of two, so that a warp's threads can share columns.
         rows, vector, span = True, widest(True), length
         width = WARP if WARP % together == 0 else -(-(WARP + 1) // together) * together
-    unroll = 2 if vector >= 8 else 4 if vector >= 4 else 8
+    unroll = 4 if vector >= 4 else 8
     positions = n if rows else n * (length // vector)
     if not rows and positions < WARP:  # several tiny channels, with a thread for each vector
         width, unroll = min(WARP, TINY_THREADS // _power_of_2(positions), _power_of_2(channels)), 1

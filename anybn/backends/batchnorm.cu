@@ -54,25 +54,28 @@ __device__ inline void by_cluster(const Call& c, int cluster) {
   const int rank = blockIdx.x % cluster, thread = threadIdx.y * blockDim.x + threadIdx.x;
   const int threads = blockDim.x * blockDim.y;
   const typename Op::P part(c, blockIdx.x / cluster, rank, cluster);
+  const int channels = static_cast<int>(min(static_cast<long long>(part.channels), c.channels - part.first_channel));
+  for (int t = thread; t < channels; t += threads) Op::prefetch(c, part.first_channel + t);
+  const Walk<typename Op::P> walk(part);
   const Shared<Op> shared(part);
   const auto kept = shared.kept(part);
 
   Sums<typename Op::W> mine[Op::P::LANES];
-  sum_part<Op>(part, kept, mine);
+  sum_part<Op>(part, kept, walk, mine);
   sum_block(part, mine, shared.scratch);
-  for (int t = thread; t < part.channels; t += threads) {
-    if (part.first_channel + t < c.channels) shared.channels[t] = Op::before(c, part.first_channel + t);
-  }
+  for (int t = thread; t < channels; t += threads) shared.channels[t] = Op::before(c, part.first_channel + t);
   if (cluster > 1) cluster_sync();
-  for (int t = thread; t < part.channels; t += threads) {
-    const long long channel = part.first_channel + t;
-    if (channel >= c.channels) break;
+  for (int t = thread; t < channels; t += threads) {
     const auto sums = sum_cluster(shared.scratch + t * part.span, cluster);
-    shared.channels[t] = Op::finish(c, channel, shared.channels[t], sums, rank == 0);
+    shared.channels[t] = Op::finish(c, part.first_channel + t, shared.channels[t], sums, rank == 0);
   }
   __syncthreads();
-  apply_part<Op>(part, kept, shared.channels);
-  if (cluster > 1) cluster_sync();  // the others may still be reading this block's sums
+  if (cluster > 1) cluster_arrive();
+  apply_part<Op>(part, kept, walk, shared.channels);
+  if (rank == 0) {
+    for (int t = thread; t < channels; t += threads) Op::commit(c, part.first_channel + t);
+  }
+  if (cluster > 1) cluster_wait();  // the others may still be reading this block's sums
 }
 
 template <class T, int V, bool ROWS, int CLUSTER>
@@ -102,11 +105,17 @@ __device__ inline void write_partials(const typename Op::P& part, Sums<typename 
 /// The sums of a channel over all parts, in a fixed order, by one warp; every lane gets them.
 template <class W>
 __device__ inline Sums<W> sum_partials(const Call& c, long long channel) {
+  constexpr int AT_ONCE = sizeof(W) == 8 ? 3 : 2;  // loads before one is used
   const int lane = (threadIdx.y * blockDim.x + threadIdx.x) % 32;
   const Sums<W>* const partials = static_cast<const Sums<W>*>(c.partials) + channel * c.parts;
   Sums<W> total = {};
-#pragma unroll 2  // four fill the registers of kernels of groups
-  for (long long i = lane; i < c.parts; i += 32) total += partials[i];
+  for (long long first = lane; first < c.parts; first += 32 * AT_ONCE) {
+    Sums<W> loaded[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) loaded[i] = first + 32 * i < c.parts ? partials[first + 32 * i] : Sums<W>{};
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) total += loaded[i];
+  }
   return sum_warp(total);
 }
 
@@ -138,26 +147,28 @@ __device__ inline void by_group(const Call& c) {
     const long long tile = blockIdx.x + static_cast<long long>(round) * gridDim.x;
     const typename Op::P part(c, tile, blockIdx.y, gridDim.y);
     if (part.first_channel >= c.channels) return;
+    const int channels = static_cast<int>(min(static_cast<long long>(part.channels), c.channels - part.first_channel));
+    for (int t = thread; t < channels; t += threads) Op::prefetch(c, part.first_channel + t);
+    const Walk<typename Op::P> walk(part);
     const Shared<Op> shared(part);
     const auto kept = shared.kept(part);
 
     Sums<typename Op::W> mine[Op::P::LANES];
-    sum_part<Op>(part, kept, mine);
+    sum_part<Op>(part, kept, walk, mine);
     write_partials<Op>(part, mine, shared);
-    for (int t = thread; t < part.channels; t += threads) {
-      if (part.first_channel + t < c.channels) shared.channels[t] = Op::before(c, part.first_channel + t);
-    }
+    for (int t = thread; t < channels; t += threads) shared.channels[t] = Op::before(c, part.first_channel + t);
     group_sync(c.barriers + blockIdx.x, round + 1);
-    for (int t = thread / 32; t < part.channels; t += threads / 32) {
-      const long long channel = part.first_channel + t;
-      if (channel >= c.channels) break;
-      const auto sums = sum_partials<typename Op::W>(c, channel);
+    for (int t = thread / 32; t < channels; t += threads / 32) {
+      const auto sums = sum_partials<typename Op::W>(c, part.first_channel + t);
       if (thread % 32 == 0) {
-        shared.channels[t] = Op::finish(c, channel, shared.channels[t], sums, blockIdx.y == 0);
+        shared.channels[t] = Op::finish(c, part.first_channel + t, shared.channels[t], sums, blockIdx.y == 0);
       }
     }
     __syncthreads();
-    apply_part<Op>(part, kept, shared.channels);
+    apply_part<Op>(part, kept, walk, shared.channels);
+    if (blockIdx.y == 0 && thread % 32 == 0) {
+      for (int t = thread / 32; t < channels; t += threads / 32) Op::commit(c, part.first_channel + t);
+    }
   }
 }
 
@@ -176,7 +187,7 @@ template <class Op>
 __device__ inline void first_pass(const Call& c) {
   const typename Op::P part(c, blockIdx.x, blockIdx.y, gridDim.y);
   Sums<typename Op::W> mine[Op::P::LANES];
-  sum_part<Op>(part, Kept<typename Op::P>{}, mine);
+  sum_part<Op>(part, Kept<typename Op::P>{}, Walk<typename Op::P>(part), mine);
   write_partials<Op>(part, mine, Shared<Op>(part));
 }
 
@@ -196,7 +207,9 @@ __global__ void __launch_bounds__(STREAMING_THREADS, 2) finish_train(const Call 
   const long long channel = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (channel >= c.channels) return;
   const Sums<W> sums = sum_partials<W>(c, channel);
-  if (threadIdx.x == 0) finish_channel(c, channel, origin_of<T>(c, channel), sums, true);
+  if (threadIdx.x > 0) return;
+  finish_channel(c, channel, before_channel<T>(c, channel), sums, true);
+  commit_last(c, channel);
 }
 
 template <class T>
@@ -206,7 +219,7 @@ __global__ void __launch_bounds__(STREAMING_THREADS, 2) finish_backward(const Ca
   if (channel >= c.channels) return;
   const Sums<W> sums = sum_partials<W>(c, channel);
   if (threadIdx.x > 0) return;
-  const Corrections k = finish_gradient<T>(c, channel, sums, true);
+  const Corrections k = finish_gradient<T>(c, channel, known_gradient(c, channel), sums, true);
   c.corrections[2 * channel] = k.k1;
   c.corrections[2 * channel + 1] = k.k2;
 }
@@ -221,7 +234,7 @@ __device__ inline void second_pass(const Call& c) {
     if (part.first_channel + t < c.channels) channels[t] = Op::known(c, part.first_channel + t);
   }
   __syncthreads();
-  apply_part<Op>(part, Kept<typename Op::P>{}, channels);
+  apply_part<Op>(part, Kept<typename Op::P>{}, Walk<typename Op::P>(part), channels);
 }
 
 template <class T, int V, bool ROWS>
@@ -239,8 +252,7 @@ __global__ void __launch_bounds__(STREAMING_THREADS, 2) gradients(const Call c) 
 __global__ void __launch_bounds__(MOST_THREADS, 1) commit(const Call c) {
   const double momentum = c.cumulative ? 1.0 / static_cast<double>(*c.counter + 1) : c.momentum;
   for (long long channel = threadIdx.x; channel < c.channels; channel += blockDim.x) {
-    const double mean = c.mean[channel] + (c.shift ? c.shift[channel] : 0.0);
-    commit_channel(c, channel, mean, c.m2[channel], momentum);
+    commit_channel(c, channel, momentum);
   }
   __syncthreads();
   if (c.counter && threadIdx.x == 0) *c.counter += 1;

@@ -97,16 +97,23 @@ inline void switch_to_scheduler() {
   if (!_setjmp(current->resume)) _longjmp(scheduler, 1);
 }
 
-inline void wait(Barrier& barrier) {
-  const uint64_t generation = barrier.generation;
+inline void arrive(Barrier& barrier) {
+  current->generation = barrier.generation;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
-  // Even the last one to arrive makes room, so that what comes after a barrier starts in the order of the schedule.
+}
+
+/// Even the last one to arrive makes room, so that what comes after a barrier starts in the order of the schedule.
+inline void wait_for_others(Barrier& barrier) {
   current->waits_at = &barrier;
-  current->generation = generation;
   switch_to_scheduler();
+}
+
+inline void wait(Barrier& barrier) {
+  arrive(barrier);
+  wait_for_others(barrier);
 }
 
 inline void wait_for(const unsigned long long* counter, unsigned long long wanted) {
@@ -315,6 +322,10 @@ inline int __float_as_int(float v) {
 // Twins of what the .cu says in PTX.
 inline unsigned char* shared_memory() { return simulator::current->block->shared.data(); }
 inline void cluster_sync() { simulator::wait(simulator::cluster_barrier); }
+inline void cluster_arrive() { simulator::arrive(simulator::cluster_barrier); }
+inline void cluster_wait() { simulator::wait_for_others(simulator::cluster_barrier); }
+inline void prefetch(const void*) {}
+inline float at_least(float v, float floor) { return v <= floor ? floor : v; }
 inline double of_rank(const double* p, int rank) {
   const auto offset = reinterpret_cast<const unsigned char*>(p) - shared_memory();
   double v;

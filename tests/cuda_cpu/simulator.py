@@ -101,9 +101,9 @@ class Grouped(Device):
 
 
 @functools.cache
-def module(dtype: str) -> Module:
-    """All kernels for a dtype."""
-    return Module(kernels(dtype))
+def module(dtype: str, fast_double: bool = True) -> Module:
+    """All kernels for a dtype, as compiled for a GPU whose float64 is fast or not."""
+    return Module(kernels(dtype), f"#define FAST_DOUBLE {int(fast_double)}\n{_cuda.source()}")
 
 
 def resident(device: Device, launch: Launch) -> int:
@@ -127,7 +127,8 @@ def gpu(device: Device = H200, schedule: int = 0, launched: list[Launch] | None 
             assert device.cooperative
             assert math.prod(launch.grid) <= resident(device, launch), f"not all blocks of {launch} are resident"
         _, _, arguments = launch.kernel.partition("<")
-        module(dtype_of.get(arguments.rstrip(">").split(",")[0], "float32")).run(launch, record, schedule)
+        dtype = dtype_of.get(arguments.rstrip(">").split(",")[0], "float32")
+        module(dtype, device.capability in ((8, 0), (9, 0), (10, 0))).run(launch, record, schedule)
         for memory in memories:
             memory.check()
         if launched is not None:
