@@ -42,7 +42,7 @@ CALL = np.dtype(
     [
         *((name, np.uint64) for name in _POINTERS),
         *((name, np.int64) for name in _INTEGERS),
-        *((name, np.float64) for name in ("eps", "momentum")),
+        *((name, np.float64) for name in ("inverse", "eps", "momentum")),
         *((name, np.int32) for name in _FLAGS),
     ],
     align=True,
@@ -110,6 +110,7 @@ def call(
     for name, value in fields.items():
         record[name] = value
     record["n"], record["channels"], record["length"] = shape
+    record["inverse"] = 1 / (shape[0] * shape[2])
     record["weight_type"], record["running_type"] = PARAMETER_TYPES[parameter_dtype], PARAMETER_TYPES[running_dtype]
     record["parts"] = made.parts
     memory = None

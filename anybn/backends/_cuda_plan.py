@@ -11,6 +11,7 @@ after the other, or at least a quarter of it. All else takes two passes over x, 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,9 +28,9 @@ TYPES = {
 #: because a thread has a pair of sums for each of its channels.
 VECTORS = {
     ("float16", False): (8, 4, 1),
-    ("float16", True): (8, 4, 1),
+    ("float16", True): (4, 1),
     ("bfloat16", False): (8, 4, 1),
-    ("bfloat16", True): (8, 4, 1),
+    ("bfloat16", True): (4, 1),
     ("float32", False): (4, 1),
     ("float32", True): (4, 1),
     ("float64", False): (2, 1),
@@ -38,10 +39,15 @@ VECTORS = {
 CLUSTERS = (1, 2, 4, 8)
 
 WARP = 32
-MOST_THREADS = 512  # of a block, as batchnorm.cu is compiled: with up to 128 registers, which is all there are
+#: Threads of a multiprocessor, as batchnorm.cu is compiled: with all its registers, of which some kernels need more.
+THREADS = {("train", "planes"): 1024, ("train", "rows"): 512, ("backward", "planes"): 512, ("backward", "rows"): 512}
+MOST_THREADS = 512  # of a block
 STREAMING_THREADS = 256  # of a block that keeps nothing: more blocks are resident, and fewer wait at a barrier
+STREAMING_BLOCKS = {"planes": 4, "rows": 3}
+BLOCKS = (2,)
+FILL = {4: 6, 3: 4, 2: 1}
 RESERVED = 1024  # bytes of shared memory that every block costs beside its own
-PER_CHANNEL = 40  # bytes of `Gradient`, the larger of what a block keeps per channel
+PER_CHANNEL = 80  # bytes of the largest `Coefficients`, which a block keeps per channel
 MOST_BLOCKS = 2**31 - 1, 65535  # of a grid, in x and y
 TINY_THREADS = 128  # of a block with several tiny channels
 MOST_TOGETHER = 225  # vectors that whole channels of a row fill: 15x15 in vectors of 4
@@ -103,6 +109,10 @@ class Tiling(NamedTuple):
     """vectors of a channel, or rows"""
     unroll: int
     """positions that a thread takes at a time"""
+
+    @property
+    def kind(self) -> str:
+        return "rows" if self.arguments.endswith("true") else "planes"
 
     def block(self, threads: int) -> tuple[int, int]:
         """A block of at most so many threads, and no more than have something to do; whole warps."""
@@ -194,7 +204,7 @@ def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, align
     constant statistics) or "commit" on an array of this shape, not empty, whose pointers are multiples of alignment.
     """
     if op == "commit":
-        return Plan((Launch("commit", (1, 1), (MOST_THREADS, 1)),))
+        return Plan((Launch("commit", (1, 1), (STREAMING_THREADS, 1)),))
     tiles = tiling(shape, dtype, alignment)
     if op in ("train", "backward"):
         single = (
@@ -206,7 +216,7 @@ def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, align
             return single
     name, channels, sums_bytes = TYPES[dtype][0], shape[1], TYPES[dtype][2]
     block = tiles.block(STREAMING_THREADS)
-    parts = _parts(tiles, block, 4 * device.multiprocessors)
+    parts = _parts(tiles, block, STREAMING_BLOCKS[tiles.kind] * device.multiprocessors)
     first, last = {
         "train": ("sums", "evaluate"),
         "statistics": ("sums", None),
@@ -225,20 +235,20 @@ def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, align
         ]
         scratch_bytes = channels * (parts * sums_bytes + 16)
     if last is not None:
-        grid = tiles.tiles, _parts(tiles, block, 8 * device.multiprocessors)
+        grid = tiles.tiles, parts
         launches.append(Launch(f"{last}<{tiles.arguments}>", grid, block, tiles.coefficients(), width=tiles.width))
     return Plan(tuple(launches), parts, scratch_bytes)
 
 
 def _parts(tiles: Tiling, block: tuple[int, int], blocks: int) -> int:
-    """Parts of a channel that give so many blocks in all, each with something for every thread."""
+    """Parts of a channel that give no more blocks than that in all, each with something for every thread."""
     most = -(-tiles.positions // (block[1] * tiles.unroll))
-    return max(1, min(-(-blocks // tiles.tiles), most, MOST_BLOCKS[1]))
+    return max(1, min(blocks // tiles.tiles, most, MOST_BLOCKS[1]))
 
 
 def _room(op: str, tiles: Tiling, dtype: str, device: Device, blocks: int) -> tuple[tuple[int, int], int, int, int]:
     """Of so many blocks to a multiprocessor: the block, its scratch, bytes kept per position, positions it can keep."""
-    block = tiles.block(MOST_THREADS // blocks)  # so that the registers suffice as well
+    block = tiles.block(min(THREADS[op, tiles.kind] // blocks, MOST_THREADS))  # so that the registers suffice as well
     scratch = tiles.scratch(block, TYPES[dtype][2])
     position_bytes = (1 if op == "train" else 2) * tiles.position_bytes(block)
     shared_bytes = (device.shared_bytes + RESERVED) // blocks - RESERVED
@@ -261,9 +271,9 @@ def _by_cluster(op: str, tiles: Tiling, dtype: str, device: Device, whole: bool 
         return Launch(f"{op}<{tiles.arguments}, {cluster}>", grid, block, shared, cluster, keep, tiles.width)
 
     # Best: two blocks to a multiprocessor, so that one reads while the other writes, and all are busy.
-    for cluster in device.clusters if whole else ():
-        made = launch(cluster, 2)
-        if made is not None and made.grid[0] >= device.multiprocessors:
+    for blocks, cluster in itertools.product(BLOCKS, device.clusters if whole else ()):
+        made = launch(cluster, blocks)
+        if made is not None and made.grid[0] >= FILL[blocks] * device.multiprocessors:
             return Plan((made,))
     # Else the more blocks the better; if only half is kept, where that leaves nobody idle.
     for cluster in reversed(device.clusters):

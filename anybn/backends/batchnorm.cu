@@ -33,6 +33,8 @@
 // With the number of blocks per multiprocessor, without which the compiler spills in order to have more of them.
 constexpr int MOST_THREADS = 512;       // of a block that keeps something
 constexpr int STREAMING_THREADS = 256;  // of one that does not: as in _cuda_plan.py
+constexpr int MOST_BLOCKS(bool forward, bool rows) { return forward && !rows ? 2 : 1; }
+constexpr int STREAMING_BLOCKS(bool rows) { return rows ? 3 : 4; }
 
 // -- one launch -------------------------------------------------------------------------------------------------------
 
@@ -63,11 +65,11 @@ __device__ inline void by_cluster(const Call& c, int cluster) {
   Sums<typename Op::W> mine[Op::P::LANES];
   sum_part<Op>(part, kept, walk, mine);
   sum_block(part, mine, shared.scratch);
-  for (int t = thread; t < channels; t += threads) shared.channels[t] = Op::before(c, part.first_channel + t);
+  for (int t = thread; t < channels; t += threads) shared.channels[t].exact = Op::before(c, part.first_channel + t);
   if (cluster > 1) cluster_sync();
   for (int t = thread; t < channels; t += threads) {
     const auto sums = sum_cluster(shared.scratch + t * part.span, cluster);
-    shared.channels[t] = Op::finish(c, part.first_channel + t, shared.channels[t], sums, rank == 0);
+    shared.channels[t] = Op::finish(c, part.first_channel + t, shared.channels[t].exact, sums, rank == 0);
   }
   __syncthreads();
   if (cluster > 1) cluster_arrive();
@@ -79,11 +81,11 @@ __device__ inline void by_cluster(const Call& c, int cluster) {
 }
 
 template <class T, int V, bool ROWS, int CLUSTER>
-__global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(MOST_THREADS, 1) train(const Call c) {
+__global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(MOST_THREADS, MOST_BLOCKS(true, ROWS)) train(const Call c) {
   by_cluster<Forward<T, V, ROWS>>(c, CLUSTER);
 }
 template <class T, int V, bool ROWS, int CLUSTER>
-__global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(MOST_THREADS, 1) backward(const Call c) {
+__global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(MOST_THREADS, MOST_BLOCKS(false, ROWS)) backward(const Call c) {
   by_cluster<Backward<T, V, ROWS>>(c, CLUSTER);
 }
 
@@ -156,12 +158,12 @@ __device__ inline void by_group(const Call& c) {
     Sums<typename Op::W> mine[Op::P::LANES];
     sum_part<Op>(part, kept, walk, mine);
     write_partials<Op>(part, mine, shared);
-    for (int t = thread; t < channels; t += threads) shared.channels[t] = Op::before(c, part.first_channel + t);
+    for (int t = thread; t < channels; t += threads) shared.channels[t].exact = Op::before(c, part.first_channel + t);
     group_sync(c.barriers + blockIdx.x, round + 1);
     for (int t = thread / 32; t < channels; t += threads / 32) {
       const auto sums = sum_partials<typename Op::W>(c, part.first_channel + t);
       if (thread % 32 == 0) {
-        shared.channels[t] = Op::finish(c, part.first_channel + t, shared.channels[t], sums, blockIdx.y == 0);
+        shared.channels[t] = Op::finish(c, part.first_channel + t, shared.channels[t].exact, sums, blockIdx.y == 0);
       }
     }
     __syncthreads();
@@ -173,11 +175,11 @@ __device__ inline void by_group(const Call& c) {
 }
 
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(MOST_THREADS, 1) train_group(const Call c) {
+__global__ void __launch_bounds__(MOST_THREADS, MOST_BLOCKS(true, ROWS)) train_group(const Call c) {
   by_group<Forward<T, V, ROWS>>(c);
 }
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(MOST_THREADS, 1) backward_group(const Call c) {
+__global__ void __launch_bounds__(MOST_THREADS, MOST_BLOCKS(false, ROWS)) backward_group(const Call c) {
   by_group<Backward<T, V, ROWS>>(c);
 }
 
@@ -192,11 +194,11 @@ __device__ inline void first_pass(const Call& c) {
 }
 
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(STREAMING_THREADS, 2) sums(const Call c) {
+__global__ void __launch_bounds__(STREAMING_THREADS, STREAMING_BLOCKS(ROWS)) sums(const Call c) {
   first_pass<Forward<T, V, ROWS>>(c);
 }
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(STREAMING_THREADS, 2) gradient_sums(const Call c) {
+__global__ void __launch_bounds__(STREAMING_THREADS, STREAMING_BLOCKS(ROWS)) gradient_sums(const Call c) {
   first_pass<Backward<T, V, ROWS>>(c);
 }
 
@@ -228,7 +230,7 @@ __global__ void __launch_bounds__(STREAMING_THREADS, 2) finish_backward(const Ca
 template <class Op>
 __device__ inline void second_pass(const Call& c) {
   const typename Op::P part(c, blockIdx.x, blockIdx.y, gridDim.y);
-  auto* const channels = reinterpret_cast<typename Op::Channel*>(shared_memory());
+  auto* const channels = reinterpret_cast<Coefficients<Op>*>(shared_memory());
   const int threads = blockDim.x * blockDim.y;
   for (int t = threadIdx.y * blockDim.x + threadIdx.x; t < part.channels; t += threads) {
     if (part.first_channel + t < c.channels) channels[t] = Op::known(c, part.first_channel + t);
@@ -238,11 +240,11 @@ __device__ inline void second_pass(const Call& c) {
 }
 
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(STREAMING_THREADS, 2) evaluate(const Call c) {
+__global__ void __launch_bounds__(STREAMING_THREADS, STREAMING_BLOCKS(ROWS)) evaluate(const Call c) {
   second_pass<Forward<T, V, ROWS>>(c);
 }
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(STREAMING_THREADS, 2) gradients(const Call c) {
+__global__ void __launch_bounds__(STREAMING_THREADS, STREAMING_BLOCKS(ROWS)) gradients(const Call c) {
   second_pass<Backward<T, V, ROWS>>(c);
 }
 

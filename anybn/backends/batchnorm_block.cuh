@@ -12,7 +12,7 @@ struct Part {
   static constexpr int VECTOR = V;
   static constexpr bool IN_ROWS = ROWS;
   static constexpr int LANES = ROWS ? V : 1;                 // columns of a thread
-  static constexpr int UNROLL = (V >= 4 ? 4 : 8) / ARRAYS;  // vectors of a tile, which are loaded before one is used
+  static constexpr int UNROLL = V * sizeof(T) >= 16 ? 2 : (V >= 4 ? 4 : 8) / ARRAYS;  // vectors of a tile, which are loaded before one is used
   static constexpr int K = ROWS ? UNROLL : UNROLL * V;  // values of a tile per column
   static constexpr int STRIDE = ROWS ? V : 1;           // and the distance between them
 
@@ -39,7 +39,10 @@ struct Part {
   /// False for a thread beyond the last column, which has nothing to do but to wait with the others.
   __device__ bool works() const { return threadIdx.x < c.width && start < end; }
   /// The channel of a column of this thread, counted from the block's first.
-  __device__ int channel(int lane) const { return static_cast<int>(threadIdx.x * LANES + lane) / span; }
+  __device__ int channel(int lane) const {
+    const int column = static_cast<int>(threadIdx.x * LANES + lane);
+    return span == 1 ? column : column / span;
+  }
 };
 
 /// Steps of a thread through its part, with the offset of each position in the array.
@@ -136,6 +139,9 @@ struct Forward {
     Values of[1], residual;
   };
 
+  static __device__ const T* address(const Call& c, int, long long offset) { return static_cast<const T*>(c.x) + offset; }
+  /// Whether what is loaded is what is summed.
+  static __device__ bool unchanged(const Call&) { return true; }
   static __device__ void load_at(const Call& c, long long offset, Loaded& to) { to.of[0] = load<T, V>(c.x, offset); }
   static __device__ void settle(const Call&, Loaded&) {}
   static __device__ void load_residual(const Call& c, long long offset, Loaded& to) {
@@ -198,6 +204,10 @@ struct Backward {
     Vector<unsigned char, V> active;
   };
 
+  static __device__ const T* address(const Call& c, int array, long long offset) {
+    return static_cast<const T*>(array ? c.dy : c.x) + offset;
+  }
+  static __device__ bool unchanged(const Call& c) { return !c.activated && !c.active; }
   static __device__ void load_at(const Call& c, long long offset, Loaded& to) {
     to.of[0] = load<T, V>(c.x, offset);
     to.of[1] = load<T, V>(c.dy, offset);
@@ -258,22 +268,54 @@ struct Backward {
   static __device__ R activated(R dx, R) { return dx; }
 };
 
-/// Adds up a tile, and keeps it if there is room for all of it: the loads first, so that none waits for another.
-template <class Op, bool WHOLE>
+/// What is known of a channel, and what follows for its values.
+template <class Op>
+struct Coefficients {
+  typename Op::Channel exact;
+  typename Op::Function function;
+
+  __device__ void operator=(const typename Op::Channel& known) {
+    exact = known;
+    function = typename Op::Function(known);
+  }
+};
+
+/// A tile, from where it is kept.
+template <class Op, class S>
+__device__ inline void take(const Kept<typename Op::P>& kept, const S& steps, typename Op::Loaded* loaded) {
+#pragma unroll
+  for (int u = 0; u < Op::P::UNROLL; ++u) {
+#pragma unroll
+    for (int a = 0; a < Op::P::ARRAYS; ++a) loaded[u].of[a] = kept.at(steps.position[u], a);
+  }
+}
+/// A tile, from the arrays.
+template <class Op, class S>
+__device__ inline void load_all(const Call& c, const S& steps, typename Op::Loaded* loaded) {
+#pragma unroll
+  for (int u = 0; u < Op::P::UNROLL; ++u) Op::load_at(c, steps.offset[u], loaded[u]);
+#pragma unroll
+  for (int u = 0; u < Op::P::UNROLL; ++u) Op::settle(c, loaded[u]);
+}
+
+/// Adds up a tile that is KEPT already, or loads it, and keeps it if there is room for all of it: the loads first, so
+/// that none waits for another.
+template <class Op, bool WHOLE, bool KEPT>
 __device__ inline void sum_tile(const typename Op::P& part, const Kept<typename Op::P>& kept, Walk<typename Op::P>& walk,
                                 const typename Op::R* reference, Sums<typename Op::W>* total) {
   using P = typename Op::P;
   const Steps<P, WHOLE> steps(walk);
   typename Op::Loaded loaded[P::UNROLL];
+  if (KEPT) {
+    take<Op>(kept, steps, loaded);
+  } else {
+    load_all<Op>(part.c, steps, loaded);
+    if (kept.has(steps.last())) {
 #pragma unroll
-  for (int u = 0; u < P::UNROLL; ++u) Op::load_at(part.c, steps.offset[u], loaded[u]);
+      for (int u = 0; u < P::UNROLL; ++u) {
 #pragma unroll
-  for (int u = 0; u < P::UNROLL; ++u) Op::settle(part.c, loaded[u]);
-  if (kept.has(steps.last())) {
-#pragma unroll
-    for (int u = 0; u < P::UNROLL; ++u) {
-#pragma unroll
-      for (int a = 0; a < P::ARRAYS; ++a) kept.at(steps.position[u], a) = loaded[u].of[a];
+        for (int a = 0; a < P::ARRAYS; ++a) kept.at(steps.position[u], a) = loaded[u].of[a];
+      }
     }
   }
   if (!WHOLE) {
@@ -295,6 +337,43 @@ __device__ inline void sum_tile(const typename Op::P& part, const Kept<typename 
   for (int j = 0; j < P::LANES; ++j) Op::add(total[j], values, j, valid, reference[j], part.c.exact);
 }
 
+#if ASYNC_COPIES
+/// Starts to copy a tile, if there is one, to where it is kept.
+template <class Op>
+__device__ inline void start_tile(
+    const typename Op::P& part, const Kept<typename Op::P>& kept, Walk<typename Op::P>& walk) {
+  using P = typename Op::P;
+#pragma unroll
+  for (int u = 0; u < P::UNROLL; ++u) {
+    if (u >= walk.left) break;
+#pragma unroll
+    for (int a = 0; a < P::ARRAYS; ++a) {
+      start_copy<sizeof(typename P::Values)>(&kept.at(walk.position, a), Op::address(part.c, a, walk.offset));
+    }
+    walk.next();
+  }
+  walk.left -= P::UNROLL;
+  end_copies();
+}
+
+/// `sum_part` where all is kept as it is: some tiles ahead, copied without passing through registers.
+template <class Op>
+__device__ inline void sum_copies(const typename Op::P& part, const Kept<typename Op::P>& kept, Walk<typename Op::P> walk,
+                                  const typename Op::R* reference, Sums<typename Op::W>* total) {
+  constexpr int AHEAD = 4;
+  Walk<typename Op::P> ahead = walk;
+#pragma unroll
+  for (int i = 0; i < AHEAD; ++i) start_tile<Op>(part, kept, ahead);
+  while (walk.left >= Op::P::UNROLL) {
+    await_copies<AHEAD - 1>();
+    sum_tile<Op, true, true>(part, kept, walk, reference, total);
+    start_tile<Op>(part, kept, ahead);
+  }
+  await_copies<0>();
+  if (walk.left > 0) sum_tile<Op, false, true>(part, kept, walk, reference, total);
+}
+#endif
+
 /// Sums of a thread over its positions in a part, by column. What fits is kept.
 template <class Op>
 __device__ inline void sum_part(const typename Op::P& part, const Kept<typename Op::P>& kept,
@@ -306,15 +385,23 @@ __device__ inline void sum_part(const typename Op::P& part, const Kept<typename 
     total[j] = {};
     if (part.works()) reference[j] = Op::reference(part.c, part.first_channel + part.channel(j));
   }
-  while (walk.left >= P::UNROLL) sum_tile<Op, true>(part, kept, walk, reference, total);
-  if (walk.left > 0) sum_tile<Op, false>(part, kept, walk, reference, total);
+#if ASYNC_COPIES
+  if constexpr (sizeof(typename P::Values) >= 4 && sizeof(typename P::Values) <= 16) {
+    if (kept.has(part.size - 1) && Op::unchanged(part.c)) {
+      sum_copies<Op>(part, kept, walk, reference, total);
+      return;
+    }
+  }
+#endif
+  while (walk.left >= P::UNROLL) sum_tile<Op, true, false>(part, kept, walk, reference, total);
+  if (walk.left > 0) sum_tile<Op, false, false>(part, kept, walk, reference, total);
 }
 
 /// y or dx of a tile, from what is kept of it, or from the arrays themselves.
 template <class Op, bool RESIDUAL, bool WHOLE>
 __device__ inline void apply_tile(const typename Op::P& part, const Kept<typename Op::P>& kept,
                                   Walk<typename Op::P>& walk, const typename Op::Function* function,
-                                  const typename Op::Channel* channels) {
+                                  const Coefficients<Op>* channels) {
   using P = typename Op::P;
   using R = typename P::R;
   const Call& c = part.c;
@@ -322,16 +409,9 @@ __device__ inline void apply_tile(const typename Op::P& part, const Kept<typenam
   const Steps<P, WHOLE> steps(walk);
   typename Op::Loaded loaded[P::UNROLL];
   if (kept.has(steps.last())) {
-#pragma unroll
-    for (int u = 0; u < P::UNROLL; ++u) {
-#pragma unroll
-      for (int a = 0; a < P::ARRAYS; ++a) loaded[u].of[a] = kept.at(steps.position[u], a);
-    }
+    take<Op>(kept, steps, loaded);
   } else {
-#pragma unroll
-    for (int u = 0; u < P::UNROLL; ++u) Op::load_at(c, steps.offset[u], loaded[u]);
-#pragma unroll
-    for (int u = 0; u < P::UNROLL; ++u) Op::settle(c, loaded[u]);
+    load_all<Op>(c, steps, loaded);
   }
   if (RESIDUAL) {
 #pragma unroll
@@ -350,7 +430,7 @@ __device__ inline void apply_tile(const typename Op::P& part, const Kept<typenam
       if (Op::Function::CHECKED && check != 0) {
 #pragma unroll
         for (int j = 0; j < P::VECTOR; ++j) {
-          const auto& channel = channels[part.channel(P::LANES > 1 ? j : 0)];
+          const auto& channel = channels[part.channel(P::LANES > 1 ? j : 0)].exact;
           const double exact = Op::template exact_result<RESIDUAL>(channel, loaded[u], j);
           results[j] = Op::activated(static_cast<R>(exact), floor);
         }
@@ -368,7 +448,7 @@ __device__ inline void apply_tile(const typename Op::P& part, const Kept<typenam
 /// The same of a part in float64, where float32 does not suit a channel, from the arrays: nobody else writes there.
 template <class Op, bool RESIDUAL>
 __device__ inline void apply_exactly(
-    const typename Op::P& part, Walk<typename Op::P> walk, const typename Op::Channel* channels) {
+    const typename Op::P& part, Walk<typename Op::P> walk, const Coefficients<Op>* channels) {
   using P = typename Op::P;
   const float floor = part.c.relu ? 0 : MINUS_INFINITY;
 #pragma unroll 1
@@ -380,7 +460,7 @@ __device__ inline void apply_exactly(
     typename P::Values results;
 #pragma unroll
     for (int j = 0; j < P::VECTOR; ++j) {
-      const auto& channel = channels[part.channel(P::LANES > 1 ? j : 0)];
+      const auto& channel = channels[part.channel(P::LANES > 1 ? j : 0)].exact;
       const double exact = Op::template exact_result<RESIDUAL>(channel, loaded, j);
       round_to(results.v[j], Op::activated(static_cast<float>(exact), floor));
     }
@@ -393,20 +473,20 @@ __device__ inline void apply_exactly(
 
 template <class Op, bool RESIDUAL>
 __device__ inline void apply_with(const typename Op::P& part, const Kept<typename Op::P>& kept,
-                                  Walk<typename Op::P> walk, const typename Op::Channel* channels) {
+                                  Walk<typename Op::P> walk, const Coefficients<Op>* channels) {
   using P = typename Op::P;
+  typename Op::Function function[P::LANES];
+#pragma unroll
+  for (int j = 0; j < P::LANES; ++j) function[j] = channels[part.channel(j)].function;
   if constexpr (sizeof(typename P::Values) == 2 * P::VECTOR) {
     bool suited = true;
 #pragma unroll
-    for (int j = 0; j < P::LANES; ++j) suited = suited && Op::Function::suits(channels[part.channel(j)]);
+    for (int j = 0; j < P::LANES; ++j) suited = suited && function[j].suits();
     if (!suited) {
       apply_exactly<Op, RESIDUAL>(part, walk, channels);
       return;
     }
   }
-  typename Op::Function function[P::LANES];
-#pragma unroll
-  for (int j = 0; j < P::LANES; ++j) function[j] = typename Op::Function(channels[part.channel(j)]);
   while (walk.left >= P::UNROLL) apply_tile<Op, RESIDUAL, true>(part, kept, walk, function, channels);
   if (walk.left > 0) apply_tile<Op, RESIDUAL, false>(part, kept, walk, function, channels);
 }
@@ -414,7 +494,7 @@ __device__ inline void apply_with(const typename Op::P& part, const Kept<typenam
 /// y or dx of a part.
 template <class Op>
 __device__ inline void apply_part(const typename Op::P& part, const Kept<typename Op::P>& kept,
-                                  const Walk<typename Op::P>& walk, const typename Op::Channel* channels) {
+                                  const Walk<typename Op::P>& walk, const Coefficients<Op>* channels) {
   if (!part.works()) return;
   if (Op::P::ARRAYS == 1 && part.c.residual) {
     apply_with<Op, true>(part, kept, walk, channels);
@@ -462,13 +542,13 @@ __device__ inline void sum_block(const P& part, Sums<W>* mine, Sums<W>* scratch)
 template <class Op>
 struct Shared {
   Sums<typename Op::W>* scratch;
-  typename Op::Channel* channels;
+  Coefficients<Op>* channels;
   unsigned char* rest;
 
   __device__ explicit Shared(const typename Op::P& part) {
     const int sets = blockDim.x > 32 ? blockDim.y : blockDim.x * blockDim.y / 32;
     scratch = reinterpret_cast<Sums<typename Op::W>*>(shared_memory());
-    channels = reinterpret_cast<typename Op::Channel*>(scratch + sets * part.columns);
+    channels = reinterpret_cast<Coefficients<Op>*>(scratch + sets * part.columns);
     rest = reinterpret_cast<unsigned char*>(channels + part.channels);
     rest += -reinterpret_cast<unsigned long long>(rest) & 15;
   }

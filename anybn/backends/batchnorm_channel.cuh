@@ -20,6 +20,7 @@ struct Call {
   long long keep;   // positions that a block keeps in shared memory
   long long width;  // threads of a block along channels that have something to do, of blockDim.x
   long long ddof;
+  double inverse;  // of the number of values in a channel
   double eps, momentum;
   int weight_type, running_type;
   int relu, propagate;
@@ -57,6 +58,11 @@ __device__ inline Pair<float> factor(double v) {
 __device__ inline bool is_finite(float v) { return fabsf(v) <= 3.402823466e38f; }
 __device__ inline bool is_finite(double v) { return fabs(v) <= 1.7976931348623157e308; }
 
+/// The factor as a float; NaN if the channel is not for floats.
+__device__ inline float if_fits(double factor, bool fits) {
+  return fits ? static_cast<float>(factor) : __int_as_float(0x7FFFFFFF);
+}
+
 /// y before the relu, for 16 bits: in float32 if that `suits` the channel. Else, and where CHECKED and the result is not
 /// finite, `exactly` says what y is: float32 may have overflowed.
 template <class T>
@@ -67,10 +73,10 @@ struct Normalizer {
   Normalizer() = default;
   __device__ explicit Normalizer(const Affine& a)
       : mean(static_cast<float>(a.mean)),
-        scale(static_cast<float>(a.scale)),
+        scale(if_fits(a.scale, fits(a.mean) && fits(a.scale, 1e-35))),
         bias(static_cast<float>(a.bias - (a.mean - mean) * a.scale)) {}  // with what rounding takes from the mean
 
-  static __device__ bool suits(const Affine& a) { return fits(a.mean) && fits(a.scale, 1e-35); }
+  __device__ bool suits() const { return scale == scale; }
   __device__ float operator()(float x) const { return fused(x - mean, scale, bias); }
   __device__ float operator()(float x, float residual) const { return (*this)(x) + residual; }
 };
@@ -128,11 +134,11 @@ struct Differentiator {
   Differentiator() = default;
   __device__ explicit Differentiator(const Gradient& a)
       : mean(static_cast<float>(a.mean)),
-        scale(static_cast<float>(a.scale)),
+        scale(if_fits(a.scale, fits(a.mean) && fits(a.scale, 1e-35) && fits(a.slope, 1e-35))),
         slope(static_cast<float>(a.slope)),
         offset(static_cast<float>(a.offset - (a.mean - mean) * a.slope)) {}
 
-  static __device__ bool suits(const Gradient& a) { return fits(a.mean) && fits(a.scale, 1e-35) && fits(a.slope, 1e-35); }
+  __device__ bool suits() const { return scale == scale; }
   __device__ float operator()(float x, float dy) const { return fused(x - mean, slope, dy + offset) * scale; }
 };
 template <>
@@ -183,6 +189,16 @@ __device__ inline double exactly(const Gradient& a, double x, double dy) {
 
 // -- one channel ------------------------------------------------------------------------------------------------------
 
+__device__ inline double count_of(const Call& c) { return static_cast<double>(c.n * c.length); }
+/// v / count, by the reciprocal that is known and one correction (Markstein 1990), in an eighth of the time.
+__device__ inline double per_value(const Call& c, double v) {
+  const double q = v * c.inverse;
+  return is_finite(q) ? fma(fma(-q, count_of(c), v), c.inverse, q) : q;
+}
+__device__ inline Pair64 per_value(const Call& c, Pair64 v) {
+  const double q = per_value(c, v.hi);
+  return two_sum(q, (fma(-q, count_of(c), v.hi) + v.lo) * c.inverse);
+}
 __device__ inline double rstd_of(const Call& c, double var) { return 1.0 / sqrt(var + c.eps); }
 
 /// Folds the statistics of a batch into the running ones, unless they are not finite.
@@ -233,9 +249,8 @@ __device__ inline Affine before_channel(const Call& c, long long channel) {
 template <class W>
 __device__ inline Affine finish_channel(
     const Call& c, long long channel, const Affine& before, const Sums<W>& sums, bool writes) {
-  const double count = static_cast<double>(c.n * c.length);
-  const Pair64 s1 = as_pair(sums.s1), offset = s1 / count, mean = as_pair(before.mean) + offset;
-  const double m2 = (as_pair(sums.s2) - s1 * offset).hi, var = m2 / count;
+  const Pair64 s1 = as_pair(sums.s1), offset = per_value(c, s1), mean = as_pair(before.mean) + offset;
+  const double m2 = (as_pair(sums.s2) - s1 * offset).hi, var = per_value(c, m2);
   if (writes) {
     c.mean[channel] = mean.hi;
     if (c.shift) c.shift[channel] = mean.lo;
@@ -281,8 +296,7 @@ __device__ inline Corrections finish_gradient(
     set_parameter(c.dbias, c.weight_type, channel, dbias);
   }
   if (!c.training) return {0.0, 0.0};
-  const double count = static_cast<double>(c.n * c.length);
-  return {dbias / count, dweight / count};
+  return {per_value(c, dbias), per_value(c, dweight)};
 }
 
 __device__ inline Gradient gradient_of(const Gradient& known, Corrections k) {

@@ -29,6 +29,28 @@ __device__ inline float at_least(float v, float floor) {
 __device__ inline void prefetch(const void* p) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
 }
+#if __CUDA_ARCH__ >= 800
+#define ASYNC_COPIES 1
+/// Starts a copy of 4, 8 or 16 bytes from global to shared memory, which takes no registers.
+template <int BYTES>
+__device__ inline void start_copy(void* to, const void* from) {
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(BYTES) : "memory");
+  }
+}
+/// The copies of this thread since the last time are a group.
+__device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/// Waits until no more than so many groups of this thread, the last ones, are still under way.
+template <int GROUPS>
+__device__ inline void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+#else
+#define ASYNC_COPIES 0
+#endif
 /// Counts this block at a barrier in global memory, behind all that its threads did before they met.
 __device__ inline void arrive(unsigned long long* barrier) {
   asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(barrier) : "memory");

@@ -172,10 +172,6 @@ __device__ inline Pair64 operator*(Pair64 a, Pair64 b) {
   return two_sum(p.hi, p.lo + (a.hi * b.lo + a.lo * b.hi));
 }
 __device__ inline Pair64 operator*(Pair64 a, double b) { return a * Pair64{b, 0.0}; }
-__device__ inline Pair64 operator/(Pair64 a, double b) {
-  double q = a.hi / b;
-  return two_sum(q, (fma(-q, b, a.hi) + a.lo) / b);
-}
 
 __device__ inline double wide(float a) { return a; }
 __device__ inline double wide(Pair<float> a) { return static_cast<double>(a.hi) + a.lo; }
