@@ -41,6 +41,8 @@ from anybn._core import Spec, Statistics, Update
 from anybn._dispatch import backend_for
 from anybn._module_state import ModuleState
 from anybn.backends import _torch_cpu
+from anybn.backends._torch_cuda import TorchArrays
+from anybn.backends._torch_cuda import at_once as at_once_on_cuda
 from anybn.backends.numpy import kernels
 from anybn.backends.torch import TorchBackend, differentiated, op_by_op
 
@@ -170,6 +172,9 @@ def _at_once(
     """
     if not _dense(x) or type(backend_for(x)) is not TorchBackend or op_by_op():
         return None
+    kernels_there = _TORCH._kernels_on(x.device)
+    if isinstance(kernels_there, TorchArrays) and activation in (None, "relu"):
+        return at_once_on_cuda(kernels_there, module, x, residual, activation is not None, _TORCH.recomputes())
     steps, parameters, buffers = _steps(), module._parameters, module._buffers
     try:
         weight, bias = parameters["weight"], parameters["bias"]

@@ -15,6 +15,11 @@ from anybn.backends import _cuda
 from anybn.backends._cuda_arrays import CudaArrays, CudaBackend
 
 
+def _scratch(nbytes: int) -> tuple[int, Any]:
+    memory = cupy.cuda.alloc(nbytes)
+    return int(memory.ptr), memory
+
+
 class _Arrays(CudaArrays):
     library = cupy
 
@@ -26,12 +31,8 @@ class _Arrays(CudaArrays):
         return x.device
 
     def gpu(self, x: Array) -> _cuda.Gpu:
-        def scratch(nbytes: int) -> tuple[int, Any]:
-            memory = cupy.cuda.alloc(nbytes)
-            return int(memory.ptr), memory
-
         ordinal = int(x.device.id)
-        return _cuda.gpu(ordinal, cupy.cuda.get_current_stream(ordinal).ptr, scratch)
+        return _cuda.gpu(ordinal, cupy.cuda.get_current_stream(ordinal).ptr, _scratch)
 
     def pointer(self, a: Array) -> int:
         return int(a.data.ptr)

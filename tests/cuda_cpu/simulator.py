@@ -120,7 +120,7 @@ def gpu(device: Device = H200, schedule: int = 0, launched: list[Launch] | None 
     dtype_of = {name: dtype for dtype, (name, _, _) in TYPES.items()}
     memories: list[Guarded] = []
 
-    def run(launch: Launch, record: np.ndarray) -> None:
+    def run(launch: Launch, record: bytearray) -> None:
         assert launch.shared_bytes <= max(device.shared_bytes, 48 * 1024), f"no room for {launch} on {device}"
         assert launch.cluster in (1, *device.clusters)
         if launch.cooperative:
@@ -128,7 +128,7 @@ def gpu(device: Device = H200, schedule: int = 0, launched: list[Launch] | None 
             assert math.prod(launch.grid) <= resident(device, launch), f"not all blocks of {launch} are resident"
         _, _, arguments = launch.kernel.partition("<")
         dtype = dtype_of.get(arguments.rstrip(">").split(",")[0], "float32")
-        module(dtype, device.capability in ((8, 0), (9, 0), (10, 0))).run(launch, record, schedule)
+        module(dtype, device.capability in ((8, 0), (9, 0), (10, 0))).run(launch, np.frombuffer(record, np.uint8), schedule)
         for memory in memories:
             memory.check()
         if launched is not None:
