@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from anybn.backends._cuda_plan import TYPES, VECTORS, Device, Plan, alignment_of, kernels, plan, tiling
+from anybn.backends._cuda_plan import TYPES, VECTORS, Device, Plan, kernels, plan, tiling
 from anybn.conformance.inputs import RESNET50
 
 DEVICES = {
@@ -196,9 +196,3 @@ def test_the_widest_vector_that_shape_and_pointers_allow() -> None:
     }
     assert list(vectors.values()) == [8, 4, 1, 4, 4, 1, 1, 1, 1]
     assert all(widths[-1] == 1 for widths in VECTORS.values())
-
-
-def test_alignment_of_pointers() -> None:
-    assert alignment_of([0, 0], 4) == 16
-    assert alignment_of([256, 0, 1024 + 8], 4) == 8
-    assert alignment_of([256, 1024 + 4, 8], 4) == 4

@@ -38,7 +38,7 @@ _POINTERS = (
     *("counter", "partials", "corrections", "barriers"),
 )
 _INTEGERS = ("n", "channels", "length", "parts", "keep", "width", "ddof")
-_FLAGS = ("weight_type", "running_type", "relu", "propagate", "cumulative", "training", "ring", "exact")
+_FLAGS = ("weight_type", "running_type", "relu", "propagate", "cumulative", "training", "exact")
 CALL = np.dtype(
     [
         *((name, np.uint64) for name in _POINTERS),
@@ -156,7 +156,7 @@ def _prepared(kind: Kind, device: Device, alignment: int) -> tuple[Plan, tuple[b
     record["exact"] = few if kind.exact is None else kind.exact
     records = []
     for launch in made.launches:
-        record["keep"], record["width"], record["ring"] = launch.keep, launch.width, launch.ring
+        record["keep"], record["width"] = launch.keep, launch.width
         records.append(record.tobytes())
     return made, tuple(records)
 

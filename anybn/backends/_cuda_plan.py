@@ -11,9 +11,7 @@ after the other, or at least a quarter of it. All else takes two passes over x, 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 #: dtype -> (type in batchnorm.cu, bytes of a value, bytes of `Sums`).
@@ -41,15 +39,11 @@ CLUSTERS = (1, 2, 4, 8)
 WARP = 32
 #: Threads of a multiprocessor, as batchnorm.cu is compiled: with all its registers, of which some kernels need more.
 THREADS = {("train", "planes"): 1024, ("train", "rows"): 512, ("backward", "planes"): 512, ("backward", "rows"): 512}
-MOST_THREADS = 512  # of a block
-STREAMING_THREADS = 256  # of a block that keeps nothing: more blocks are resident, and fewer wait at a barrier
-STREAMING_BLOCKS = {("train", "planes"): 4, ("train", "rows"): 2, ("backward", "planes"): 3, ("backward", "rows"): 2}
-BLOCKS = (2,)
-FILL = {4: 6, 3: 4, 2: 1}
-KEPT_BY_GROUPS = 8
+MOST_THREADS = 512  # of a block that keeps something
+STREAMING_THREADS = 256  # of one that does not: more blocks are resident, and fewer wait at a barrier
+STREAMING_BLOCKS = {("train", "planes"): 4, ("train", "rows"): 3, ("backward", "planes"): 3, ("backward", "rows"): 2}
 RESERVED = 1024  # bytes of shared memory that every block costs beside its own
-RING_BYTES = 128  # of a thread, on their way from memory
-BARRIERS_BYTES = 16  # of a group: its barrier, and a gap
+BARRIERS_BYTES = 128  # of a group: a barrier has a line of the cache to itself
 PER_CHANNEL = 80  # bytes of the largest `Coefficients`, which a block keeps per channel
 MOST_BLOCKS = 2**31 - 1, 65535  # of a grid, in x and y
 TINY_THREADS = 128  # of a block with several tiny channels
@@ -82,8 +76,6 @@ class Launch(NamedTuple):
     """positions per block that stay in shared memory"""
     width: int = 0
     """threads of a block along channels that have something to do, of block[0]"""
-    ring: bool = False
-    """whether there is shared memory for vectors on their way"""
     cooperative: bool = False
     """the blocks wait for one another, so all must be resident at once"""
 
@@ -94,7 +86,6 @@ class Plan(NamedTuple):
     """into which kernels that write partial sums cut every channel"""
     scratch_bytes: int = 0
     """for these sums, before them 16 per channel for what `finish_backward` finds, and behind them barriers"""
-
 
     @property
     def cooperative(self) -> bool:
@@ -140,17 +131,8 @@ class Tiling(NamedTuple):
     def scratch(self, block: tuple[int, int], sums_bytes: int) -> int:
         """Shared memory before what is kept: sums of a block's columns, as often as it has threads for each that do not
         share a warp; and a channel's coefficients; 16 | result."""
-        return self.sums(block, sums_bytes) + self.coefficients()
-
-    def sums(self, block: tuple[int, int], sums_bytes: int) -> int:
-        """Those of a block's columns alone."""
         sets = block[1] if block[0] > WARP else block[0] * block[1] // WARP
-        return self.columns * sets * sums_bytes
-
-    def ring(self, block: tuple[int, int], device: Device) -> int:
-        """Bytes for vectors on their way, if they can be copied past the registers."""
-        copied = device.capability >= (8, 0) and 4 <= self.vector * self.itemsize <= 16
-        return RING_BYTES * block[0] * block[1] if copied else 0
+        return self.columns * sets * sums_bytes + self.coefficients()
 
     def coefficients(self) -> int:
         """Their bytes; 16 | result."""
@@ -169,7 +151,7 @@ def tiling(shape: tuple[int, int, int], dtype: str, alignment: int, row_bytes: i
     rows, vector, span, width = length == 1, widest(length == 1), 1, 1
     together = length // math.gcd(length, widest(True))  # vectors, at least, that hold whole channels of a row
     if rows:
-        width = min(WARP * row_bytes // 256, row_bytes // (vector * itemsize), _power_of_2(channels // vector))
+        width = min(WARP, row_bytes // (vector * itemsize), _power_of_2(channels // vector))
     elif vector < widest(True) and n >= 8 and together <= MOST_TOGETHER and channels * length >= WARP * widest(True):
         # Up to a warp, a power of two, so that a warp's threads can share columns.
         rows, vector, span = True, widest(True), length
@@ -193,8 +175,8 @@ def tiling(shape: tuple[int, int, int], dtype: str, alignment: int, row_bytes: i
 
 
 def _tiling_of_groups(shape: tuple[int, int, int], dtype: str, alignment: int) -> Tiling:
-    """Wide, so that all is done in one round; float64 without vectors, which spill."""
-    return tiling(shape, dtype, 8 if dtype == "float64" else alignment, row_bytes=512)
+    """As wide as a line of the cache, so that more is kept of each tile; float64 without vectors, which spill."""
+    return tiling(shape, dtype, 8 if dtype == "float64" else alignment, row_bytes=128)
 
 
 def _power_of_2(n: int) -> int:
@@ -226,13 +208,17 @@ def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, align
         return Plan((Launch("commit", (1, 1), (STREAMING_THREADS, 1)),))
     tiles = tiling(shape, dtype, alignment)
     if op in ("train", "backward"):
-        single = (
-            _by_cluster(op, tiles, dtype, device)
-            or _by_group(op, _tiling_of_groups(shape, dtype, alignment), shape[1], dtype, device)
-            or _by_cluster(op, tiles, dtype, device, whole=False)
-        )
-        if single is not None:
-            return single
+        wide = _tiling_of_groups(shape, dtype, alignment)
+        # Of few columns of rows, clusters would leave most multiprocessors without work.
+        groups_first = shape[2] == 1 and wide.tiles < device.multiprocessors
+        ways = [
+            lambda: _by_cluster(op, tiles, dtype, device),
+            lambda: _by_group(op, wide, shape[1], dtype, device),
+            lambda: _by_cluster(op, tiles, dtype, device, whole=False),
+        ]
+        for way in ways[1::-1] + ways[2:] if groups_first else ways:
+            if (single := way()) is not None:
+                return single
     name, channels, sums_bytes = TYPES[dtype][0], shape[1], TYPES[dtype][2]
     block = tiles.block(STREAMING_THREADS)
     of = "backward" if op in ("backward", "gradients") else "train"
@@ -248,20 +234,15 @@ def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, align
     scratch_bytes = 0
     if first is not None:
         finish = "finish_backward" if first == "gradient_sums" else "finish_train"
-        shared = max(tiles.sums(block, sums_bytes), tiles.coefficients()) + tiles.ring(block, device)
-        ring = tiles.ring(block, device) > 0
+        shared = tiles.scratch(block, sums_bytes)
         launches = [
-            Launch(f"{first}<{tiles.arguments}>", (tiles.tiles, parts), block, shared, width=tiles.width, ring=ring),
+            Launch(f"{first}<{tiles.arguments}>", (tiles.tiles, parts), block, shared, width=tiles.width),
             Launch(f"{finish}<{name}>", (-(-channels // 4), 1), (WARP, 4)),
         ]
         scratch_bytes = channels * (parts * sums_bytes + 16)
     if last is not None:
         grid = tiles.tiles, parts
-        ring = tiles.ring(block, device)
-        shared = tiles.coefficients() + ring
-        launches.append(
-            Launch(f"{last}<{tiles.arguments}>", grid, block, shared, width=tiles.width, ring=ring > 0)
-        )
+        launches.append(Launch(f"{last}<{tiles.arguments}>", grid, block, tiles.coefficients(), width=tiles.width))
     return Plan(tuple(launches), parts, scratch_bytes)
 
 
@@ -271,56 +252,39 @@ def _parts(tiles: Tiling, block: tuple[int, int], blocks: int) -> int:
     return max(1, min(blocks // tiles.tiles, most, MOST_BLOCKS[1]))
 
 
-class _Room(NamedTuple):
-    """Of a multiprocessor that has so many blocks at once, for each of them."""
-
-    block: tuple[int, int]
-    bytes: int
-    """of shared memory, for what is kept and for vectors on their way"""
-    position_bytes: int
-    ring_bytes: int
-
-    def keep(self, share: int) -> tuple[int, bool]:
-        """Positions that a block can keep, of so many, and whether there have to be others on their way."""
-        if share * self.position_bytes <= self.bytes:
-            return share, False
-        ring = self.ring_bytes if self.ring_bytes <= self.bytes else 0
-        return (self.bytes - ring) // self.position_bytes, ring > 0
-
-    def used(self, keep: int, ring: bool) -> int:
-        return keep * self.position_bytes + ring * self.ring_bytes
-
-
-def _room(op: str, tiles: Tiling, device: Device, blocks: int, scratch: Callable[[tuple[int, int]], int]) -> _Room:
+def _room(op: str, tiles: Tiling, dtype: str, device: Device, blocks: int) -> tuple[tuple[int, int], int, int, int]:
+    """Of so many blocks to a multiprocessor: the block, its scratch, bytes kept per position, positions it can keep."""
     block = tiles.block(min(THREADS[op, tiles.kind] // blocks, MOST_THREADS))  # so that the registers suffice as well
-    shared_bytes = (device.shared_bytes + RESERVED) // blocks - RESERVED - scratch(block)
+    scratch = tiles.scratch(block, TYPES[dtype][2])
     position_bytes = (1 if op == "train" else 2) * tiles.position_bytes(block)
-    return _Room(block, max(0, shared_bytes), position_bytes, tiles.ring(block, device))
+    shared_bytes = (device.shared_bytes + RESERVED) // blocks - RESERVED
+    return block, scratch, position_bytes, max(0, shared_bytes - scratch) // position_bytes
 
 
 def _by_cluster(op: str, tiles: Tiling, dtype: str, device: Device, whole: bool = True) -> Plan | None:
     """`train` or `backward`, if that is the better way; not whole: where half of every channel can be kept."""
 
-    def scratch(block: tuple[int, int]) -> int:
-        return tiles.scratch(block, TYPES[dtype][2])
-
     def launch(cluster: int, blocks: int) -> Launch | None:
         """Of so many blocks to a multiprocessor, each of which keeps its share; None if it cannot."""
-        room = _room(op, tiles, device, blocks, scratch)
+        block, scratch, position_bytes, room = _room(op, tiles, dtype, device, blocks)
         share = -(-tiles.positions // cluster)
-        keep, ring = room.keep(share)
-        if 2 * keep < share or (cluster > 1 and share < room.block[1] * tiles.unroll):  # or threads have no work
+        keep = min(share, room)
+        if 2 * keep < share or (cluster > 1 and share < block[1] * tiles.unroll):  # or there are threads without work
             return None
         if whole and keep < share:
             return None
-        shared = scratch(room.block) + room.used(keep, ring)
-        grid, name = (tiles.tiles * cluster, 1), f"{op}<{tiles.arguments}, {cluster}>"
-        return Launch(name, grid, room.block, shared, cluster, keep, tiles.width, ring)
+        grid, shared = (tiles.tiles * cluster, 1), scratch + keep * position_bytes
+        return Launch(f"{op}<{tiles.arguments}, {cluster}>", grid, block, shared, cluster, keep, tiles.width)
 
-    # Best: two blocks to a multiprocessor, so that one reads while the other writes, and all are busy.
-    for blocks, cluster in itertools.product(BLOCKS, device.clusters if whole else ()):
-        made = launch(cluster, blocks)
-        if made is not None and made.grid[0] >= FILL[blocks] * device.multiprocessors:
+    # Best, as measured on an H100: four blocks of planes to a multiprocessor, if there are enough of them, else two, so
+    # that one reads while the other writes. The cluster may be larger than it has to be to keep all of them busy.
+    if whole and tiles.columns == 1:
+        made = next(filter(None, (launch(cluster, 4) for cluster in device.clusters)), None)
+        if made is not None and made.grid[0] >= 6 * device.multiprocessors:
+            return Plan((made,))
+    for cluster in device.clusters if whole else ():
+        made = launch(cluster, 2)
+        if made is not None and made.grid[0] >= device.multiprocessors:
             return Plan((made,))
     # Else the more blocks the better; if only half is kept, where that leaves nobody idle.
     for cluster in reversed(device.clusters):
@@ -331,31 +295,23 @@ def _by_cluster(op: str, tiles: Tiling, dtype: str, device: Device, whole: bool 
 
 
 def _by_group(op: str, tiles: Tiling, channels: int, dtype: str, device: Device) -> Plan | None:
-    """`train_group` or `backward_group`, if some of x can be kept, and nearly all multiprocessors have work."""
-
-    def scratch(block: tuple[int, int]) -> int:
-        return max(tiles.sums(block, TYPES[dtype][2]), tiles.coefficients())
-
+    """`train_group` or `backward_group`, if a tile or at least a quarter of it can be kept."""
+    # Two blocks to a multiprocessor, as above, unless they have many columns, of each of which every block adds up what
+    # all the others of its group have.
     blocks = 2 if tiles.columns == 1 else 1
-    room = _room(op, tiles, device, blocks, scratch)
+    block, scratch, position_bytes, room = _room(op, tiles, dtype, device, blocks)
     resident = blocks * device.multiprocessors
-    groups = min(tiles.tiles, resident)
-    parts = _parts(tiles, room.block, resident)
-    share = -(-tiles.positions // parts)
-    keep, ring = room.keep(share)
-    if not device.cooperative or keep * KEPT_BY_GROUPS < share or groups * parts < resident * 3 // 4:
+    if not device.cooperative or 4 * resident * room < tiles.positions:
         return None
+    needed = min(-(-tiles.positions // room), resident)  # blocks for a tile
+    rounds = -(-tiles.tiles // (resident // needed))
+    groups = -(-tiles.tiles // rounds)
+    parts = min(resident // groups, _parts(tiles, block, tiles.tiles * resident))
+    keep = min(room, -(-tiles.positions // parts))
+    name, grid = f"{op}_group<{tiles.arguments}>", (groups, parts)
+    shared = scratch + keep * position_bytes
     launches = (
         Launch("clear_barriers", (groups, 1), (WARP, 1)),
-        Launch(
-            f"{op}_group<{tiles.arguments}>",
-            (groups, parts),
-            room.block,
-            scratch(room.block) + room.used(keep, ring),
-            keep=keep,
-            width=tiles.width,
-            ring=ring,
-            cooperative=True,
-        ),
+        Launch(name, grid, block, shared, keep=keep, width=tiles.width, cooperative=True),
     )
     return Plan(launches, parts, channels * (parts * TYPES[dtype][2] + 16) + BARRIERS_BYTES * groups)

@@ -73,8 +73,8 @@ class TorchArrays(CudaArrays):
 
 KERNELS = TorchArrays()
 
-#: Of a device, by its index; a build of torch without CUDA has it not. torch.cuda.current_stream takes 20 times as long.
-current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+#: Of a device, by its index: torch.cuda.current_stream takes 20 times as long. A torch without CUDA does not have it.
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
 
 #: (device, stream) of updates of running statistics -> the stream.
 _updates: dict[tuple[int, int], torch.cuda.Stream] = {}
@@ -161,9 +161,7 @@ def at_once(
     elif mean.dtype is not torch.float64 or var.dtype is not torch.float64:
         return None
 
-    recorded = torch.is_grad_enabled() and any(
-        a is not None and a.requires_grad for a in (x, weight, bias, residual)
-    )
+    recorded = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, weight, bias, residual))
     known = weight if weight is not None else bias
     kind = _cuda.Kind(
         "train" if of_batch else "evaluate",

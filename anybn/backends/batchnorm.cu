@@ -34,7 +34,7 @@
 constexpr int MOST_THREADS = 512;       // of a block that keeps something
 constexpr int STREAMING_THREADS = 256;  // of one that does not: as in _cuda_plan.py
 constexpr int MOST_BLOCKS(bool forward, bool rows) { return forward && !rows ? 2 : 1; }
-constexpr int STREAMING_BLOCKS(bool forward, bool rows) { return rows ? 2 : forward ? 4 : 3; }
+constexpr int STREAMING_BLOCKS(bool forward, bool rows) { return rows ? (forward ? 3 : 2) : (forward ? 4 : 3); }
 
 // -- one launch -------------------------------------------------------------------------------------------------------
 
@@ -59,7 +59,7 @@ __device__ inline void by_cluster(const Call& c, int cluster) {
   const int channels = static_cast<int>(min(static_cast<long long>(part.channels), c.channels - part.first_channel));
   for (int t = thread; t < channels; t += threads) Op::prefetch(c, part.first_channel + t);
   const Walk<typename Op::P> walk(part);
-  const Shared<Op> shared(part, false);
+  const Shared<Op> shared(part);
   const auto kept = shared.kept(part);
 
   Sums<typename Op::W> mine[Op::P::LANES];
@@ -107,7 +107,7 @@ __device__ inline void write_partials(const typename Op::P& part, Sums<typename 
 /// The sums of a channel over all parts, in a fixed order, by one warp; every lane gets them.
 template <class W>
 __device__ inline Sums<W> sum_partials(const Call& c, long long channel) {
-  constexpr int AT_ONCE = sizeof(W) == 8 ? 3 : 2;  // loads before one is used
+  constexpr int AT_ONCE = sizeof(W) == 8 ? 5 : 2;  // loads before one is used: all 132 parts of a large GPU
   const int lane = (threadIdx.y * blockDim.x + threadIdx.x) % 32;
   const Sums<W>* const partials = static_cast<const Sums<W>*>(c.partials) + channel * c.parts;
   Sums<W> total = {};
@@ -123,9 +123,11 @@ __device__ inline Sums<W> sum_partials(const Call& c, long long channel) {
 
 // -- groups of blocks -------------------------------------------------------------------------------------------------
 
+constexpr int BARRIERS_APART = 16;  // a line of the cache for each
+
 /// Before a kernel of groups: nobody has come to any barrier yet.
 __global__ void __launch_bounds__(32, 1) clear_barriers(const Call c) {
-  if (threadIdx.x == 0) c.barriers[2 * blockIdx.x] = 0;
+  if (threadIdx.x == 0) c.barriers[BARRIERS_APART * blockIdx.x] = 0;
 }
 
 /// Waits until all blocks of this block's group have come here so many times, this one included. The barrier only
@@ -141,34 +143,39 @@ __device__ inline void group_sync(unsigned long long* barrier, long long times) 
 }
 
 /// Groups of gridDim.y blocks; group blockIdx.x takes every gridDim.x-th tile. Each tile has its own partials, so that
-/// two barriers are enough: nobody writes to what others may still be reading.
+/// one barrier is enough: nobody writes to what others may still be reading.
 template <class Op>
 __device__ inline void by_group(const Call& c) {
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x, warps = blockDim.x * blockDim.y / 32;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
   for (int round = 0;; ++round) {
     const long long tile = blockIdx.x + static_cast<long long>(round) * gridDim.x;
     const typename Op::P part(c, tile, blockIdx.y, gridDim.y);
     if (part.first_channel >= c.channels) return;
     const int channels = static_cast<int>(min(static_cast<long long>(part.channels), c.channels - part.first_channel));
+    for (int t = thread; t < channels; t += threads) Op::prefetch(c, part.first_channel + t);
     const Walk<typename Op::P> walk(part);
-    const Shared<Op> shared(part, true);
-    if (round > 0) __syncthreads();  // the coefficients of the last tile are where sums go now
+    const Shared<Op> shared(part);
     const auto kept = shared.kept(part);
 
     Sums<typename Op::W> mine[Op::P::LANES];
     sum_part<Op>(part, kept, walk, mine);
     write_partials<Op>(part, mine, shared);
-    const int first = blockIdx.y * warps + thread / 32;  // of the channels that this warp of the group finishes
-    group_sync(c.barriers + 2 * blockIdx.x, 2 * round + 1);
-    for (int t = first; t < channels; t += warps * gridDim.y) {
-      const long long channel = part.first_channel + t;
-      const auto sums = sum_partials<typename Op::W>(c, channel);
-      if (thread % 32 == 0) Op::publish(c, channel, Op::before(c, channel), sums);
+    for (int t = thread; t < channels; t += threads) shared.channels[t].exact = Op::before(c, part.first_channel + t);
+    group_sync(c.barriers + BARRIERS_APART * blockIdx.x, round + 1);
+    for (int t = thread / 32; t < channels; t += threads / 32) {
+      const auto sums = sum_partials<typename Op::W>(c, part.first_channel + t);
+      if (thread % 32 == 0) shared.scratch[t] = sums;
     }
-    group_sync(c.barriers + 2 * blockIdx.x, 2 * round + 2);
-    for (int t = thread; t < channels; t += 32 * warps) shared.channels[t] = Op::known(c, part.first_channel + t);
+    __syncthreads();
+    for (int t = thread; t < channels; t += threads) {
+      const long long channel = part.first_channel + t;
+      shared.channels[t] = Op::finish(c, channel, shared.channels[t].exact, shared.scratch[t], blockIdx.y == 0);
+    }
     __syncthreads();
     apply_part<Op>(part, kept, walk, shared.channels);
+    if (blockIdx.y == 0) {
+      for (int t = thread; t < channels; t += threads) Op::commit(c, part.first_channel + t);
+    }
   }
 }
 
@@ -187,9 +194,8 @@ template <class Op>
 __device__ inline void first_pass(const Call& c) {
   const typename Op::P part(c, blockIdx.x, blockIdx.y, gridDim.y);
   Sums<typename Op::W> mine[Op::P::LANES];
-  const Shared<Op> shared(part, true);
-  sum_part<Op>(part, shared.kept(part), Walk<typename Op::P>(part), mine);
-  write_partials<Op>(part, mine, shared);
+  sum_part<Op>(part, Kept<typename Op::P>{}, Walk<typename Op::P>(part), mine);
+  write_partials<Op>(part, mine, Shared<Op>(part));
 }
 
 template <class T, int V, bool ROWS>
@@ -202,20 +208,27 @@ __global__ void __launch_bounds__(STREAMING_THREADS, STREAMING_BLOCKS(false, ROW
 }
 
 /// A warp per channel: blocks of (32, warps).
-template <class Op>
-__device__ inline void finish(const Call& c) {
-  const long long channel = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (channel >= c.channels) return;
-  const auto sums = sum_partials<typename Op::W>(c, channel);
-  if (threadIdx.x == 0) Op::publish(c, channel, Op::before(c, channel), sums);
-}
 template <class T>
 __global__ void __launch_bounds__(STREAMING_THREADS, 2) finish_train(const Call c) {
-  finish<Forward<T, 1, false>>(c);
+  using W = typename Wide<typename Real<T>::type>::type;
+  const long long channel = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (channel >= c.channels) return;
+  const Sums<W> sums = sum_partials<W>(c, channel);
+  if (threadIdx.x > 0) return;
+  finish_channel(c, channel, before_channel<T>(c, channel), sums, true);
+  commit_last(c, channel);
 }
+
 template <class T>
 __global__ void __launch_bounds__(STREAMING_THREADS, 2) finish_backward(const Call c) {
-  finish<Backward<T, 1, false>>(c);
+  using W = typename Wide<typename Real<T>::type>::type;
+  const long long channel = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (channel >= c.channels) return;
+  const Sums<W> sums = sum_partials<W>(c, channel);
+  if (threadIdx.x > 0) return;
+  const Corrections k = finish_gradient<T>(c, channel, known_gradient(c, channel), sums, true);
+  c.corrections[2 * channel] = k.k1;
+  c.corrections[2 * channel + 1] = k.k2;
 }
 
 /// From what is known of the channels.
@@ -223,13 +236,12 @@ template <class Op>
 __device__ inline void second_pass(const Call& c) {
   const typename Op::P part(c, blockIdx.x, blockIdx.y, gridDim.y);
   auto* const channels = reinterpret_cast<Coefficients<Op>*>(shared_memory());
-  auto* const ring = reinterpret_cast<unsigned char*>(channels + part.channels);
   const int threads = blockDim.x * blockDim.y;
   for (int t = threadIdx.y * blockDim.x + threadIdx.x; t < part.channels; t += threads) {
     if (part.first_channel + t < c.channels) channels[t] = Op::known(c, part.first_channel + t);
   }
   __syncthreads();
-  apply_part<Op>(part, kept_at<typename Op::P>(ring, c), Walk<typename Op::P>(part), channels);
+  apply_part<Op>(part, Kept<typename Op::P>{}, Walk<typename Op::P>(part), channels);
 }
 
 template <class T, int V, bool ROWS>

@@ -12,9 +12,8 @@ struct Part {
   static constexpr int VECTOR = V;
   static constexpr bool IN_ROWS = ROWS;
   static constexpr int LANES = ROWS ? V : 1;                 // columns of a thread
-  /// Vectors of a tile, whose loads are issued before one is used: 32 bytes, since many tiles are under way at once.
-  static constexpr int BYTES = V * sizeof(T), UNROLL = BYTES >= 16 ? 2 : (BYTES >= 4 ? 4 : 8) / ARRAYS;
-  static constexpr int AHEAD = 128 / (BYTES * UNROLL * ARRAYS) < 8 ? 128 / (BYTES * UNROLL * ARRAYS) : 8;  // tiles
+  static constexpr int UNROLL = V * sizeof(T) >= 16 ? 2 : (V >= 4 ? 4 : 8) / ARRAYS;  // vectors that are loaded before
+                                                                                      // one is used: a tile
   static constexpr int K = ROWS ? UNROLL : UNROLL * V;  // values of a tile per column
   static constexpr int STRIDE = ROWS ? V : 1;           // and the distance between them
 
@@ -107,20 +106,15 @@ struct Steps {
   __device__ int last() const { return WHOLE ? position[P::UNROLL - 1] : position[0] + (valid - 1) * blockDim.y; }
 };
 
-/// Vectors of one block in shared memory. The first positions of a part stay there; of the others, there is a ring of
-/// tiles on their way. Threads meet only their own.
+/// Vectors of one block in shared memory, by array and position. Threads meet only their own there.
 template <class P>
 struct Kept {
-  typename P::Values *memory, *ring;  // no ring: null
+  typename P::Values* memory;
   int count;
 
-  __device__ bool has(int position) const { return position < count; }
+  __device__ bool has(int position) const { return count > 0 && position < count; }
   __device__ typename P::Values& at(int position, int array) const {
     return memory[(array * count + position) * blockDim.x + threadIdx.x];
-  }
-  __device__ typename P::Values& on_its_way(int tile, int u, int array) const {
-    const int slot = (array * P::AHEAD + tile % P::AHEAD) * P::UNROLL + u;
-    return ring[(slot * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x];
   }
 };
 
@@ -150,7 +144,6 @@ struct Forward {
   /// Whether what is loaded is what is summed.
   static __device__ bool unchanged(const Call&) { return true; }
   static __device__ void load_at(const Call& c, long long offset, Loaded& to) { to.of[0] = load<T, V>(c.x, offset); }
-  static __device__ void load_gate(const Call&, long long, Loaded&) {}
   static __device__ void settle(const Call&, Loaded&) {}
   static __device__ void load_residual(const Call& c, long long offset, Loaded& to) {
     to.residual = load<T, V>(c.residual, offset);
@@ -183,11 +176,6 @@ struct Forward {
     return finish_channel(c, channel, before, sums, writes);
   }
   static __device__ void commit(const Call& c, long long channel) { commit_last(c, channel); }
-  /// For blocks that know nothing but what is in global memory.
-  static __device__ void publish(const Call& c, long long channel, const Channel& before, const Sums<W>& sums) {
-    finish_channel(c, channel, before, sums, true);
-    commit_last(c, channel);
-  }
   static __device__ Channel known(const Call& c, long long channel) { return known_affine(c, channel); }
 
   template <bool RESIDUAL>
@@ -224,9 +212,6 @@ struct Backward {
   static __device__ void load_at(const Call& c, long long offset, Loaded& to) {
     to.of[0] = load<T, V>(c.x, offset);
     to.of[1] = load<T, V>(c.dy, offset);
-    load_gate(c, offset, to);
-  }
-  static __device__ void load_gate(const Call& c, long long offset, Loaded& to) {
     if (c.activated) to.activated = load<T, V>(c.activated, offset);
     if (c.active) to.active = load<unsigned char, V>(c.active, offset);
   }
@@ -267,11 +252,6 @@ struct Backward {
     return gradient_of(before, finish_gradient<T>(c, channel, before, sums, writes));
   }
   static __device__ void commit(const Call&, long long) {}
-  static __device__ void publish(const Call& c, long long channel, const Channel& before, const Sums<W>& sums) {
-    const Corrections k = finish_gradient<T>(c, channel, before, sums, true);
-    c.corrections[2 * channel] = k.k1;
-    c.corrections[2 * channel + 1] = k.k2;
-  }
   static __device__ Channel known(const Call& c, long long channel) {
     Corrections k = {0.0, 0.0};
     if (c.corrections) k = {c.corrections[2 * channel], c.corrections[2 * channel + 1]};
@@ -301,111 +281,44 @@ struct Coefficients {
   }
 };
 
-/// Tiles of a thread one after the other, with copies of the next ones under way, if there is a ring; else each is loaded
-/// when it is its turn. AGAIN: what is kept is there already.
-template <class Op, bool AGAIN>
-struct Tiles {
+/// A tile, from where it is kept.
+template <class Op, class S>
+__device__ inline void take(const Kept<typename Op::P>& kept, const S& steps, typename Op::Loaded* loaded) {
+#pragma unroll
+  for (int u = 0; u < Op::P::UNROLL; ++u) {
+#pragma unroll
+    for (int a = 0; a < Op::P::ARRAYS; ++a) loaded[u].of[a] = kept.at(steps.position[u], a);
+  }
+}
+/// A tile, from the arrays.
+template <class Op, class S>
+__device__ inline void load_all(const Call& c, const S& steps, typename Op::Loaded* loaded) {
+#pragma unroll
+  for (int u = 0; u < Op::P::UNROLL; ++u) Op::load_at(c, steps.offset[u], loaded[u]);
+#pragma unroll
+  for (int u = 0; u < Op::P::UNROLL; ++u) Op::settle(c, loaded[u]);
+}
+
+/// Adds up a tile that is KEPT already, or loads it, and keeps it if there is room for all of it: the loads first, so
+/// that none waits for another.
+template <class Op, bool WHOLE, bool KEPT>
+__device__ inline void sum_tile(const typename Op::P& part, const Kept<typename Op::P>& kept, Walk<typename Op::P>& walk,
+                                const typename Op::R* reference, Sums<typename Op::W>* total) {
   using P = typename Op::P;
-  using Values = typename P::Values;
-#if ASYNC_COPIES
-  static constexpr bool COPIES = sizeof(Values) >= 4 && sizeof(Values) <= 16;
-#else
-  static constexpr bool COPIES = false;
-#endif
-  const typename Op::P& part;
-  const Kept<P> kept;
-  Walk<P> walk, ahead;
-  int tile, next;
-
-  __device__ Tiles(const P& part, const Kept<P>& kept, const Walk<P>& start)
-      : part(part), kept(kept), walk(start), ahead(start), tile(0), next(0) {
-    if (copied()) {
-#pragma unroll
-      for (int i = 0; i < P::AHEAD; ++i) start_next();
-    }
-  }
-  __device__ bool copied() const { return COPIES && (kept.ring || (!AGAIN && kept.has(part.size - 1))); }
-
-  __device__ void start_next() {
-#if ASYNC_COPIES
-    if constexpr (COPIES) {
-      if (ahead.left > 0) {
-        const bool stays = kept.has(ahead.position + (min(ahead.left, P::UNROLL) - 1) * static_cast<int>(blockDim.y));
-        if (!(AGAIN && stays)) {
-#pragma unroll
-          for (int u = 0; u < P::UNROLL; ++u) {
-            if (u < ahead.left) {
-#pragma unroll
-              for (int a = 0; a < P::ARRAYS; ++a) {
-                Values* const to = stays ? &kept.at(ahead.position, a) : &kept.on_its_way(next, u, a);
-                start_copy<sizeof(Values)>(to, Op::address(part.c, a, ahead.offset));
-              }
-            }
-            ahead.next();
-          }
-        } else {
-#pragma unroll
-          for (int u = 0; u < P::UNROLL; ++u) ahead.next();
-        }
-        ahead.left -= P::UNROLL;
-        ++next;
-      }
-      end_copies();
-    }
-#endif
-  }
-
-  /// The tile whose turn it is, of which steps says where it is.
-  template <class S>
-  __device__ void take(const S& steps, typename Op::Loaded* loaded) {
-    const bool stays = kept.has(steps.last());
-    const Call& c = part.c;
-    if (copied() || (AGAIN && stays)) {
-      if (!(AGAIN && stays)) {
-#pragma unroll
-        for (int u = 0; u < P::UNROLL; ++u) Op::load_gate(c, steps.offset[u], loaded[u]);
-      }
-#if ASYNC_COPIES
-      await_copies<P::AHEAD - 1>();
-#endif
+  const Steps<P, WHOLE> steps(walk);
+  typename Op::Loaded loaded[P::UNROLL];
+  if (KEPT) {
+    take<Op>(kept, steps, loaded);
+  } else {
+    load_all<Op>(part.c, steps, loaded);
+    if (kept.has(steps.last())) {
 #pragma unroll
       for (int u = 0; u < P::UNROLL; ++u) {
-        const int there = steps.valid > u ? u : 0;
 #pragma unroll
-        for (int a = 0; a < P::ARRAYS; ++a) {
-          loaded[u].of[a] = stays ? kept.at(steps.position[u], a) : kept.on_its_way(tile, there, a);
-        }
+        for (int a = 0; a < P::ARRAYS; ++a) kept.at(steps.position[u], a) = loaded[u].of[a];
       }
-      if (AGAIN && stays) return;
-#pragma unroll
-      for (int u = 0; u < P::UNROLL; ++u) Op::settle(c, loaded[u]);
-      if (AGAIN || !stays || Op::unchanged(c)) return;
-    } else {
-#pragma unroll
-      for (int u = 0; u < P::UNROLL; ++u) Op::load_at(c, steps.offset[u], loaded[u]);
-#pragma unroll
-      for (int u = 0; u < P::UNROLL; ++u) Op::settle(c, loaded[u]);
-      if (AGAIN || !stays) return;
-    }
-#pragma unroll
-    for (int u = 0; u < P::UNROLL; ++u) {
-#pragma unroll
-      for (int a = 0; a < P::ARRAYS; ++a) kept.at(steps.position[u], a) = loaded[u].of[a];
     }
   }
-  __device__ void done() {
-    ++tile;
-    if (copied()) start_next();
-  }
-};
-
-/// Adds up a tile.
-template <class Op, bool WHOLE>
-__device__ inline void sum_tile(Tiles<Op, false>& tiles, const typename Op::R* reference, Sums<typename Op::W>* total) {
-  using P = typename Op::P;
-  const Steps<P, WHOLE> steps(tiles.walk);
-  typename Op::Loaded loaded[P::UNROLL];
-  tiles.take(steps, loaded);
   if (!WHOLE) {
 #pragma unroll
     for (int u = 1; u < P::UNROLL; ++u) {
@@ -422,14 +335,50 @@ __device__ inline void sum_tile(Tiles<Op, false>& tiles, const typename Op::R* r
   }
   const int valid = (WHOLE ? P::UNROLL : steps.valid) * (P::K / P::UNROLL);
 #pragma unroll
-  for (int j = 0; j < P::LANES; ++j) Op::add(total[j], values, j, valid, reference[j], tiles.part.c.exact);
-  tiles.done();
+  for (int j = 0; j < P::LANES; ++j) Op::add(total[j], values, j, valid, reference[j], part.c.exact);
 }
+
+#if ASYNC_COPIES
+/// Starts to copy a tile, if there is one, to where it is kept.
+template <class Op>
+__device__ inline void start_tile(
+    const typename Op::P& part, const Kept<typename Op::P>& kept, Walk<typename Op::P>& walk) {
+  using P = typename Op::P;
+#pragma unroll
+  for (int u = 0; u < P::UNROLL; ++u) {
+    if (u >= walk.left) break;
+#pragma unroll
+    for (int a = 0; a < P::ARRAYS; ++a) {
+      start_copy<sizeof(typename P::Values)>(&kept.at(walk.position, a), Op::address(part.c, a, walk.offset));
+    }
+    walk.next();
+  }
+  walk.left -= P::UNROLL;
+  end_copies();
+}
+
+/// `sum_part` where all is kept as it is: some tiles ahead, copied without passing through registers.
+template <class Op>
+__device__ inline void sum_copies(const typename Op::P& part, const Kept<typename Op::P>& kept, Walk<typename Op::P> walk,
+                                  const typename Op::R* reference, Sums<typename Op::W>* total) {
+  constexpr int AHEAD = 4;
+  Walk<typename Op::P> ahead = walk;
+#pragma unroll
+  for (int i = 0; i < AHEAD; ++i) start_tile<Op>(part, kept, ahead);
+  while (walk.left >= Op::P::UNROLL) {
+    await_copies<AHEAD - 1>();
+    sum_tile<Op, true, true>(part, kept, walk, reference, total);
+    start_tile<Op>(part, kept, ahead);
+  }
+  await_copies<0>();
+  if (walk.left > 0) sum_tile<Op, false, true>(part, kept, walk, reference, total);
+}
+#endif
 
 /// Sums of a thread over its positions in a part, by column. What fits is kept.
 template <class Op>
 __device__ inline void sum_part(const typename Op::P& part, const Kept<typename Op::P>& kept,
-                                const Walk<typename Op::P>& walk, Sums<typename Op::W>* total) {
+                                Walk<typename Op::P> walk, Sums<typename Op::W>* total) {
   using P = typename Op::P;
   typename P::R reference[P::LANES];
 #pragma unroll
@@ -437,23 +386,34 @@ __device__ inline void sum_part(const typename Op::P& part, const Kept<typename 
     total[j] = {};
     if (part.works()) reference[j] = Op::reference(part.c, part.first_channel + part.channel(j));
   }
-  Tiles<Op, false> tiles(part, kept, walk);
-  while (tiles.walk.left >= P::UNROLL) sum_tile<Op, true>(tiles, reference, total);
-  if (tiles.walk.left > 0) sum_tile<Op, false>(tiles, reference, total);
+#if ASYNC_COPIES
+  if constexpr (sizeof(typename P::Values) >= 4 && sizeof(typename P::Values) <= 16) {
+    if (kept.has(part.size - 1) && Op::unchanged(part.c)) {
+      sum_copies<Op>(part, kept, walk, reference, total);
+      return;
+    }
+  }
+#endif
+  while (walk.left >= P::UNROLL) sum_tile<Op, true, false>(part, kept, walk, reference, total);
+  if (walk.left > 0) sum_tile<Op, false, false>(part, kept, walk, reference, total);
 }
 
-/// y or dx of a tile.
+/// y or dx of a tile, from what is kept of it, or from the arrays themselves.
 template <class Op, bool RESIDUAL, bool WHOLE>
-__device__ inline void apply_tile(
-    Tiles<Op, true>& tiles, const typename Op::Function* function, const Coefficients<Op>* channels) {
+__device__ inline void apply_tile(const typename Op::P& part, const Kept<typename Op::P>& kept,
+                                  Walk<typename Op::P>& walk, const typename Op::Function* function,
+                                  const Coefficients<Op>* channels) {
   using P = typename Op::P;
   using R = typename P::R;
-  const auto& part = tiles.part;
   const Call& c = part.c;
   const R floor = c.relu ? R(0) : R(MINUS_INFINITY);
-  const Steps<P, WHOLE> steps(tiles.walk);
+  const Steps<P, WHOLE> steps(walk);
   typename Op::Loaded loaded[P::UNROLL];
-  tiles.take(steps, loaded);
+  if (kept.has(steps.last())) {
+    take<Op>(kept, steps, loaded);
+  } else {
+    load_all<Op>(c, steps, loaded);
+  }
   if (RESIDUAL) {
 #pragma unroll
     for (int u = 0; u < P::UNROLL; ++u) Op::load_residual(c, steps.offset[u], loaded[u]);
@@ -484,7 +444,6 @@ __device__ inline void apply_tile(
       }
     }
   }
-  tiles.done();
 }
 
 /// The same of a part in float64, where float32 does not suit a channel, from the arrays: nobody else writes there.
@@ -515,7 +474,7 @@ __device__ inline void apply_exactly(
 
 template <class Op, bool RESIDUAL>
 __device__ inline void apply_with(const typename Op::P& part, const Kept<typename Op::P>& kept,
-                                  const Walk<typename Op::P>& walk, const Coefficients<Op>* channels) {
+                                  Walk<typename Op::P> walk, const Coefficients<Op>* channels) {
   using P = typename Op::P;
   typename Op::Function function[P::LANES];
 #pragma unroll
@@ -529,9 +488,8 @@ __device__ inline void apply_with(const typename Op::P& part, const Kept<typenam
       return;
     }
   }
-  Tiles<Op, true> tiles(part, kept, walk);
-  while (tiles.walk.left >= P::UNROLL) apply_tile<Op, RESIDUAL, true>(tiles, function, channels);
-  if (tiles.walk.left > 0) apply_tile<Op, RESIDUAL, false>(tiles, function, channels);
+  while (walk.left >= P::UNROLL) apply_tile<Op, RESIDUAL, true>(part, kept, walk, function, channels);
+  if (walk.left > 0) apply_tile<Op, RESIDUAL, false>(part, kept, walk, function, channels);
 }
 
 /// y or dx of a part.
@@ -581,14 +539,6 @@ __device__ inline void sum_block(const P& part, Sums<W>* mine, Sums<W>* scratch)
   __syncthreads();
 }
 
-/// What is kept, and the ring behind it, from here on in shared memory.
-template <class P>
-__device__ inline Kept<P> kept_at(unsigned char* memory, const Call& c) {
-  memory += -reinterpret_cast<unsigned long long>(memory) & 15;
-  auto* const values = reinterpret_cast<typename P::Values*>(memory);
-  return {values, c.ring ? values + P::ARRAYS * c.keep * blockDim.x : nullptr, static_cast<int>(c.keep)};
-}
-
 /// A block's shared memory: scratch of `sum_block`, then something per channel of the block, then what is kept.
 template <class Op>
 struct Shared {
@@ -596,15 +546,15 @@ struct Shared {
   Coefficients<Op>* channels;
   unsigned char* rest;
 
-  /// In one place: the scratch is done with when channels are known.
-  __device__ Shared(const typename Op::P& part, bool in_one_place) {
+  __device__ explicit Shared(const typename Op::P& part) {
     const int sets = blockDim.x > 32 ? blockDim.y : blockDim.x * blockDim.y / 32;
     scratch = reinterpret_cast<Sums<typename Op::W>*>(shared_memory());
-    channels = reinterpret_cast<Coefficients<Op>*>(in_one_place ? scratch : scratch + sets * part.columns);
-    auto* const behind_sums = reinterpret_cast<unsigned char*>(scratch + sets * part.columns);
+    channels = reinterpret_cast<Coefficients<Op>*>(scratch + sets * part.columns);
     rest = reinterpret_cast<unsigned char*>(channels + part.channels);
-    if (rest < behind_sums) rest = behind_sums;
+    rest += -reinterpret_cast<unsigned long long>(rest) & 15;
   }
 
-  __device__ Kept<typename Op::P> kept(const typename Op::P& part) const { return kept_at<typename Op::P>(rest, part.c); }
+  __device__ Kept<typename Op::P> kept(const typename Op::P& part) const {
+    return {reinterpret_cast<typename Op::P::Values*>(rest), static_cast<int>(part.c.keep)};
+  }
 };

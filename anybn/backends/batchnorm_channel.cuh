@@ -26,7 +26,6 @@ struct Call {
   int relu, propagate;
   int cumulative;  // commit: momentum is 1 / (batches with this one)
   int training;    // backward: the statistics are x's own
-  int ring;        // there is room for tiles on their way
   int exact;       // sum squares in the wide type, value by value
 };
 

@@ -128,7 +128,9 @@ def gpu(device: Device = H200, schedule: int = 0, launched: list[Launch] | None 
             assert math.prod(launch.grid) <= resident(device, launch), f"not all blocks of {launch} are resident"
         _, _, arguments = launch.kernel.partition("<")
         dtype = dtype_of.get(arguments.rstrip(">").split(",")[0], "float32")
-        module(dtype, device.capability in ((8, 0), (9, 0), (10, 0))).run(launch, np.frombuffer(record, np.uint8), schedule)
+        module(dtype, device.capability in ((8, 0), (9, 0), (10, 0))).run(
+            launch, np.frombuffer(record, np.uint8), schedule
+        )
         for memory in memories:
             memory.check()
         if launched is not None:
