@@ -61,8 +61,8 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     (65536, 1024),
 )
 EPS = 1e-5
-#: Of y and dx, in eps of the dtype. float64 has nothing wider: x - mean, its shift, the root and quotient of rstd, and the
-#: product are rounded by half an eps each, var + eps by half of that.
+#: Of y and dx, in eps of the dtype. float64 has nothing wider: x - mean, its shift, the root and the quotient of rstd,
+#: and the product are rounded by half an eps each, var + eps by half of that.
 BAR = {"float16": 0.51, "bfloat16": 0.51, "float32": 2.0, "float64": 2.75}
 #: As it is planned for a GPU of this size, which any GPU can do: groups of blocks, and two passes, for small arrays.
 SMALL = Device(multiprocessors=4, shared_bytes=24 * 1024, capability=(8, 0))

@@ -211,14 +211,14 @@ def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, align
         wide = _tiling_of_groups(shape, dtype, alignment)
         # Of few columns of rows, clusters would leave most multiprocessors without work.
         groups_first = shape[2] == 1 and wide.tiles < device.multiprocessors
-        ways = [
-            lambda: _by_cluster(op, tiles, dtype, device),
-            lambda: _by_group(op, wide, shape[1], dtype, device),
-            lambda: _by_cluster(op, tiles, dtype, device, whole=False),
-        ]
-        for way in ways[1::-1] + ways[2:] if groups_first else ways:
-            if (single := way()) is not None:
-                return single
+        made = (
+            (groups_first and _by_group(op, wide, shape[1], dtype, device))
+            or _by_cluster(op, tiles, dtype, device)
+            or _by_group(op, wide, shape[1], dtype, device)
+            or _by_cluster(op, tiles, dtype, device, whole=False)
+        )
+        if made:
+            return made
     name, channels, sums_bytes = TYPES[dtype][0], shape[1], TYPES[dtype][2]
     block = tiles.block(STREAMING_THREADS)
     of = "backward" if op in ("backward", "gradients") else "train"

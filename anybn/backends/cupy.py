@@ -13,6 +13,7 @@ import numpy as np
 from anybn._core import Array
 from anybn.backends import _cuda
 from anybn.backends._cuda_arrays import CudaArrays, CudaBackend
+from anybn.backends.numpy import NumPyBackend
 
 
 def _scratch(nbytes: int) -> tuple[int, Any]:
@@ -65,6 +66,9 @@ class CuPyBackend(CudaBackend):
 
     def namespace(self, x: Array) -> ModuleType:
         return array_api_compat.cupy
+
+    def dtype(self, name: str) -> Any:
+        return NumPyBackend().dtype(name)
 
     def device_of(self, x: Array) -> int:
         return int(x.device.id)
