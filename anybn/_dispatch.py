@@ -19,7 +19,7 @@ from anybn.errors import BackendNotInstalled
 
 _BUILTIN = {
     "numpy": ("anybn.backends.numpy", "NumPyBackend", "numpy"),
-    "cupy": ("anybn.backends.cupy", "CuPyBackend", "cupy-cuda13x"),
+    "cupy": ("anybn.backends.cupy", "CuPyBackend", "cupy-cuda13x[ctk]"),
     "torch": ("anybn.backends.torch", "TorchBackend", "torch"),
     "jax": ("anybn.backends.jax", "JaxBackend", "jax"),
     "dask": ("anybn.backends.dask", "DaskBackend", "'dask[array]'"),

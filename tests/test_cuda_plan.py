@@ -92,15 +92,16 @@ def check(made: Plan, shape: tuple[int, int, int], dtype: str, device: Device, a
         if launch.cooperative:
             assert device.cooperative
             assert grid_x <= tiles
-            assert 8 * grid_x <= 16 * channels  # barriers lie before the sums
-            resident = min(512 // (block_x * block_y), (device.shared_bytes + 1024) // (launch.shared_bytes + 1024))
+            threads = 1024 if name == "train_group" and not rows else 512
+            resident = min(threads // (block_x * block_y), (device.shared_bytes + 1024) // (launch.shared_bytes + 1024))
             assert grid_x * grid_y <= resident * device.multiprocessors
             assert 4 * launch.keep * grid_y >= positions
             assert made.parts == grid_y
     if made.launches[0].kernel.startswith(("sums", "gradient_sums")):
         assert made.launches[0].grid[1] == made.parts
     if made.launches[0].kernel.startswith(("sums", "gradient_sums", "clear")):
-        assert made.scratch_bytes == channels * (made.parts * TYPES[dtype][2] + 16)
+        barriers = 128 * made.launches[0].grid[0] if made.cooperative else 0
+        assert made.scratch_bytes == channels * (made.parts * TYPES[dtype][2] + 16) + barriers
     else:
         assert made.scratch_bytes == 0
 

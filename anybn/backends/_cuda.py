@@ -11,13 +11,14 @@ import importlib.util
 import math
 import re
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from anybn.backends._cuda_plan import BARRIERS_BYTES, TYPES, Device, Launch, Plan, plan
+from anybn.backends._cuda_plan import BARRIERS_BYTES, CLUSTERS, TYPES, Device, Launch, Plan, plan
 
 SOURCE = Path(__file__).with_name("batchnorm.cu")
 
@@ -166,26 +167,52 @@ def _prepared(kind: Kind, device: Device, alignment: int) -> tuple[Plan, tuple[b
 
 @functools.cache
 def available() -> bool:
-    """Whether CuPy is here to compile and launch with. Imports it if it is installed."""
+    """Whether CuPy is here, with a GPU and a compiler. Imports it if it is installed; says why if it is of no use."""
     if importlib.util.find_spec("cupy") is None:
         return False
-    import cupy
+    try:
+        import cupy
 
-    return bool(cupy.cuda.is_available()) and not cupy.cuda.runtime.is_hip
+        if not cupy.cuda.is_available() or cupy.cuda.runtime.is_hip:
+            return False
+        cupy.RawModule(code='extern "C" __global__ void nothing() {}').get_function("nothing")
+    except Exception as error:  # of a driver, a compiler, headers, a broken installation
+        advice = "pip install 'anybn[cupy]' brings a compiler along, 'anybn[cupy12]' one for CUDA 12"
+        warnings.warn(f"CuPy cannot compile kernels here ({error}), anybn goes on without: {advice}", stacklevel=2)
+        return False
+    return True
 
 
 @functools.cache
 def device(ordinal: int) -> Device:
-    """The properties of a CUDA device."""
+    """The properties of a CUDA device, which must be the current one."""
     import cupy
 
     found = cupy.cuda.runtime.getDeviceProperties(ordinal)
+    capability = int(found["major"]), int(found["minor"])
     return Device(
         multiprocessors=found["multiProcessorCount"],
         shared_bytes=found["sharedMemPerBlockOptin"],
-        capability=(int(found["major"]), int(found["minor"])),
+        capability=capability,
         cooperative=bool(found["cooperativeLaunch"]),
+        largest_cluster=_largest_cluster() if capability >= (9, 0) else 1,
     )
+
+
+def _largest_cluster() -> int:
+    """Of blocks that the current device takes: there are some whose driver refuses all."""
+    import cupy
+
+    names = {size: f"nothing<{size}>" for size in reversed(CLUSTERS[1:])}
+    code = "template <int SIZE> __global__ void __cluster_dims__(SIZE, 1, 1) nothing() {}"
+    module = cupy.RawModule(code=code, options=("--std=c++17",), name_expressions=tuple(names.values()))
+    for size, name in names.items():
+        try:
+            module.get_function(name)((size,), (32,), ())
+        except cupy.cuda.driver.CUDADriverError:
+            continue
+        return size
+    return 1
 
 
 @functools.cache

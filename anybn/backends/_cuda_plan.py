@@ -41,7 +41,7 @@ WARP = 32
 THREADS = {("train", "planes"): 1024, ("train", "rows"): 512, ("backward", "planes"): 512, ("backward", "rows"): 512}
 MOST_THREADS = 512  # of a block that keeps something
 STREAMING_THREADS = 256  # of one that does not: more blocks are resident, and fewer wait at a barrier
-STREAMING_BLOCKS = {("train", "planes"): 4, ("train", "rows"): 3, ("backward", "planes"): 3, ("backward", "rows"): 2}
+STREAMING_BLOCKS = {("train", "planes"): 4, ("train", "rows"): 3, ("backward", "planes"): 2, ("backward", "rows"): 2}
 RESERVED = 1024  # bytes of shared memory that every block costs beside its own
 BARRIERS_BYTES = 128  # of a group: a barrier has a line of the cache to itself
 PER_CHANNEL = 80  # bytes of the largest `Coefficients`, which a block keeps per channel
@@ -59,10 +59,12 @@ class Device(NamedTuple):
     capability: tuple[int, int]
     cooperative: bool = True
     """can launch a grid all of whose blocks are resident at once"""
+    largest_cluster: int = CLUSTERS[-1]
 
     @property
     def clusters(self) -> tuple[int, ...]:
-        return CLUSTERS if self.capability >= (9, 0) else CLUSTERS[:1]
+        largest = self.largest_cluster if self.capability >= (9, 0) else 1
+        return tuple(size for size in CLUSTERS if size <= largest)
 
 
 class Launch(NamedTuple):
@@ -156,7 +158,7 @@ def tiling(shape: tuple[int, int, int], dtype: str, alignment: int, row_bytes: i
         # Up to a warp, a power of two, so that a warp's threads can share columns.
         rows, vector, span = True, widest(True), length
         width = WARP if WARP % together == 0 else -(-(WARP + 1) // together) * together
-    unroll = 4 if vector >= 4 else 8
+    unroll = 2 if vector * itemsize >= 16 else 4 if vector >= 4 else 8
     positions = n if rows else n * (length // vector)
     if not rows and positions < WARP:  # several tiny channels, with a thread for each vector
         width, unroll = min(WARP, TINY_THREADS // _power_of_2(positions), _power_of_2(channels)), 1
@@ -208,15 +210,11 @@ def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, align
         return Plan((Launch("commit", (1, 1), (STREAMING_THREADS, 1)),))
     tiles = tiling(shape, dtype, alignment)
     if op in ("train", "backward"):
-        wide = _tiling_of_groups(shape, dtype, alignment)
-        # Of few columns of rows, clusters would leave most multiprocessors without work.
-        groups_first = shape[2] == 1 and wide.tiles < device.multiprocessors
-        made = (
-            (groups_first and _by_group(op, wide, shape[1], dtype, device))
-            or _by_cluster(op, tiles, dtype, device)
-            or _by_group(op, wide, shape[1], dtype, device)
-            or _by_cluster(op, tiles, dtype, device, whole=False)
-        )
+        groups = _by_group(op, _tiling_of_groups(shape, dtype, alignment), shape[1], dtype, device)
+        # Few columns of long rows: clusters would leave most multiprocessors without work.
+        if groups and shape[2] == 1 and groups.parts > 1 and tiles.tiles < device.multiprocessors:
+            return groups
+        made = _by_cluster(op, tiles, dtype, device) or groups or _by_cluster(op, tiles, dtype, device, whole=False)
         if made:
             return made
     name, channels, sums_bytes = TYPES[dtype][0], shape[1], TYPES[dtype][2]

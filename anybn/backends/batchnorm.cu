@@ -34,7 +34,7 @@
 constexpr int MOST_THREADS = 512;       // of a block that keeps something
 constexpr int STREAMING_THREADS = 256;  // of one that does not: as in _cuda_plan.py
 constexpr int MOST_BLOCKS(bool forward, bool rows) { return forward && !rows ? 2 : 1; }
-constexpr int STREAMING_BLOCKS(bool forward, bool rows) { return rows ? (forward ? 3 : 2) : (forward ? 4 : 3); }
+constexpr int STREAMING_BLOCKS(bool forward, bool rows) { return !forward ? 2 : rows ? 3 : 4; }
 
 // -- one launch -------------------------------------------------------------------------------------------------------
 
