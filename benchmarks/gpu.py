@@ -763,6 +763,59 @@ def bench() -> None:
     assert not wrong, "; ".join(wrong)
 
 
+def network_step(model: Any, x: Any, target: Any, half: bool) -> None:
+    import torch
+
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
+        loss = torch.nn.functional.cross_entropy(model(x), target)
+    loss.backward()
+
+
+def time_network() -> None:
+    """A training step of torchvision's ResNet-50 on 64 images, its batch norms torch's or anybn's: forward and
+    backward, queued by Python and replayed from a graph."""
+    import torch
+
+    import anybn.torch
+
+    if options.rehearse:
+        return
+    import torchvision
+
+    for dtype, layout, kind in (
+        ("bfloat16", "nhwc", torch.channels_last),
+        ("bfloat16", "nchw", torch.contiguous_format),
+        ("float32", "nchw", torch.contiguous_format),
+    ):
+        x = torch.randn((64, 3, 224, 224), device="cuda").to(memory_format=kind)
+        target = torch.randint(1000, (64,), device="cuda")
+        times: dict[str, list[Time]] = {}
+        for name in ("torch", "anybn"):
+            model = torchvision.models.resnet50().cuda().to(memory_format=kind)
+            if name == "anybn":
+                model = anybn.torch.convert(model)
+            step = functools.partial(network_step, model, x, target, dtype == "bfloat16")
+            eager = []
+            for i in range(13):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                step()
+                torch.cuda.synchronize()
+                if i > 2:
+                    eager.append((time.perf_counter() - start) * 1e6)
+            middle = statistics.median(eager)
+            times[name] = [Time(middle, (max(eager) - min(eager)) / middle), timed([step] * 2)]
+            del model, step
+            torch.cuda.empty_cache()
+        for i, how in enumerate(("queued by Python", "replayed")):
+            ours, theirs = times["anybn"][i], times["torch"][i]
+            row = {"op": f"resnet50 step, {how}", "dtype": dtype, "layout": layout, "shape": list(x.shape)}
+            times_of = {"us": ours.us, "spread": ours.spread, "torch_us": theirs.us, "torch_spread": theirs.spread}
+            write({**where(), **row, **times_of})
+            print(f"network: {dtype} {layout}, {how}: {ours.us / 1e3:.2f} ms, torch {theirs.us / 1e3:.2f} ms")
+
+
 def run_profiled() -> None:
     """Four kernels that matter, twice each; ncu looks at the second."""
     for op, layout in itertools.product(("train", "backward"), ("nchw", "nhwc")):
@@ -822,6 +875,7 @@ PARTS: dict[str, Part] = {
     "racecheck": Part(sanitizer("racecheck"), 90, together=True),
     "calls": Part(time_calls, 30),
     "bench": Part(bench, 150),
+    "network": Part(time_network, 60),
     "profile": Part(profile, 40),
 }
 #: What parts start in processes of their own.

@@ -189,8 +189,7 @@ def at_once(
         else:
             rows = None
             if recorded:  # the statistics of this call, whatever becomes of the module's
-                rows = torch.empty((4, channels), dtype=torch.float64, device=x.device)
-                torch.stack((mean, mean.new_zeros(channels), var, mean.new_zeros(channels)), out=rows)
+                rows = torch.stack((mean, var))
             pointers = [*like_x, *factors, mean.data_ptr(), 0, var.data_ptr(), *[0] * 11]
             _cuda.queue(kernels.gpu(x), kind, pointers, eps, 0.0)
     if not recorded:
@@ -199,8 +198,11 @@ def at_once(
 
 
 def _rows(rows: torch.Tensor, x: torch.Tensor) -> tuple[int, int, int, int]:
-    """The addresses of mean, shift, variance and m2."""
-    mean, step = rows.data_ptr(), 8 * rows.shape[1]
+    """The addresses of mean, shift, variance and m2; of running statistics, there are mean and variance alone."""
+    count, channels = rows.shape
+    mean, step = rows.data_ptr(), 8 * channels
+    if count == 2:
+        return mean, 0, mean + step, 0
     return mean, mean + step if x.dtype is torch.float64 else 0, mean + 2 * step, mean + 3 * step
 
 
@@ -264,9 +266,12 @@ def _op_by_op(
     """A backward pass that is recorded in its turn."""
     from anybn.backends.torch import TorchBackend, differentiated
 
-    mean, shift, var, m2 = rows
-    count = kind.shape[0] * kind.shape[2] if of_batch else None
-    statistics = Statistics(count, mean, shift if x.dtype is torch.float64 else None, var, m2 if of_batch else None)
+    if of_batch:
+        mean, shift, var, m2 = rows
+        count = kind.shape[0] * kind.shape[2]
+        statistics = Statistics(count, mean, shift if x.dtype is torch.float64 else None, var, m2)
+    else:
+        statistics = Statistics(None, rows[0], None, rows[1])
     saved = x, weight, None, None if y is None else y > 0
     grads = differentiated(TorchBackend(), dy, saved, statistics, Spec(1, eps, kind.relu, wants_residual))
     return grads.x, grads.weight, grads.bias if has_bias else None, grads.residual
