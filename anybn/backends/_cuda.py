@@ -235,19 +235,33 @@ _held: list[Any] = []
 @functools.lru_cache(maxsize=4096)
 def resident(ordinal: int, launch: Launch) -> int:
     """How many blocks of a launch the device has room for at once, as the driver reckons."""
-    from cupy_backends.cuda.api import driver
+    from cupy_backends.cuda.api import driver, runtime
 
+    runtime.setDevice(ordinal)  # of a thread that has not used CUDA yet
     threads, kernel = math.prod(launch.block), function(ordinal, launch.kernel)
     blocks = driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel, threads, launch.shared_bytes)
     return int(blocks) * device(ordinal).multiprocessors
 
 
+#: What the driver answers a thread that has not used CUDA yet, such as the one that autograd runs backward passes in.
+NO_CONTEXT = "CUDA_ERROR_INVALID_CONTEXT"
+
+
 @functools.lru_cache(maxsize=64)
 def gpu(ordinal: int, stream: int, scratch: Callable[[int], tuple[int, Any]]) -> Gpu:
     """A CUDA device, which must be the current one while it is used, and the address of a stream on it."""
-    from cupy_backends.cuda.api import driver
+    from cupy_backends.cuda.api import driver, runtime
 
     def run(launch: Launch, record: bytearray) -> None:
+        try:
+            start(launch, record)
+        except driver.CUDADriverError as error:
+            if NO_CONTEXT not in str(error):
+                raise
+            runtime.setDevice(ordinal)
+            start(launch, record)
+
+    def start(launch: Launch, record: bytearray) -> None:
         argument = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(record)))
         kernel, shape = function(ordinal, launch.kernel), (*launch.grid, 1, *launch.block, 1)
         if launch.cooperative:

@@ -161,7 +161,12 @@ def at_once(
     elif mean.dtype is not torch.float64 or var.dtype is not torch.float64:
         return None
 
-    recorded = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, weight, bias, residual))
+    recorded = torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
     known = weight if weight is not None else bias
     kind = _cuda.Kind(
         "train" if of_batch else "evaluate",
@@ -172,7 +177,7 @@ def at_once(
         relu=relu,
         ddof=1,
     )
-    with kernels.on(x), torch.no_grad():
+    with kernels.on(x):
         y = torch.empty_like(x)
         given = 0 if residual is None else residual.data_ptr()
         like_x = [x.data_ptr(), given, 0, 0, 0, y.data_ptr(), 0]

@@ -107,12 +107,14 @@ def module(dtype: str, fast_double: bool = True) -> Module:
 
 
 def resident(device: Device, launch: Launch) -> int:
-    """Blocks that the device has room for at once, by shared memory and by the registers that 512 threads take all of.
+    """Blocks that the device has room for at once, by shared memory and by registers: 512 threads, or of training on
+    planes 1024, take all of these.
 
     Every block costs 1 KB of shared memory beside its own, and a multiprocessor has that much more than a block can.
     """
     by_memory = (device.shared_bytes + 1024) // (launch.shared_bytes + 1024)
-    return device.multiprocessors * min(by_memory, 512 // math.prod(launch.block))
+    threads = 1024 if launch.kernel.startswith("train") and ", false" in launch.kernel else 512
+    return device.multiprocessors * min(by_memory, threads // math.prod(launch.block))
 
 
 def gpu(device: Device = H200, schedule: int = 0, launched: list[Launch] | None = None) -> _cuda.Gpu:
