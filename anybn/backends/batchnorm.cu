@@ -18,12 +18,16 @@
 //
 // Every order of summation is fixed by the launch: the results are the same bits from run to run.
 //
-// Arithmetic. float64 is slow on many GPUs, so it is used per tile (the K values that a thread holds) and per channel;
-// per value only where x is float64, where float32 overflows, and in arrays so small that it takes no time (`exact`).
-// What float32 would lose is carried along as its rounding error: `two_sum` (Knuth 1969) and `two_prod` (Dekker 1971,
-// with fma) are exact. So y and dx of float32 data are what float64 arithmetic gives from the same statistics, rounded
-// once, but for about one value in a million. 16-bit data is normalized in plain float32. This must be compiled with
-// --fmad=false: a contracted two_sum is not exact.
+// Loads. A tile of vectors is loaded before one of them is used. Where all of a part is kept, it is copied to shared
+// memory without passing through registers, several tiles ahead of the sums.
+//
+// Arithmetic. Where float64 is fast (`FAST_DOUBLE`), sums are taken in it, and float32 is normalized in it. On other GPUs
+// it is used per tile (the K values that a thread holds) and per channel; per value only where x is float64, where
+// float32 overflows, and in arrays so small that it takes no time (`exact`). There, what float32 would lose is carried
+// along as its rounding error: `two_sum` (Knuth 1969) and `two_prod` (Dekker 1971, with fma) are exact. So y and dx of
+// float32 data are what float64 arithmetic gives from the same statistics, rounded once, but for about one value in a
+// million. 16-bit data is normalized in plain float32. This must be compiled with --fmad=false: a contracted two_sum is
+// not exact.
 
 #include "batchnorm_device.cuh"
 #include "batchnorm_numbers.cuh"
