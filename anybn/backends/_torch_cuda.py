@@ -50,7 +50,8 @@ class TorchArrays(CudaArrays):
         return of_strides(tuple(x.shape), x.stride(), 1, axis)
 
     def strides(self, a: torch.Tensor) -> Hashable:
-        return a.stride(), a.is_neg()  # a lazily negated view has the other sign in memory
+        strides = tuple(stride for stride, size in zip(a.stride(), a.shape, strict=True) if size > 1)
+        return strides, a.is_neg()  # a lazily negated view has the other sign in memory
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
         return x.detach().clone(memory_format=torch.preserve_format)

@@ -37,8 +37,14 @@
 // With the number of blocks per multiprocessor, without which the compiler spills in order to have more of them.
 constexpr int MOST_THREADS = 512;       // of a block that keeps something
 constexpr int STREAMING_THREADS = 256;  // of one that does not: as in _cuda_plan.py
-constexpr int MOST_BLOCKS(bool forward, bool rows) { return forward && !rows ? 2 : 1; }
-constexpr int STREAMING_BLOCKS(bool forward, bool rows) { return !forward ? 2 : rows ? 3 : 4; }
+/// Blocks of a multiprocessor for which a kernel on values of T gets registers, as in _cuda_plan.py.
+template <class T, int V, bool ROWS>
+constexpr int MOST_BLOCKS(bool forward) {
+  return forward && !ROWS && V > 1 && sizeof(T) < 8 ? 2 : 1;
+}
+constexpr int STREAMING_BLOCKS(bool forward, bool rows) {
+  return !forward ? 2 : !rows ? 4 : FAST_DOUBLE ? 3 : 2;  // what is in two floats takes more registers
+}
 
 // -- one launch -------------------------------------------------------------------------------------------------------
 
@@ -85,11 +91,11 @@ __device__ inline void by_cluster(const Call& c, int cluster) {
 }
 
 template <class T, int V, bool ROWS, int CLUSTER>
-__global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(MOST_THREADS, MOST_BLOCKS(true, ROWS)) train(const Call c) {
+__global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(MOST_THREADS, MOST_BLOCKS<T, V, ROWS>(true)) train(const Call c) {
   by_cluster<Forward<T, V, ROWS>>(c, CLUSTER);
 }
 template <class T, int V, bool ROWS, int CLUSTER>
-__global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(MOST_THREADS, MOST_BLOCKS(false, ROWS)) backward(const Call c) {
+__global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(MOST_THREADS, MOST_BLOCKS<T, V, ROWS>(false)) backward(const Call c) {
   by_cluster<Backward<T, V, ROWS>>(c, CLUSTER);
 }
 
@@ -184,11 +190,11 @@ __device__ inline void by_group(const Call& c) {
 }
 
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(MOST_THREADS, MOST_BLOCKS(true, ROWS)) train_group(const Call c) {
+__global__ void __launch_bounds__(MOST_THREADS, MOST_BLOCKS<T, V, ROWS>(true)) train_group(const Call c) {
   by_group<Forward<T, V, ROWS>>(c);
 }
 template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(MOST_THREADS, MOST_BLOCKS(false, ROWS)) backward_group(const Call c) {
+__global__ void __launch_bounds__(MOST_THREADS, MOST_BLOCKS<T, V, ROWS>(false)) backward_group(const Call c) {
   by_group<Backward<T, V, ROWS>>(c);
 }
 
