@@ -59,7 +59,7 @@ def compiled(names: Sequence[str], architecture: str) -> Usage:
     """Registers and spills of these kernels. Raises RuntimeError with the compiler's words."""
     by = compiler()
     assert by is not None, "no compiler"
-    mangled, log = (_nvrtc if by.startswith("nvrtc") else _nvcc)(names, architecture)
+    mangled, log, _ = (_nvrtc if by.startswith("nvrtc") else _nvcc)(names, architecture)
     found = {function: usage for function, *usage in _read(log)}
     return {name: tuple(found[mangled[name]]) for name in names}  # type: ignore[misc]
 
@@ -76,7 +76,15 @@ def _read(log: str) -> Iterator[tuple[str, int, int]]:
             yield function, int(used[1]), spilled
 
 
-def _nvrtc(names: Sequence[str], architecture: str) -> tuple[dict[str, str], str]:
+def cubin(names: Sequence[str], architecture: str) -> tuple[dict[str, str], bytes]:
+    """The names of these kernels in a cubin, and it."""
+    by = compiler()
+    assert by is not None, "no compiler"
+    mangled, _, code = (_nvrtc if by.startswith("nvrtc") else _nvcc)(names, architecture)
+    return mangled, code
+
+
+def _nvrtc(names: Sequence[str], architecture: str) -> tuple[dict[str, str], str, bytes]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from cupy.cuda import compiler as cupy_compiler
@@ -85,13 +93,13 @@ def _nvrtc(names: Sequence[str], architecture: str) -> tuple[dict[str, str], str
     program = cupy_compiler._NVRTCProgram(source(), "batchnorm.cu", name_expressions=tuple(names), method="cubin")
     options = (*OPTIONS, *CUPY_OPTIONS, "--ptxas-options=-v", f"-arch=sm_{architecture}")
     try:
-        _, mangled = program.compile((*options, "--device-as-default-execution-space"), log)
+        code, mangled = program.compile((*options, "--device-as-default-execution-space"), log)
     except cupy_compiler.CompileException as error:
         raise RuntimeError(str(error)) from error
-    return mangled, log.getvalue()
+    return mangled, log.getvalue(), code
 
 
-def _nvcc(names: Sequence[str], architecture: str) -> tuple[dict[str, str], str]:
+def _nvcc(names: Sequence[str], architecture: str) -> tuple[dict[str, str], str, bytes]:
     """By explicit instantiation, and told apart by demangling."""
     table = "\n".join(f"template __global__ void {name}(const Call);" for name in names if "<" in name)
     with tempfile.TemporaryDirectory() as folder:
@@ -99,12 +107,13 @@ def _nvcc(names: Sequence[str], architecture: str) -> tuple[dict[str, str], str]
         file.write_text(f"{source()}\n{table}\n")
         command = ["nvcc", *OPTIONS, *CUPY_OPTIONS, f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
         done = subprocess.run([*command, "-o", f"{folder}/out", str(file)], capture_output=True, text=True)
+        code = Path(f"{folder}/out").read_bytes() if not done.returncode else b""
     if done.returncode:
         raise RuntimeError(done.stderr)
     functions = [function for function, *_ in _read(done.stderr)]
     plain = subprocess.run(["c++filt", *functions], capture_output=True, text=True, check=True).stdout.splitlines()
     readable = (re.sub(r"^void |\(Call\)$|\(bool\)|\(int\)", "", name) for name in plain)
-    return dict(zip(readable, functions, strict=True)), done.stderr
+    return dict(zip(readable, functions, strict=True)), done.stderr, code
 
 
 def table(architectures: Sequence[str]) -> dict[str, dict[str, tuple[int, int]]]:

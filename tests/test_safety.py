@@ -356,7 +356,11 @@ def interrupted_everywhere(make, call, values):
             pass
         finally:
             sys.settrace(None)
-            _lock._renew()  # the trace comes before a lock is released at the end of a with, where no signal would
+            # The trace also comes inside the end of a with, where Python lets no signal in: before a lock is released,
+            # before torch's no_grad turns gradients on again.
+            _lock._renew_commits()
+            if (torch := sys.modules.get("torch")) is not None:
+                torch.set_grad_enabled(True)
         assert values(holder) in (before, after), line
         if left >= 0:
             return line
@@ -504,9 +508,7 @@ def test_a_load_that_fails_changes_nothing():
     good = {"weight": np.ones(4) * 2, "bias": np.ones(4), "running_mean": np.ones(4), "running_var": np.ones(4) * 2}
     m = anybn.torch.BatchNorm1d(4)
     before = [t.tolist() for t in m.state_dict().values()]
-    with pytest.raises(
-        anybn.CheckpointError, match=r"num_batches_tracked is 9223372036854775808; .* keeps it in int64"
-    ):
+    with pytest.raises(anybn.CheckpointError, match=r"num_batches_tracked is 2\*\*63 or more"):
         m.state.load_state_dict(good | {"num_batches_tracked": 2**63})
     with pytest.raises(ValueError, match="num_batches_tracked is 9223372036854775808"):
         m.state.num_batches_tracked = 2**63

@@ -8,15 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from anybn._settings import numpy_dtype
 from anybn.backends._needs import needs
 from anybn.backends._on_gpu import CudaBackend
 from anybn.core.call import Array
-from anybn.kernels.cuda import launch as _cuda
+from anybn.kernels.cuda import launch
 from anybn.kernels.cuda.arrays import CudaArrays
 
-with needs("cupy", pip="cupy-cuda13x"):
+with needs("cupy", pip="cupy-cuda13x[ctk]"):
     import array_api_compat.cupy
     import cupy
+
+
+def _scratch(nbytes: int) -> tuple[int, Any]:
+    memory = cupy.cuda.alloc(nbytes)
+    return int(memory.ptr), memory
 
 
 class _Arrays(CudaArrays):
@@ -29,13 +35,9 @@ class _Arrays(CudaArrays):
     def on(self, x: Array) -> AbstractContextManager[Any]:
         return x.device
 
-    def gpu(self, x: Array) -> _cuda.Gpu:
-        def scratch(nbytes: int) -> tuple[int, Any]:
-            memory = cupy.cuda.alloc(nbytes)
-            return int(memory.ptr), memory
-
+    def gpu(self, x: Array) -> launch.Gpu:
         ordinal = int(x.device.id)
-        return _cuda.gpu(ordinal, cupy.cuda.get_current_stream(ordinal).ptr, scratch)
+        return launch.gpu(ordinal, cupy.cuda.get_current_stream(ordinal).ptr, _scratch)
 
     def pointer(self, a: Array) -> int:
         return int(a.data.ptr)
@@ -68,6 +70,9 @@ class CuPyBackend(CudaBackend):
 
     def namespace(self, x: Array) -> ModuleType:
         return array_api_compat.cupy
+
+    def dtype(self, name: str) -> Any:
+        return numpy_dtype(name)
 
     def device_of(self, x: Array) -> int:
         return int(x.device.id)

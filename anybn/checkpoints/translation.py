@@ -196,9 +196,7 @@ def _values(layer: Layer, settings: Mapping[str, Any], required: set[str]) -> di
             continue
         except BackendNotInstalled:
             raise
-        except (
-            Exception
-        ) as error:  # each library has kinds of its own for arrays without values, or without a NumPy form
+        except Exception as error:  # each library has kinds of its own for what has no values, or none for NumPy
             problems.append(f"{name} cannot be read ({error or type(error).__name__})")
             continue
         if quantity == "counter" and read.setdefault(quantity, value) != value:

@@ -22,8 +22,10 @@ from anybn.backends.numpy import kernels
 from anybn.backends.registry import backend_for
 from anybn.backends.torch import TorchBackend, cpu
 from anybn.backends.torch.autograd import Recorded, op_by_op_here
+from anybn.backends.torch.cuda import TorchArrays
 from anybn.core.call import Call, Spec, Statistics, Update
 from anybn.kernels.cpu.plan import ONE_CLAIM
+from anybn.torch.fast_forward_on_cuda import fast_forward_on_cuda
 
 _TORCH = TorchBackend()
 _spec = functools.lru_cache(Spec)  # a third of the time
@@ -76,6 +78,11 @@ def fast_forward(
     """y; or None, with nothing done, for whatever is special or wrong: `anybn.batch_norm` takes that."""
     if not _is_plain(x) or type(backend_for(x)) is not TorchBackend or op_by_op_here():
         return None
+    if (chosen := _TORCH._kernels_on(x.device)) is not cpu:
+        if isinstance(chosen, TorchArrays) and (activation is None or activation == "relu"):
+            recomputes = _current_graph_task_id() != -1
+            return fast_forward_on_cuda(chosen, module, x, residual, activation is not None, recomputes)
+        return None
     steps, parameters, buffers = _steps(), module._parameters, module._buffers
     try:
         weight, bias = parameters["weight"], parameters["bias"]
@@ -96,7 +103,6 @@ def fast_forward(
         and (mean is None) is (var is None)
         and eps > 0
         and (activation is None or activation == "relu")
-        and x.is_cpu
         and (x_at := x.data_ptr())
         and (weight_at := _vector(weight, Parameter, parameter_dtype, of_channels)) >= 0
         and (bias_at := _vector(bias, Parameter, parameter_dtype, of_channels)) >= 0

@@ -5,8 +5,11 @@ So the host side runs as it does for CuPy. What is left to a GPU is CuPy itself:
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -186,6 +189,32 @@ def test_a_state_that_leaves_cupy_waits_for_updates_on_other_streams(monkeypatch
     at(8)
     backend.to_numpy(Array())
     assert notes == [(8, "waits for", 7)]
+
+
+def test_what_the_driver_is_asked_to_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a driver that only takes notes, and knows no context before a device was set: in a thread of its own, autograd
+    may be the first to use CUDA."""
+    notes: list[Any] = []
+
+    class CUDADriverError(RuntimeError):
+        pass
+
+    def launch(kernel: int, *how: int) -> None:
+        if "device 3" not in notes:
+            raise CUDADriverError("CUDA_ERROR_INVALID_CONTEXT: invalid device context")
+        *shape, shared, stream, parameters, extra = how
+        record = ctypes.cast(ctypes.c_void_p.from_address(parameters).value, ctypes.POINTER(ctypes.c_uint64))
+        notes.append((kernel, tuple(shape), shared, stream, extra, record[0]))
+
+    driver = SimpleNamespace(CUDADriverError=CUDADriverError, launchKernel=launch)
+    runtime = SimpleNamespace(setDevice=lambda ordinal: notes.append(f"device {ordinal}"))
+    for name, module in (("cupy_backends", None), ("cupy_backends.cuda", None), ("cupy_backends.cuda.api", driver)):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(driver=module, runtime=runtime))
+    monkeypatch.setattr(_cuda, "function", lambda ordinal, kernel: 1000 + len(kernel))
+    monkeypatch.setattr(_cuda, "device", lambda ordinal: simulator.H200)
+    gpu = _cuda.gpu.__wrapped__(3, 7, lambda nbytes: (0, None))
+    gpu.launch(Launch("commit", (5, 6), (32, 4), 99), bytearray((12345).to_bytes(8, "little") * 50))
+    assert notes == ["device 3", (1006, (5, 6, 1, 32, 4, 1), 99, 7, 0, 12345)]
 
 
 def test_torch_tensors_by_their_pointers() -> None:

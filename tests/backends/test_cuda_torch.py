@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from cuda_cpu import simulator
 
@@ -45,7 +46,7 @@ class Arrays(TorchArrays):
 
     def gpu(self, x: torch.Tensor) -> _cuda.Gpu:
         gpu = simulator.gpu(simulator.H200, schedule=2, launched=self.launched)
-        return gpu._replace(scratch=self.scratch_beside(x))
+        return gpu._replace(scratch=_torch_cuda.scratch_on(x.device))
 
     def note_update(self, x: torch.Tensor) -> None:
         pass
@@ -116,7 +117,7 @@ def test_the_gradient_of_a_residual_is_written_if_it_is_wanted(launched: Arrays,
     dy = torch.from_numpy(inputs.normal(y.shape, 2)).float()
     y.backward(dy)
     assert launched.names() == ["train", "backward"]
-    assert bool(records[1]["dresidual"]) == (given and wanted)
+    assert bool(np.frombuffer(records[1], _cuda.CALL)[0]["dresidual"]) == (given and wanted)
     if given and wanted:
         assert torch.equal(residual.grad, torch.where(y > 0, dy, 0))
 
@@ -221,6 +222,68 @@ def test_a_module_is_updated_where_it_lies(monkeypatch: pytest.MonkeyPatch, mome
     assert torch.allclose(y, theirs(batches[-1]), atol=1e-6)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_a_module_is_two_launches(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, relu: bool, training: bool, last: bool
+) -> None:
+    """One forward, with the running statistics, one backward, with the mask of the relu; and they are torch's."""
+    kernels = Arrays()
+    monkeypatch.setattr(TorchBackend, "_kernels_on", lambda self, device: kernels)
+    ours, theirs = anybn.torch.BatchNorm2d(4, activation="relu" if relu else None), torch.nn.BatchNorm2d(4)
+    kind = torch.channels_last if last else torch.contiguous_format
+    x, residual, dy = (
+        torch.from_numpy(inputs.normal((6, 4, 5, 5), s) + 1).to(dtype).to(memory_format=kind) for s in range(3)
+    )
+    found = []
+    for module in (ours, theirs):
+        module.train(training)
+        with torch.no_grad():
+            module.weight.copy_(torch.arange(4) + 0.5)
+            module.bias.copy_(torch.arange(4) - 1.0)
+        exact = dtype if module is ours else torch.float32
+        given = [a.to(exact).detach().requires_grad_() for a in (x, residual)]
+        if module is ours:
+            y = module(given[0], given[1])
+        else:
+            y = module(given[0]) + given[1]
+            y = y.relu() if relu else y
+        found.append([y, *torch.autograd.grad(y, (*given, module.weight, module.bias), dy.to(exact))])
+        if module is ours:
+            assert y.is_contiguous(memory_format=kind)
+    assert kernels.names() == ["train" if training else "evaluate", "backward"]
+    assert int(ours.num_batches_tracked) == int(training)
+    assert torch.allclose(ours.running_var, theirs.running_var.double(), rtol=1e-5)
+    bar = torch.finfo(dtype).eps if dtype is torch.bfloat16 else 1e-5  # of torch's, computed in float32
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a.float(), b.float(), atol=bar, rtol=bar)
+
+
+def test_a_step_of_a_module_can_be_differentiated_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = Arrays()
+    monkeypatch.setattr(TorchBackend, "_kernels_on", lambda self, device: kernels)
+    module = anybn.torch.BatchNorm1d(3, activation="relu", dtype=torch.float64)
+    x, residual = (torch.from_numpy(inputs.normal((5, 3, 4), s)).requires_grad_() for s in range(2))
+    assert torch.autograd.gradcheck(module, (x, residual))
+    assert torch.autograd.gradgradcheck(module, (x, residual))
+
+
+def test_what_a_module_does_not_do_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another layout of the residual, the cumulative average, one value: by the way that knows everything."""
+    kernels = Arrays()
+    monkeypatch.setattr(TorchBackend, "_kernels_on", lambda self, device: kernels)
+    x = torch.from_numpy(inputs.normal((6, 4, 5, 5))).float()
+    module, cumulative = anybn.torch.BatchNorm2d(4), anybn.torch.BatchNorm2d(4, momentum=None)
+    residual = x.to(memory_format=torch.channels_last)
+    assert torch.allclose(module(x, residual), torch.nn.BatchNorm2d(4)(x) + residual, atol=1e-5)
+    assert torch.allclose(cumulative(x), torch.nn.BatchNorm2d(4)(x), atol=1e-5)
+    assert torch.allclose(cumulative.running_mean.float(), x.mean((0, 2, 3)), atol=1e-6)
+    with pytest.raises(ValueError, match="training needs more than 1 value"):
+        module(x[:1, :, :1, :1])
+
+
 def test_nothing_in_a_step_asks_for_a_value(launched: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would wait for the GPU. torch tells its dispatch modes of every operation."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -260,35 +323,23 @@ def test_a_state_that_leaves_waits_for_updates_on_other_streams(monkeypatch: pyt
     """With streams and events that only take notes."""
     notes: list[tuple[Any, ...]] = []
 
-    class Event:
-        def record(self, stream: Any) -> None:
-            self.stream = stream.cuda_stream
-            notes.append(("record", self.stream))
-
     class Stream(SimpleNamespace):
-        def wait_event(self, event: Event) -> None:
-            notes.append((self.cuda_stream, "waits for", event.stream))
+        def wait_stream(self, other: Any) -> None:
+            notes.append((self.cuda_stream, "waits for", other.cuda_stream))
 
-    def at(device: int, stream: int) -> None:
+    def at(device: int, stream: int) -> Any:
         place = Stream(device=SimpleNamespace(index=device), cuda_stream=stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: place)
+        monkeypatch.setattr(_torch_cuda, "current_stream", lambda index: stream)
+        return SimpleNamespace(device=place.device)
 
-    capturing = False
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(_torch_cuda, "_updates", {})
-    x = torch.zeros(3)
     for place in ((0, 7), (0, 8), (0, 7), (1, 9)):
-        at(*place)
-        _torch_cuda.note_update(x)
-    capturing = True
-    at(0, 5)
-    _torch_cuda.note_update(x)
-    notes.clear()
-    at(0, 7)
+        _torch_cuda.note_update(at(*place))
+    x = at(0, 7)
     _torch_cuda.await_updates(x)
     assert notes == [(7, "waits for", 8)]
     notes.clear()
-    at(0, 0)
+    x = at(0, 0)
     _torch_cuda.await_updates(x)
     assert notes == [(0, "waits for", 7), (0, "waits for", 8)]

@@ -1,6 +1,8 @@
-"""benchmarks/gpu.py, as far as it goes without a GPU: it says that there is none, and fails."""
+"""benchmarks/gpu.py, as far as it goes without a GPU: it says that there is none; and its rehearsal."""
 
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,39 @@ from anybn.kernels.cuda import launch as _cuda
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
-def test_without_a_gpu_it_says_so_and_fails():
+#: But kernels and conformance, which other tests run here.
+PARTS = ("copy", "compile", "launches", "journey", "streams", "capture", "memcheck", "calls", "bench", "profile")
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_without_a_gpu_it_says_so_and_fails(tmp_path: Path) -> None:
     if importlib.util.find_spec("torch") is not None and _cuda.available():
         pytest.skip("there is a GPU")
-    done = subprocess.run([sys.executable, str(SCRIPT), "--part", "kernels"], capture_output=True, text=True)
+    done = run("--out", tmp_path, "--part", "kernels")
     assert done.returncode == 2
     assert "benchmarks/gpu.py: " in done.stderr
     assert "GPU" in done.stderr or "not installed" in done.stderr
     assert done.stdout == ""
+
+
+def test_a_rehearsal_runs_what_needs_no_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    if shutil.which("g++") is None:
+        pytest.skip("batchnorm.cu is run by way of g++, which is not installed")
+    done = run("--out", tmp_path, "--rehearse", "--dtype", "bfloat16", "float32", "--part", *PARTS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "failed: nothing"
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert {"copy", "call: training", "train", "backward", "evaluate", "step"} <= {row["op"] for row in rows}
+    assert all({"device", "versions", "us", "spread"} <= set(row) for row in rows)
+
+
+def test_a_part_that_hangs_is_ended(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    done = run("--out", tmp_path, "--rehearse", "--part", "copy", "--seconds", "0.1")
+    assert done.returncode == 1
+    assert "copy: out of time" in done.stdout
+    assert done.stdout.splitlines()[-1] == "failed: copy"

@@ -35,7 +35,7 @@
 #define CUDA_ON_CPU
 #define __device__
 #define __global__
-#define __launch_bounds__(threads, blocks)
+#define __launch_bounds__(...)
 #define CLUSTER_OF(size)
 
 using std::min;
@@ -63,6 +63,13 @@ struct Block {
   std::vector<dim3> positions;
 };
 
+/// Of a few bytes, which are not there before somebody has waited for them.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
 struct Fiber {
   Block* block = nullptr;
   unsigned thread = 0;  // in its block
@@ -71,6 +78,7 @@ struct Fiber {
   uint64_t generation = 0;
   const unsigned long long* counter = nullptr;  // in global memory, which it waits to see at `wanted`
   unsigned long long wanted = 0;
+  std::vector<std::vector<Copy>> copies{1};  // under way: groups, and what is in none yet
   ucontext_t start;
   jmp_buf resume;
 };
@@ -97,16 +105,23 @@ inline void switch_to_scheduler() {
   if (!_setjmp(current->resume)) _longjmp(scheduler, 1);
 }
 
-inline void wait(Barrier& barrier) {
-  const uint64_t generation = barrier.generation;
+inline void arrive(Barrier& barrier) {
+  current->generation = barrier.generation;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
-  // Even the last one to arrive makes room, so that what comes after a barrier starts in the order of the schedule.
+}
+
+/// Even the last one to arrive makes room, so that what comes after a barrier starts in the order of the schedule.
+inline void wait_for_others(Barrier& barrier) {
   current->waits_at = &barrier;
-  current->generation = generation;
   switch_to_scheduler();
+}
+
+inline void wait(Barrier& barrier) {
+  arrive(barrier);
+  wait_for_others(barrier);
 }
 
 inline void wait_for(const unsigned long long* counter, unsigned long long wanted) {
@@ -315,6 +330,25 @@ inline int __float_as_int(float v) {
 // Twins of what the .cu says in PTX.
 inline unsigned char* shared_memory() { return simulator::current->block->shared.data(); }
 inline void cluster_sync() { simulator::wait(simulator::cluster_barrier); }
+inline void cluster_arrive() { simulator::arrive(simulator::cluster_barrier); }
+inline void cluster_wait() { simulator::wait_for_others(simulator::cluster_barrier); }
+inline void prefetch(const void*) {}
+#define ASYNC_COPIES 1
+template <int BYTES>
+void start_copy(void* to, const void* from) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % BYTES) simulator::fail("misaligned copy");
+  simulator::current->copies.back().push_back({to, from, BYTES});
+}
+inline void end_copies() { simulator::current->copies.emplace_back(); }
+template <int GROUPS>
+void await_copies() {
+  auto& groups = simulator::current->copies;
+  while (groups.size() > GROUPS + 1) {
+    for (const simulator::Copy& copy : groups.front()) memcpy(copy.to, copy.from, copy.bytes);
+    groups.erase(groups.begin());
+  }
+}
+inline float at_least(float v, float floor) { return v <= floor ? floor : v; }
 inline double of_rank(const double* p, int rank) {
   const auto offset = reinterpret_cast<const unsigned char*>(p) - shared_memory();
   double v;

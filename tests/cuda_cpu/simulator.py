@@ -101,33 +101,38 @@ class Grouped(Device):
 
 
 @functools.cache
-def module(dtype: str) -> Module:
-    """All kernels for a dtype."""
-    return Module(kernels(dtype))
+def module(dtype: str, fast_double: bool = True) -> Module:
+    """All kernels for a dtype, as compiled for a GPU whose float64 is fast or not."""
+    return Module(kernels(dtype), f"#define FAST_DOUBLE {int(fast_double)}\n{_cuda.source()}")
 
 
 def resident(device: Device, launch: Launch) -> int:
-    """Blocks that the device has room for at once, by shared memory and by the registers that 512 threads take all of.
+    """Blocks that the device has room for at once, by shared memory and by registers: 512 threads, or of training on
+    planes 1024, take all of these.
 
     Every block costs 1 KB of shared memory beside its own, and a multiprocessor has that much more than a block can.
     """
     by_memory = (device.shared_bytes + 1024) // (launch.shared_bytes + 1024)
-    return device.multiprocessors * min(by_memory, 512 // math.prod(launch.block))
+    threads = 1024 if launch.kernel.startswith("train") and ", false" in launch.kernel else 512
+    return device.multiprocessors * min(by_memory, threads // math.prod(launch.block))
 
 
 def gpu(device: Device = H200, schedule: int = 0, launched: list[Launch] | None = None) -> _cuda.Gpu:
-    """A GPU for `anybn.backends._cuda.call`, with NumPy's memory; what it launches is added to launched."""
+    """A GPU for `anybn.kernels.cuda.launch.call`, with NumPy's memory; what it launches is added to launched."""
     dtype_of = {name: dtype for dtype, (name, _, _) in TYPES.items()}
     memories: list[Guarded] = []
 
-    def run(launch: Launch, record: np.ndarray) -> None:
+    def run(launch: Launch, record: bytearray) -> None:
         assert launch.shared_bytes <= max(device.shared_bytes, 48 * 1024), f"no room for {launch} on {device}"
         assert launch.cluster in (1, *device.clusters)
         if launch.cooperative:
             assert device.cooperative
             assert math.prod(launch.grid) <= resident(device, launch), f"not all blocks of {launch} are resident"
         _, _, arguments = launch.kernel.partition("<")
-        module(dtype_of.get(arguments.rstrip(">").split(",")[0], "float32")).run(launch, record, schedule)
+        dtype = dtype_of.get(arguments.rstrip(">").split(",")[0], "float32")
+        module(dtype, device.capability in ((8, 0), (9, 0), (10, 0))).run(
+            launch, np.frombuffer(record, np.uint8), schedule
+        )
         for memory in memories:
             memory.check()
         if launched is not None:

@@ -26,14 +26,18 @@ QUICK = (
 CLUSTERED = ("train<float, 4, false, 8>", "backward<bfloat16, 8, false, 2>")
 
 
-@pytest.fixture(scope="module")
-def registers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("registers", ROOT / "benchmarks" / "registers.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def registers() -> ModuleType:
+    return script("registers")
 
 
 @pytest.mark.parametrize("architecture", ["75", "80", "90", "100", "120"])
@@ -51,12 +55,51 @@ def test_compiles_without_spills(registers: ModuleType, architecture: str) -> No
             assert [count, spilled] == committed["usage"][architecture][name], "run benchmarks/registers.py again"
 
 
-def test_the_committed_table_has_every_kernel_and_no_spills(registers: ModuleType) -> None:
+#: What spills on GPUs that the kernels have not been tuned on; on those that they have, and on sm_80, nothing does.
+SPILLING = {
+    "75": {"train_group<float, 4, false>"},
+    "100": {"backward_group<float16, 8, false>", "backward_group<bfloat16, 8, false>"},
+    "120": {
+        "backward_group<float16, 8, false>",
+        "backward_group<bfloat16, 8, false>",
+        "backward_group<float, 4, true>",
+    },
+}
+
+
+def test_the_committed_table_has_every_kernel_and_says_which_spill(registers: ModuleType) -> None:
     committed = json.loads(registers.RESULT.read_text())
     everything = {name for dtype in TYPES for name in kernels(dtype)}
     assert tuple(committed["usage"]) == registers.ARCHITECTURES
     for architecture, usage in committed["usage"].items():
         clusters = int(architecture) >= 90
         assert set(usage) == {name for name in everything if clusters or not name.endswith((", 2>", ", 4>", ", 8>"))}
-        for name, (_, spilled) in usage.items():
-            assert spilled == 0 or "double" in name, f"{name} spills {spilled} bytes on sm_{architecture}"
+        spilling = {name for name, (_, spilled) in usage.items() if spilled}
+        assert spilling == SPILLING.get(architecture, set()), f"on sm_{architecture}"
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_the_machine_code_has_not_become_worse(architecture: str) -> None:
+    """Of a few kernels: loads in flight, instructions, fences, spills, as benchmarks/sass.py has counted them."""
+    sass = script("sass")
+    committed = json.loads(sass.RESULT.read_text())
+    if sass.registers.compiler() != committed["compiler"] or sass.tools() is None:
+        pytest.skip(f"there is no {committed['compiler']}, or no cuobjdump (pip install cupy-cuda13x[ctk] triton)")
+    names = sass.KERNELS[:3]
+    for name, found in sass.counts(names, architecture).items():
+        before = sass.Counts(*committed["counts"][architecture][name])
+        assert not found.worse_than(before), f"{name} on sm_{architecture}: {found}, and was {before}"
+
+
+def test_of_an_h100_all_of_a_tile_is_loaded_before_it_is_used() -> None:
+    """In the committed table; copies that pass no register are under way all at once."""
+    sass = script("sass")
+    committed = json.loads(sass.RESULT.read_text())["counts"]
+    assert tuple(committed) == sass.ARCHITECTURES
+    for name, numbers in committed["90"].items():
+        counts = sass.Counts(*numbers)
+        assert counts.loads >= 2, f"{name}: {counts}"
+        assert counts.fences <= 1, f"{name}: {counts}"
+        assert counts.local == 0, f"{name}: {counts}"
+        if name.startswith(("train", "backward")):
+            assert counts.copies >= 4, f"{name}: {counts}"

@@ -116,18 +116,19 @@ def test_launches_that_no_gpu_takes(block: int, shared_bytes: int) -> None:
 #: What is taken out of batchnorm.cu, of the kernel of a cluster of two and of that of groups, and what it is.
 OF_CLUSTERS = {
     "__syncthreads();\n  if (span == 1)": "a barrier after the sums",
-    "__syncthreads();\n  apply_part<Op>(part, kept": "a barrier after the coefficients",
+    "__syncthreads();\n  if (cluster > 1) cluster_arrive": "a barrier after the coefficients",
     "if (cluster > 1) cluster_sync();\n  for": "the barrier of the cluster before its sums are read",
-    "if (cluster > 1) cluster_sync();  // the others": "the barrier of the cluster before a block ends",
+    "if (cluster > 1) cluster_wait();  // the others": "the barrier of the cluster before a block ends",
 }
 OF_GROUPS = {
-    "group_sync(c.barriers + blockIdx.x, round + 1);": "the barrier of a group",
+    "group_sync(c.barriers + BARRIERS_APART * blockIdx.x, round + 1);": "the barrier of a group",
     "__syncthreads();\n  if (threadIdx.x == 0 && threadIdx.y == 0) {\n    arrive": "a barrier before a block counts",
     "await(barrier, static_cast<unsigned long long>(times * gridDim.y));": "the wait for the others of a group",
     "__syncthreads();\n}\n\n/// Groups of gridDim.y": "a barrier after the first thread has waited",
+    "__syncthreads();\n    for (int t = thread; t < channels; t += threads) {\n      const": "a barrier after the sums",
     "__syncthreads();\n    apply_part<Op>(part, kept": "a barrier after the coefficients",
     "__syncthreads();\n}\n\n/// A block's shared memory": "a barrier after the columns of a channel",
-    "if (threadIdx.x == 0) c.barriers[blockIdx.x] = 0;": "the start of a barrier at 0",
+    "if (threadIdx.x == 0) c.barriers[BARRIERS_APART * blockIdx.x] = 0;": "the start of a barrier at 0",
 }
 
 
@@ -141,20 +142,25 @@ def without(fault: str) -> str:
 def test_barriers_of_a_cluster_are_needed(fault: str) -> None:
     broken = Module(["train<float, 1, false, 2>"], without(fault))
 
-    def on_two_blocks(launch: Launch, record: np.ndarray, schedule: int) -> None:
+    def on_two_blocks(launch: Launch, record: bytearray, schedule: int) -> None:
         """The launch, on clusters of two."""
         kernel = launch.kernel[: launch.kernel.rindex(",")] + ", 2>"
         grid = launch.grid[0] // launch.cluster * 2, 1
-        broken.run(launch._replace(kernel=kernel, grid=grid, cluster=2), record, schedule)
+        two = launch._replace(kernel=kernel, grid=grid, cluster=2)
+        broken.run(two, np.frombuffer(record, np.uint8), schedule)
 
     assert not all(unharmed(gpu(H200), on_two_blocks, (7, 4, 251))), "no schedule has shown the fault"
 
 
 @pytest.mark.parametrize("fault", OF_GROUPS, ids=OF_GROUPS.get)
 def test_barriers_of_a_group_are_needed(fault: str) -> None:
-    broken = Module(["clear_barriers", "train_group<float, 2, true>"], without(fault))
+    broken = Module(["clear_barriers", "train_group<float, 4, true>"], without(fault))
     device = gpu(Grouped(multiprocessors=3, shared_bytes=60 * 1024, capability=(8, 0)))
-    found = [good for shape in ((601, 20, 1), (371, 2, 49)) for good in unharmed(device, broken.run, shape)]
+
+    def run_broken(launch: Launch, record: bytearray, schedule: int) -> None:
+        broken.run(launch, np.frombuffer(record, np.uint8), schedule)
+
+    found = [good for shape in ((601, 20, 1), (371, 4, 49)) for good in unharmed(device, run_broken, shape)]
     assert not all(found), "no schedule has shown the fault"
 
 

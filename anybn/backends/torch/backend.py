@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch._C import _functorch as functorch  # torch.func has no public way to ask
 from torch.autograd.graph import increment_version
+from torch.nn.parameter import is_lazy
 
 from anybn import _lock
 from anybn._settings import DTYPES, numpy_dtype
@@ -76,6 +77,8 @@ class TorchBackend(Backend):
         return isinstance(array, torch.Tensor) and array.device == device
 
     def refusal(self, x: torch.Tensor) -> str:
+        if is_lazy(x):
+            return "is a lazy module's and has no shape yet: give the module a batch first"
         if x.layout is not torch.strided:
             return f"has the layout {x.layout}: make it dense, e.g. with x.to_dense()"
         if x.is_quantized:

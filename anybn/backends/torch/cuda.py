@@ -6,34 +6,37 @@ launches; it allocates nothing.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from contextlib import AbstractContextManager
+import functools
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from anybn.core.call import dtype_name
-from anybn.kernels.cuda import launch as _cuda
+from anybn.kernels.cuda import launch
 from anybn.kernels.cuda.arrays import CudaArrays
 from anybn.kernels.layout import Layout, layout_of_strides
 
 
+@functools.cache
+def scratch_on(device: torch.device) -> Callable[[int], tuple[int, torch.Tensor]]:
+    """Allocates bytes on a device; torch gives them to nobody on another stream while they may be in use."""
+
+    def scratch(nbytes: int) -> tuple[int, torch.Tensor]:
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return memory.data_ptr(), memory
+
+    return scratch
+
+
 class TorchArrays(CudaArrays):
     def on(self, x: torch.Tensor) -> AbstractContextManager[Any]:
-        return torch.cuda.device(x.device)
+        return nullcontext() if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
 
-    def gpu(self, x: torch.Tensor) -> _cuda.Gpu:
-        return _cuda.gpu(x.device.index, torch.cuda.current_stream(x.device).cuda_stream, self.scratch_beside(x))
-
-    @staticmethod
-    def scratch_beside(x: torch.Tensor) -> Any:
-        """Allocates bytes on x's device; torch gives them to nobody on another stream while they may be in use."""
-
-        def scratch(nbytes: int) -> tuple[int, torch.Tensor]:
-            memory = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
-            return memory.data_ptr(), memory
-
-        return scratch
+    def gpu(self, x: torch.Tensor) -> launch.Gpu:
+        index = x.device.index
+        return launch.gpu(index, current_stream(index), scratch_on(x.device))
 
     def pointer(self, a: torch.Tensor) -> int:
         return a.data_ptr()
@@ -45,7 +48,8 @@ class TorchArrays(CudaArrays):
         return layout_of_strides(tuple(x.shape), x.stride(), 1, axis)
 
     def strides(self, a: torch.Tensor) -> Hashable:
-        return a.stride(), a.is_neg()  # a lazily negated view has the other sign in memory
+        strides = tuple(stride for stride, size in zip(a.stride(), a.shape, strict=True) if size > 1)
+        return strides, a.is_neg()  # a lazily negated view has the other sign in memory
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
         return x.detach().clone(memory_format=torch.preserve_format)
@@ -68,24 +72,25 @@ class TorchArrays(CudaArrays):
 
 KERNELS = TorchArrays()
 
-#: (device, stream) -> the end of the last update of running statistics there.
-_updates: dict[tuple[int, int], torch.cuda.Event] = {}
+#: Of a device, by its index: torch.cuda.current_stream takes 20 times as long. A torch without CUDA does not have it.
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
+
+#: (device, stream) of updates of running statistics -> the stream.
+_updates: dict[tuple[int, int], torch.cuda.Stream] = {}
 
 
 def note_update(x: torch.Tensor) -> None:
     """Running statistics are being updated on the current stream of x's device."""
-    if torch.cuda.is_current_stream_capturing():  # an event of a captured graph is none outside of it
-        return
-    stream = torch.cuda.current_stream(x.device)
-    place = stream.device.index, stream.cuda_stream
+    index = x.device.index
+    place = index, current_stream(index)
     if place not in _updates:
-        _updates[place] = torch.cuda.Event()
-    _updates[place].record(stream)
+        _updates[place] = torch.cuda.current_stream(x.device)
 
 
 def await_updates(x: torch.Tensor) -> None:
     """What is queued next for x's device comes after the updates on its other streams; the host does not wait."""
-    stream = torch.cuda.current_stream(x.device)
-    for (device, other), update in tuple(_updates.items()):
-        if device == stream.device.index and other != stream.cuda_stream:
-            stream.wait_event(update)
+    index = x.device.index
+    here = current_stream(index)
+    for (device, other), stream in tuple(_updates.items()):
+        if device == index and other != here:
+            torch.cuda.current_stream(x.device).wait_stream(stream)

@@ -37,8 +37,8 @@ class CudaArrays:
         return layout_of(x, axis)
 
     def strides(self, a: Array) -> Hashable:
-        """Equal for arrays of one shape that lie in memory alike."""
-        return a.strides
+        """Equal for arrays of one shape that lie in memory alike: those of axes of size 1 mean nothing."""
+        return tuple(stride // a.itemsize for stride, size in zip(a.strides, a.shape, strict=True) if size > 1)
 
     def dense(self, x: Array) -> Array:
         """A copy of x without gaps, its axes in the same order in memory."""

@@ -10,17 +10,16 @@ struct Part {
   using Values = Vector<T, V>;
   static constexpr int ARRAYS = READ;
   static constexpr int VECTOR = V;
-  static constexpr int LANES = ROWS ? V : 1;  // columns of a thread
-  static constexpr int UNROLL = (V >= 8 ? 2 : V >= 4 ? 4 : 8) / ARRAYS;  // vectors of a tile
+  static constexpr bool IN_ROWS = ROWS;
+  static constexpr int LANES = ROWS ? V : 1;                 // columns of a thread
+  static constexpr int UNROLL = V * sizeof(T) >= 16 ? 2 : (V >= 4 ? 4 : 8) / ARRAYS;  // vectors that are loaded before
+                                                                                      // one is used: a tile
   static constexpr int K = ROWS ? UNROLL : UNROLL * V;  // values of a tile per column
   static constexpr int STRIDE = ROWS ? V : 1;           // and the distance between them
 
-  struct Loaded {
-    Values of[ARRAYS];
-  };
-
   const Call& c;
-  long long per_plane, first, last;
+  long long per_plane, first;
+  int size;                     // positions; no memory has 2^31 of a block
   int span, columns, channels;  // the latter two of the block
   long long first_channel;
   long long start, end;  // in the array, of this thread's first column and of the last column of all
@@ -29,7 +28,7 @@ struct Part {
     per_plane = ROWS ? 1 : c.length / V;
     const long long positions = c.n * per_plane, share = (positions + parts - 1) / parts;
     first = min(part * share, positions);
-    last = min(first + share, positions);
+    size = static_cast<int>(min(share, positions - first));
     span = ROWS ? static_cast<int>(c.length) : 1;
     columns = static_cast<int>(c.width) * LANES;
     channels = columns / span;
@@ -41,46 +40,81 @@ struct Part {
   /// False for a thread beyond the last column, which has nothing to do but to wait with the others.
   __device__ bool works() const { return threadIdx.x < c.width && start < end; }
   /// The channel of a column of this thread, counted from the block's first.
-  __device__ int channel(int lane) const { return static_cast<int>(threadIdx.x * LANES + lane) / span; }
+  __device__ int channel(int lane) const {
+    const int column = static_cast<int>(threadIdx.x * LANES + lane);
+    return span == 1 ? column : column / span;
+  }
 };
 
 /// Steps of a thread through its part, with the offset of each position in the array.
 template <class P>
 struct Walk {
-  long long position, last, offset, in_plane;
-  long long per_plane, step_in_plane, advance, wrap;
+  int position, left;  // counted from the part's first; of this thread, with this one
+  unsigned to_next_plane, per_plane, step_in_plane;  // vectors
+  long long offset, advance, wrap;
 
-  __device__ explicit Walk(const P& part) : position(part.first + threadIdx.y), last(part.last) {
-    const long long step = blockDim.y;
-    per_plane = part.per_plane;
-    in_plane = position % per_plane;
+  __device__ explicit Walk(const P& part) : position(threadIdx.y) {
+    const int step = blockDim.y;
+    const long long here = part.first + position;
+    left = part.works() && position < part.size ? (part.size - position + step - 1) / step : 0;
+    if (P::IN_ROWS || part.c.n == 1) {  // without divisions
+      const long long apart = P::IN_ROWS ? part.end : P::VECTOR;
+      offset = part.start + here * apart;
+      advance = step * apart;
+      to_next_plane = per_plane = 1;
+      step_in_plane = 0;
+      return;
+    }
+    per_plane = static_cast<unsigned>(part.per_plane);
     step_in_plane = step % per_plane;
-    offset = position / per_plane * part.end + part.start + in_plane * P::VECTOR;
+    const long long in_plane = here % part.per_plane;
+    offset = here / part.per_plane * part.end + part.start + in_plane * P::VECTOR;
     advance = step / per_plane * part.end + step_in_plane * P::VECTOR;
+    to_next_plane = per_plane - static_cast<unsigned>(in_plane);
     wrap = part.end - part.c.length;
-    if (!part.works()) last = position;
   }
-  __device__ bool inside() const { return position < last; }
   __device__ void next() {
     position += blockDim.y;
-    in_plane += step_in_plane;
     offset += advance;
-    if (in_plane >= per_plane) {
-      in_plane -= per_plane;
+    if (P::IN_ROWS) return;
+    if (step_in_plane < to_next_plane) {
+      to_next_plane -= step_in_plane;
+    } else {
+      to_next_plane += per_plane - step_in_plane;
       offset += wrap;
     }
   }
+};
+
+/// Where the vectors of a tile are: of this one and the next, as many as there are. In the place of others is the first.
+template <class P, bool WHOLE>
+struct Steps {
+  int valid, position[P::UNROLL];
+  long long offset[P::UNROLL];
+
+  __device__ explicit Steps(Walk<P>& walk) {
+    valid = WHOLE ? P::UNROLL : walk.left;
+#pragma unroll
+    for (int u = 0; u < P::UNROLL; ++u) {
+      const bool is = WHOLE || u < valid;
+      position[u] = is ? walk.position : position[0];
+      offset[u] = is ? walk.offset : offset[0];
+      walk.next();
+    }
+    walk.left -= valid;
+  }
+  __device__ int last() const { return WHOLE ? position[P::UNROLL - 1] : position[0] + (valid - 1) * blockDim.y; }
 };
 
 /// Vectors of one block in shared memory, by array and position. Threads meet only their own there.
 template <class P>
 struct Kept {
   typename P::Values* memory;
-  long long first, count;
+  int count;
 
-  __device__ bool has(long long position) const { return position - first < count; }
-  __device__ typename P::Values& at(long long position, int array) const {
-    return memory[static_cast<int>(array * count + position - first) * blockDim.x + threadIdx.x];
+  __device__ bool has(int position) const { return count > 0 && position < count; }
+  __device__ typename P::Values& at(int position, int array) const {
+    return memory[(array * count + position) * blockDim.x + threadIdx.x];
   }
 };
 
@@ -100,12 +134,20 @@ struct Forward {
   using R = typename P::R;
   using W = typename P::W;
   using Values = typename P::Values;
-  using Loaded = typename P::Loaded;
   using Channel = Affine;
   using Function = Normalizer<T>;
+  struct Loaded {
+    Values of[1], residual;
+  };
 
-  static __device__ Values load_x(const Call& c, long long offset) { return load<T, V>(c.x, offset); }
-  static __device__ Loaded load_at(const Call& c, long long offset) { return {load_x(c, offset)}; }
+  static __device__ const T* address(const Call& c, int, long long offset) { return static_cast<const T*>(c.x) + offset; }
+  /// Whether what is loaded is what is summed.
+  static __device__ bool unchanged(const Call&) { return true; }
+  static __device__ void load_at(const Call& c, long long offset, Loaded& to) { to.of[0] = load<T, V>(c.x, offset); }
+  static __device__ void settle(const Call&, Loaded&) {}
+  static __device__ void load_residual(const Call& c, long long offset, Loaded& to) {
+    to.residual = load<T, V>(c.residual, offset);
+  }
   /// In the place of what is not there: what changes no sum.
   static __device__ Loaded filler(const Loaded& first) {
     Loaded v = first;
@@ -118,24 +160,35 @@ struct Forward {
   static __device__ R reference(const Call& c, long long channel) { return origin_of<T>(c, channel); }
   static __device__ void add(Sums<W>& total, const R (*values)[P::UNROLL * V], int column, int valid, R origin,
                              bool exact) {
-    add_tile<P::K, P::STRIDE>(total, values[0] + column, valid, origin, exact);
+    if constexpr (FAST_DOUBLE && sizeof(T) < 8) {
+      add_values<P::K, P::STRIDE>(total, values[0] + column, valid, origin);
+    } else {
+      add_tile<P::K, P::STRIDE>(total, values[0] + column, valid, origin, exact);
+    }
   }
 
+  static __device__ void prefetch(const Call& c, long long channel) { prefetch_channel(c, channel, false); }
   /// What has to be known of a channel before blocks wait for one another: behind that, where y is x, another one may
   /// write over the origin.
-  static __device__ Channel before(const Call& c, long long channel) { return {origin_of<T>(c, channel), 0, 0, 0}; }
-  static __device__ Channel finish(const Call& c, long long channel, Channel before, const Sums<W>& sums, bool writes) {
-    return finish_channel(c, channel, static_cast<R>(before.mean), sums, writes);
+  static __device__ Channel before(const Call& c, long long channel) { return before_channel<T>(c, channel); }
+  static __device__ Channel finish(
+      const Call& c, long long channel, const Channel& before, const Sums<W>& sums, bool writes) {
+    return finish_channel(c, channel, before, sums, writes);
   }
+  static __device__ void commit(const Call& c, long long channel) { commit_last(c, channel); }
   static __device__ Channel known(const Call& c, long long channel) { return known_affine(c, channel); }
 
-  static __device__ Values load_other(const Call& c, long long offset) {
-    return c.residual ? load<T, V>(c.residual, offset) : Values{};
+  template <bool RESIDUAL>
+  static __device__ R result(const Function& normalize, const Loaded& of, int j) {
+    const R x = value(of.of[0], j);
+    if constexpr (RESIDUAL) return normalize(x, value(of.residual, j));
+    return normalize(x);
   }
-  static __device__ R result(const Call& c, const Function& normalize, R x, R residual) {
-    const R y = normalize(x, residual);
-    return c.relu && y <= 0 ? R(0) : y;  // keeps NaN
+  template <bool RESIDUAL>
+  static __device__ double exact_result(const Channel& channel, const Loaded& of, int j) {
+    return exactly(channel, value(of.of[0], j), RESIDUAL ? value(of.residual, j) : R(0));
   }
+  static __device__ R activated(R y, R floor) { return at_least(y, floor); }
 };
 
 /// The same of backward.
@@ -145,126 +198,309 @@ struct Backward {
   using R = typename P::R;
   using W = typename P::W;
   using Values = typename P::Values;
-  using Loaded = typename P::Loaded;
   using Channel = Gradient;
   using Function = Differentiator<T>;
+  struct Loaded {
+    Values of[2], activated;  // x and dy, and y
+    Vector<unsigned char, V> active;
+  };
 
-  static __device__ Values load_x(const Call& c, long long offset) { return load<T, V>(c.x, offset); }
-  static __device__ Loaded load_at(const Call& c, long long offset) {
-    return {load_x(c, offset), load_other(c, offset)};
+  static __device__ const T* address(const Call& c, int array, long long offset) {
+    return static_cast<const T*>(array ? c.dy : c.x) + offset;
   }
-  static __device__ Loaded filler(const Loaded& first) { return {first.of[0], {}}; }
-  static __device__ R reference(const Call& c, long long channel) { return coarse_mean<T>(c, channel); }
-  static __device__ void add(Sums<W>& total, const R (*values)[P::UNROLL * V], int column, int, R mean, bool) {
-    add_gradient_tile<P::K, P::STRIDE>(total, values[1] + column, values[0] + column, mean);
+  static __device__ bool unchanged(const Call& c) { return !c.activated && !c.active; }
+  static __device__ void load_at(const Call& c, long long offset, Loaded& to) {
+    to.of[0] = load<T, V>(c.x, offset);
+    to.of[1] = load<T, V>(c.dy, offset);
+    if (c.activated) to.activated = load<T, V>(c.activated, offset);
+    if (c.active) to.active = load<unsigned char, V>(c.active, offset);
+  }
+  /// dy, behind the relu.
+  static __device__ void settle(const Call& c, Loaded& of) {
+    if (c.activated) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        if (!(value(of.activated, j) > 0)) of.of[1].v[j] = T{};
+      }
+    }
+    if (c.active) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        if (!of.active.v[j]) of.of[1].v[j] = T{};
+      }
+    }
+  }
+  static __device__ void load_residual(const Call&, long long, Loaded&) {}
+  static __device__ Loaded filler(const Loaded& first) {
+    Loaded v = first;
+    v.of[1] = {};
+    return v;
+  }
+  static __device__ R reference(const Call& c, long long channel) { return coarse_mean<T>(c.mean[channel]); }
+  static __device__ void add(Sums<W>& total, const R (*values)[P::UNROLL * V], int column, int valid, R mean, bool) {
+    if constexpr (FAST_DOUBLE && sizeof(T) < 8) {
+      add_products<P::K, P::STRIDE>(total, values[1] + column, values[0] + column, valid);
+    } else {
+      add_gradient_tile<P::K, P::STRIDE>(total, values[1] + column, values[0] + column, mean);
+    }
   }
 
-  static __device__ Channel before(const Call&, long long) { return {}; }
-  static __device__ Channel finish(const Call& c, long long channel, Channel, const Sums<W>& sums, bool writes) {
-    return gradient_of(c, channel, finish_gradient<T>(c, channel, sums, writes));
+  static __device__ void prefetch(const Call& c, long long channel) { prefetch_channel(c, channel, true); }
+  static __device__ Channel before(const Call& c, long long channel) { return known_gradient(c, channel); }
+  static __device__ Channel finish(
+      const Call& c, long long channel, const Channel& before, const Sums<W>& sums, bool writes) {
+    return gradient_of(before, finish_gradient<T>(c, channel, before, sums, writes));
   }
+  static __device__ void commit(const Call&, long long) {}
   static __device__ Channel known(const Call& c, long long channel) {
     Corrections k = {0.0, 0.0};
     if (c.corrections) k = {c.corrections[2 * channel], c.corrections[2 * channel + 1]};
-    return gradient_of(c, channel, k);
+    return gradient_of(known_gradient(c, channel), k);
   }
 
-  /// dy, behind the relu.
-  static __device__ Values load_other(const Call& c, long long offset) {
-    Values dy = load<T, V>(c.dy, offset);
-    if (c.active) {
-      const Vector<unsigned char, V> active = load<unsigned char, V>(c.active, offset);
+  template <bool>
+  static __device__ R result(const Function& differentiate, const Loaded& of, int j) {
+    return differentiate(value(of.of[0], j), value(of.of[1], j));
+  }
+  template <bool>
+  static __device__ double exact_result(const Channel& channel, const Loaded& of, int j) {
+    return exactly(channel, value(of.of[0], j), value(of.of[1], j));
+  }
+  static __device__ R activated(R dx, R) { return dx; }
+};
+
+/// What is known of a channel, and what follows for its values.
+template <class Op>
+struct Coefficients {
+  typename Op::Channel exact;
+  typename Op::Function function;
+
+  __device__ void operator=(const typename Op::Channel& known) {
+    exact = known;
+    function = typename Op::Function(known);
+  }
+};
+
+/// A tile, from where it is kept.
+template <class Op, class S>
+__device__ inline void take(const Kept<typename Op::P>& kept, const S& steps, typename Op::Loaded* loaded) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        if (!active.v[j]) dy.v[j] = T{};
+  for (int u = 0; u < Op::P::UNROLL; ++u) {
+#pragma unroll
+    for (int a = 0; a < Op::P::ARRAYS; ++a) loaded[u].of[a] = kept.at(steps.position[u], a);
+  }
+}
+/// A tile, from the arrays.
+template <class Op, class S>
+__device__ inline void load_all(const Call& c, const S& steps, typename Op::Loaded* loaded) {
+#pragma unroll
+  for (int u = 0; u < Op::P::UNROLL; ++u) Op::load_at(c, steps.offset[u], loaded[u]);
+#pragma unroll
+  for (int u = 0; u < Op::P::UNROLL; ++u) Op::settle(c, loaded[u]);
+}
+
+/// Adds up a tile that is KEPT already, or loads it, and keeps it if there is room for all of it: the loads first, so
+/// that none waits for another.
+template <class Op, bool WHOLE, bool KEPT>
+__device__ inline void sum_tile(const typename Op::P& part, const Kept<typename Op::P>& kept, Walk<typename Op::P>& walk,
+                                const typename Op::R* reference, Sums<typename Op::W>* total) {
+  using P = typename Op::P;
+  const Steps<P, WHOLE> steps(walk);
+  typename Op::Loaded loaded[P::UNROLL];
+  if (KEPT) {
+    take<Op>(kept, steps, loaded);
+  } else {
+    load_all<Op>(part.c, steps, loaded);
+    if (kept.has(steps.last())) {
+#pragma unroll
+      for (int u = 0; u < P::UNROLL; ++u) {
+#pragma unroll
+        for (int a = 0; a < P::ARRAYS; ++a) kept.at(steps.position[u], a) = loaded[u].of[a];
       }
     }
-    return dy;
   }
-  static __device__ R result(const Call&, const Function& differentiate, R x, R dy) { return differentiate(dy, x); }
-};
+  if (!WHOLE) {
+#pragma unroll
+    for (int u = 1; u < P::UNROLL; ++u) {
+      if (u >= steps.valid) loaded[u] = Op::filler(loaded[0]);
+    }
+  }
+  typename P::R values[P::ARRAYS][P::UNROLL * P::VECTOR];
+#pragma unroll
+  for (int a = 0; a < P::ARRAYS; ++a) {
+#pragma unroll
+    for (int i = 0; i < P::UNROLL * P::VECTOR; ++i) {
+      values[a][i] = value(loaded[i / P::VECTOR].of[a], i % P::VECTOR);
+    }
+  }
+  const int valid = (WHOLE ? P::UNROLL : steps.valid) * (P::K / P::UNROLL);
+#pragma unroll
+  for (int j = 0; j < P::LANES; ++j) Op::add(total[j], values, j, valid, reference[j], part.c.exact);
+}
+
+#if ASYNC_COPIES
+/// Starts to copy a tile, if there is one, to where it is kept.
+template <class Op>
+__device__ inline void start_tile(
+    const typename Op::P& part, const Kept<typename Op::P>& kept, Walk<typename Op::P>& walk) {
+  using P = typename Op::P;
+#pragma unroll
+  for (int u = 0; u < P::UNROLL; ++u) {
+    if (u >= walk.left) break;
+#pragma unroll
+    for (int a = 0; a < P::ARRAYS; ++a) {
+      start_copy<sizeof(typename P::Values)>(&kept.at(walk.position, a), Op::address(part.c, a, walk.offset));
+    }
+    walk.next();
+  }
+  walk.left -= P::UNROLL;
+  end_copies();
+}
+
+/// `sum_part` where all is kept as it is: some tiles ahead, copied without passing through registers.
+template <class Op>
+__device__ inline void sum_copies(const typename Op::P& part, const Kept<typename Op::P>& kept, Walk<typename Op::P> walk,
+                                  const typename Op::R* reference, Sums<typename Op::W>* total) {
+  constexpr int AHEAD = 4;
+  Walk<typename Op::P> ahead = walk;
+#pragma unroll
+  for (int i = 0; i < AHEAD; ++i) start_tile<Op>(part, kept, ahead);
+  while (walk.left >= Op::P::UNROLL) {
+    await_copies<AHEAD - 1>();
+    sum_tile<Op, true, true>(part, kept, walk, reference, total);
+    start_tile<Op>(part, kept, ahead);
+  }
+  await_copies<0>();
+  if (walk.left > 0) sum_tile<Op, false, true>(part, kept, walk, reference, total);
+}
+#endif
 
 /// Sums of a thread over its positions in a part, by column. What fits is kept.
 template <class Op>
-__device__ inline void sum_part(
-    const typename Op::P& part, const Kept<typename Op::P>& kept, Sums<typename Op::W>* total) {
+__device__ inline void sum_part(const typename Op::P& part, const Kept<typename Op::P>& kept,
+                                Walk<typename Op::P> walk, Sums<typename Op::W>* total) {
   using P = typename Op::P;
-  using R = typename P::R;
-  R reference[P::LANES];
+  typename P::R reference[P::LANES];
 #pragma unroll
   for (int j = 0; j < P::LANES; ++j) {
     total[j] = {};
     if (part.works()) reference[j] = Op::reference(part.c, part.first_channel + part.channel(j));
   }
-  for (Walk<P> walk(part); walk.inside();) {
-    typename P::Loaded loaded[P::UNROLL];
-    int valid = 0;
+#if ASYNC_COPIES
+  if constexpr (sizeof(typename P::Values) >= 4 && sizeof(typename P::Values) <= 16) {
+    if (kept.has(part.size - 1) && Op::unchanged(part.c)) {
+      sum_copies<Op>(part, kept, walk, reference, total);
+      return;
+    }
+  }
+#endif
+  while (walk.left >= P::UNROLL) sum_tile<Op, true, false>(part, kept, walk, reference, total);
+  if (walk.left > 0) sum_tile<Op, false, false>(part, kept, walk, reference, total);
+}
+
+/// y or dx of a tile, from what is kept of it, or from the arrays themselves.
+template <class Op, bool RESIDUAL, bool WHOLE>
+__device__ inline void apply_tile(const typename Op::P& part, const Kept<typename Op::P>& kept,
+                                  Walk<typename Op::P>& walk, const typename Op::Function* function,
+                                  const Coefficients<Op>* channels) {
+  using P = typename Op::P;
+  using R = typename P::R;
+  const Call& c = part.c;
+  const R floor = c.relu ? R(0) : R(MINUS_INFINITY);
+  const Steps<P, WHOLE> steps(walk);
+  typename Op::Loaded loaded[P::UNROLL];
+  if (kept.has(steps.last())) {
+    take<Op>(kept, steps, loaded);
+  } else {
+    load_all<Op>(c, steps, loaded);
+  }
+  if (RESIDUAL) {
 #pragma unroll
-    for (int u = 0; u < P::UNROLL; ++u) {
-      if (walk.inside()) {
-        loaded[u] = Op::load_at(part.c, walk.offset);
-        if (kept.has(walk.position)) {
+    for (int u = 0; u < P::UNROLL; ++u) Op::load_residual(c, steps.offset[u], loaded[u]);
+  }
 #pragma unroll
-          for (int a = 0; a < P::ARRAYS; ++a) kept.at(walk.position, a) = loaded[u].of[a];
+  for (int u = 0; u < P::UNROLL; ++u) {
+    if (WHOLE || u < steps.valid) {
+      R results[P::VECTOR], check = 0;
+#pragma unroll
+      for (int j = 0; j < P::VECTOR; ++j) {
+        const R result = Op::template result<RESIDUAL>(function[P::LANES > 1 ? j : 0], loaded[u], j);
+        if (Op::Function::CHECKED) check = fused(result, R(0), check);  // NaN if one of them is not finite
+        results[j] = Op::activated(result, floor);
+      }
+      if (Op::Function::CHECKED && check != 0) {
+#pragma unroll
+        for (int j = 0; j < P::VECTOR; ++j) {
+          const auto& channel = channels[part.channel(P::LANES > 1 ? j : 0)].exact;
+          const double exact = Op::template exact_result<RESIDUAL>(channel, loaded[u], j);
+          results[j] = Op::activated(static_cast<R>(exact), floor);
         }
-        ++valid;
-      } else {
-        loaded[u] = Op::filler(loaded[0]);
       }
-      walk.next();
-    }
-    R values[P::ARRAYS][P::UNROLL * P::VECTOR];
-#pragma unroll
-    for (int a = 0; a < P::ARRAYS; ++a) {
-#pragma unroll
-      for (int i = 0; i < P::UNROLL * P::VECTOR; ++i) {
-        values[a][i] = value(loaded[i / P::VECTOR].of[a].v[i % P::VECTOR]);
+      typename P::Values rounded;
+      round_all(rounded, results);
+      store(c.y, steps.offset[u], rounded);
+      if constexpr (P::ARRAYS == 2) {
+        if (c.dresidual) store(c.dresidual, steps.offset[u], loaded[u].of[1]);
       }
-    }
-#pragma unroll
-    for (int j = 0; j < P::LANES; ++j) {
-      Op::add(total[j], values, j, valid * (P::K / P::UNROLL), reference[j], part.c.exact);
     }
   }
 }
 
-/// y or dx of a part, from what is kept of it and, beyond that, from the arrays themselves.
-template <class Op>
-__device__ inline void apply_part(
-    const typename Op::P& part, const Kept<typename Op::P>& kept, const typename Op::Channel* channels) {
+/// The same of a part in float64, where float32 does not suit a channel, from the arrays: nobody else writes there.
+template <class Op, bool RESIDUAL>
+__device__ inline void apply_exactly(
+    const typename Op::P& part, Walk<typename Op::P> walk, const Coefficients<Op>* channels) {
   using P = typename Op::P;
-  if (!part.works()) return;
-  const Call& c = part.c;
+  const float floor = part.c.relu ? 0 : MINUS_INFINITY;
+#pragma unroll 1
+  for (; walk.left > 0; --walk.left, walk.next()) {
+    typename Op::Loaded loaded;
+    Op::load_at(part.c, walk.offset, loaded);
+    Op::settle(part.c, loaded);
+    if (RESIDUAL) Op::load_residual(part.c, walk.offset, loaded);
+    typename P::Values results;
+#pragma unroll
+    for (int j = 0; j < P::VECTOR; ++j) {
+      const auto& channel = channels[part.channel(P::LANES > 1 ? j : 0)].exact;
+      const double exact = Op::template exact_result<RESIDUAL>(channel, loaded, j);
+      round_to(results.v[j], Op::activated(static_cast<float>(exact), floor));
+    }
+    store(part.c.y, walk.offset, results);
+    if constexpr (P::ARRAYS == 2) {
+      if (part.c.dresidual) store(part.c.dresidual, walk.offset, loaded.of[1]);
+    }
+  }
+}
+
+template <class Op, bool RESIDUAL>
+__device__ inline void apply_with(const typename Op::P& part, const Kept<typename Op::P>& kept,
+                                  Walk<typename Op::P> walk, const Coefficients<Op>* channels) {
+  using P = typename Op::P;
   typename Op::Function function[P::LANES];
 #pragma unroll
-  for (int j = 0; j < P::LANES; ++j) function[j] = typename Op::Function(channels[part.channel(j)]);
-  for (Walk<P> walk(part); walk.inside();) {
-    typename P::Values x[P::UNROLL], other[P::UNROLL];  // the residual, or dy
-    long long offset[P::UNROLL];
-    int valid = 0;
+  for (int j = 0; j < P::LANES; ++j) function[j] = channels[part.channel(j)].function;
+  if constexpr (sizeof(typename P::Values) == 2 * P::VECTOR) {
+    bool suited = true;
 #pragma unroll
-    for (int u = 0; u < P::UNROLL; ++u) {
-      if (walk.inside()) {
-        const bool has = kept.has(walk.position);
-        offset[u] = walk.offset;
-        x[u] = has ? kept.at(walk.position, 0) : Op::load_x(c, walk.offset);
-        other[u] = has && P::ARRAYS == 2 ? kept.at(walk.position, 1) : Op::load_other(c, walk.offset);
-        ++valid;
-      }
-      walk.next();
+    for (int j = 0; j < P::LANES; ++j) suited = suited && function[j].suits();
+    if (!suited) {
+      apply_exactly<Op, RESIDUAL>(part, walk, channels);
+      return;
     }
-#pragma unroll
-    for (int u = 0; u < P::UNROLL; ++u) {
-      if (u < valid) {
-        if (P::ARRAYS == 2 && c.dresidual) store(c.dresidual, offset[u], other[u]);
-#pragma unroll
-        for (int j = 0; j < P::VECTOR; ++j) {
-          const auto& of = function[P::LANES > 1 ? j : 0];
-          round_to(x[u].v[j], Op::result(c, of, value(x[u].v[j]), value(other[u].v[j])));
-        }
-        store(c.y, offset[u], x[u]);
-      }
-    }
+  }
+  while (walk.left >= P::UNROLL) apply_tile<Op, RESIDUAL, true>(part, kept, walk, function, channels);
+  if (walk.left > 0) apply_tile<Op, RESIDUAL, false>(part, kept, walk, function, channels);
+}
+
+/// y or dx of a part.
+template <class Op>
+__device__ inline void apply_part(const typename Op::P& part, const Kept<typename Op::P>& kept,
+                                  const Walk<typename Op::P>& walk, const Coefficients<Op>* channels) {
+  if (!part.works()) return;
+  if (Op::P::ARRAYS == 1 && part.c.residual) {
+    apply_with<Op, true>(part, kept, walk, channels);
+  } else {
+    apply_with<Op, false>(part, kept, walk, channels);
   }
 }
 
@@ -307,18 +543,18 @@ __device__ inline void sum_block(const P& part, Sums<W>* mine, Sums<W>* scratch)
 template <class Op>
 struct Shared {
   Sums<typename Op::W>* scratch;
-  typename Op::Channel* channels;
+  Coefficients<Op>* channels;
   unsigned char* rest;
 
   __device__ explicit Shared(const typename Op::P& part) {
     const int sets = blockDim.x > 32 ? blockDim.y : blockDim.x * blockDim.y / 32;
     scratch = reinterpret_cast<Sums<typename Op::W>*>(shared_memory());
-    channels = reinterpret_cast<typename Op::Channel*>(scratch + sets * part.columns);
+    channels = reinterpret_cast<Coefficients<Op>*>(scratch + sets * part.columns);
     rest = reinterpret_cast<unsigned char*>(channels + part.channels);
     rest += -reinterpret_cast<unsigned long long>(rest) & 15;
   }
 
   __device__ Kept<typename Op::P> kept(const typename Op::P& part) const {
-    return {reinterpret_cast<typename Op::P::Values*>(rest), part.first, part.c.keep};
+    return {reinterpret_cast<typename Op::P::Values*>(rest), static_cast<int>(part.c.keep)};
   }
 };

@@ -15,15 +15,51 @@ __device__ inline unsigned short float_to_half(float v) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
   return bits;
 }
+/// The larger one; NaN if v is.
+__device__ inline float at_least(float v, float floor) {
+#if __CUDA_ARCH__ >= 800
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(v), "f"(floor));
+  return larger;
+#else
+  return v <= floor ? floor : v;
+#endif
+}
+/// Brings what will be read nearer.
+__device__ inline void prefetch(const void* p) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
+}
+#if __CUDA_ARCH__ >= 800
+#define ASYNC_COPIES 1
+/// Starts a copy of 4, 8 or 16 bytes from global to shared memory, which takes no registers.
+template <int BYTES>
+__device__ inline void start_copy(void* to, const void* from) {
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(BYTES) : "memory");
+  }
+}
+/// The copies of this thread since the last time are a group.
+__device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/// Waits until no more than so many groups of this thread, the last ones, are still under way.
+template <int GROUPS>
+__device__ inline void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+#else
+#define ASYNC_COPIES 0
+#endif
 /// Counts this block at a barrier in global memory, behind all that its threads did before they met.
 __device__ inline void arrive(unsigned long long* barrier) {
-  asm volatile("red.release.gpu.add.u64 [%0], 1;" ::"l"(barrier) : "memory");
+  asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(barrier) : "memory");
 }
 /// Waits until so many blocks have been counted; what they did before is seen from here on.
 __device__ inline void await(const unsigned long long* barrier, unsigned long long blocks) {
   unsigned long long arrived;
   do {
-    asm volatile("ld.acquire.gpu.u64 %0, [%1];" : "=l"(arrived) : "l"(barrier) : "memory");
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(arrived) : "l"(barrier) : "memory");
   } while (arrived < blocks);
 }
 #if __CUDA_ARCH__ >= 900
@@ -31,6 +67,9 @@ __device__ inline void await(const unsigned long long* barrier, unsigned long lo
 __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+/// The same in two halves, for blocks of which none has written anything that others read.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 /// *p as the block with this rank in the cluster has it in its shared memory.
 __device__ inline double of_rank(const double* p, int rank) {
   unsigned here = static_cast<unsigned>(__cvta_generic_to_shared(p)), there;
@@ -42,6 +81,8 @@ __device__ inline double of_rank(const double* p, int rank) {
 #else  // no clusters: launched with a size of 1 only
 #define CLUSTER_OF(size)
 __device__ inline void cluster_sync() {}
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() {}
 __device__ inline double of_rank(const double* p, int) { return *p; }
 #endif
 #endif

@@ -1,5 +1,16 @@
 // Types of values, arithmetic with its rounding errors, sums of tiles.
 
+// Whether float64 has half of float32's rate, as on the large GPUs of compute capability 6.0, 7.0, 8.0, 9.0 and 10.0, or
+// a 32nd or a 64th of it. Where it is fast, float32 is computed in it, and so are all sums.
+#ifndef FAST_DOUBLE
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 600 || __CUDA_ARCH__ == 700 || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
+#define FAST_DOUBLE 1
+#else
+#define FAST_DOUBLE 0
+#endif
+#endif
+
 // -- types ------------------------------------------------------------------------------------------------------------
 
 struct float16 {
@@ -25,6 +36,7 @@ __device__ inline float value(float16 v) { return half_to_float(v.bits); }
 __device__ inline float value(bfloat16 v) { return __int_as_float(static_cast<int>(v.bits) << 16); }
 
 __device__ inline void round_to(float& out, float v) { out = v; }
+__device__ inline void round_to(float& out, double v) { out = static_cast<float>(v); }
 __device__ inline void round_to(double& out, double v) { out = v; }
 __device__ inline void round_to(float16& out, float v) { out.bits = float_to_half(v); }
 __device__ inline void round_to(bfloat16& out, float v) {
@@ -36,11 +48,56 @@ __device__ inline void round_to(bfloat16& out, float v) {
 #endif
 }
 
+#define MINUS_INFINITY __int_as_float(static_cast<int>(0xFF800000))
+__device__ inline double at_least(double v, double floor) { return v <= floor ? floor : v; }  // keeps NaN
+
 /// V values that are loaded and stored at once.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Vector {
   T v[V];
 };
+
+/// One of the values. Of two bfloat16 in a word, each is one instruction away; a compiler that thinks in halves takes two.
+template <class T, int V>
+__device__ inline auto value(const Vector<T, V>& of, int j) {
+  return value(of.v[j]);
+}
+template <int V>
+__device__ inline float value(const Vector<bfloat16, V>& of, int j) {
+  if (V == 1) return value(of.v[0]);
+  unsigned word;
+  memcpy(&word, &of.v[j / 2 * 2], sizeof word);
+  return __int_as_float(static_cast<int>(j % 2 ? word & 0xFFFF0000u : word << 16));
+}
+
+/// Rounds V values; 16 bits in pairs, which takes one instruction.
+template <class T, int V, class R>
+__device__ inline void round_all(Vector<T, V>& out, const R* v) {
+#pragma unroll
+  for (int j = 0; j < V; ++j) round_to(out.v[j], v[j]);
+}
+#if !defined(CUDA_ON_CPU) && __CUDA_ARCH__ >= 800
+template <int V>
+__device__ inline void round_all(Vector<bfloat16, V>& out, const float* v) {
+#pragma unroll
+  for (int j = 0; j + 1 < V; j += 2) {
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(v[j + 1]), "f"(v[j]));
+    reinterpret_cast<unsigned*>(&out)[j / 2] = pair;
+  }
+  if (V == 1) round_to(out.v[0], v[0]);
+}
+template <int V>
+__device__ inline void round_all(Vector<float16, V>& out, const float* v) {
+#pragma unroll
+  for (int j = 0; j + 1 < V; j += 2) {
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(v[j + 1]), "f"(v[j]));
+    reinterpret_cast<unsigned*>(&out)[j / 2] = pair;
+  }
+  if (V == 1) round_to(out.v[0], v[0]);
+}
+#endif
 
 // Parameters have a type of their own, told apart at run time: once per channel is not often.
 enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
@@ -115,10 +172,6 @@ __device__ inline Pair64 operator*(Pair64 a, Pair64 b) {
   return two_sum(p.hi, p.lo + (a.hi * b.lo + a.lo * b.hi));
 }
 __device__ inline Pair64 operator*(Pair64 a, double b) { return a * Pair64{b, 0.0}; }
-__device__ inline Pair64 operator/(Pair64 a, double b) {
-  double q = a.hi / b;
-  return two_sum(q, (fma(-q, b, a.hi) + a.lo) / b);
-}
 
 __device__ inline double wide(float a) { return a; }
 __device__ inline double wide(Pair<float> a) { return static_cast<double>(a.hi) + a.lo; }
@@ -138,7 +191,7 @@ __device__ inline void add_rank(Pair64& sum, const Pair64* p, int rank) {
 
 /// The two sums of a channel: of x - origin and its square, or of dy and dy * (x - mean).
 template <class W>
-struct Sums {
+struct alignas(16) Sums {
   W s1, s2;
   __device__ void operator+=(const Sums& other) {
     s1 = s1 + other.s1;
@@ -151,6 +204,41 @@ template <class W>
 __device__ inline Sums<W> sum_warp(Sums<W> sums) {
   for (int offset = 16; offset > 0; offset /= 2) sums += {shuffled(sums.s1, offset), shuffled(sums.s2, offset)};
   return sums;
+}
+
+/// Adds the first `valid` of values[k * STRIDE], k < K, in float64: from an origin, so that float32's squares do not cancel.
+/// Several chains of additions, so that they need not wait for one another.
+template <int K, int STRIDE>
+__device__ inline void add_values(Sums<double>& total, const float* values, int valid, double origin) {
+  constexpr int CHAINS = K >= 16 ? 4 : 1;
+  Sums<double> sums[CHAINS] = {};
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (k < valid) {
+      const double d = values[k * STRIDE] - origin;
+      Sums<double>& to = sums[k / (K / CHAINS)];
+      to = {to.s1 + d, fma(d, d, to.s2)};
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < CHAINS; ++i) total += sums[i];
+}
+
+/// The same of dy and dy * x, which in float64 needs no origin.
+template <int K, int STRIDE>
+__device__ inline void add_products(Sums<double>& total, const float* dy, const float* x, int valid) {
+  constexpr int CHAINS = K >= 16 ? 4 : 1;
+  Sums<double> sums[CHAINS] = {};
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (k < valid) {
+      const double g = dy[k * STRIDE];
+      Sums<double>& to = sums[k / (K / CHAINS)];
+      to = {to.s1 + g, fma(g, static_cast<double>(x[k * STRIDE]), to.s2)};
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < CHAINS; ++i) total += sums[i];
 }
 
 /// True if float32 sums of this size are neither overflowing nor so small that squares lose digits.

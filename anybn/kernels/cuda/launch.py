@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import math
 import re
+import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from anybn._settings import DTYPES
-from anybn.kernels.cuda.plan import TYPES, Device, Launch, alignment_of, plan
+from anybn.kernels.cuda.plan import BARRIERS_BYTES, CLUSTERS, TYPES, Device, Launch, Plan, plan
 
 SOURCE = Path(__file__).with_name("batchnorm.cu")
 
@@ -33,7 +35,7 @@ OPTIONS = ("--std=c++17", "--fmad=false")
 
 #: `struct Call` of batchnorm.cu, field by field.
 _POINTERS = (
-    *("x", "residual", "dy", "active", "y", "dresidual", "weight", "bias", "mean", "shift", "var", "m2"),
+    *("x", "residual", "dy", "active", "activated", "y", "dresidual", "weight", "bias", "mean", "shift", "var", "m2"),
     *("dweight", "dbias", "running_mean", "running_var", "new_running_mean", "new_running_var"),
     *("counter", "partials", "corrections", "barriers"),
 )
@@ -43,11 +45,15 @@ CALL = np.dtype(
     [
         *((name, np.uint64) for name in _POINTERS),
         *((name, np.int64) for name in _INTEGERS),
-        *((name, np.float64) for name in ("eps", "momentum")),
+        *((name, np.float64) for name in ("inverse", "eps", "momentum")),
         *((name, np.int32) for name in _FLAGS),
     ],
     align=True,
 )
+#: What differs from call to call of one kind: all pointers, and two numbers.
+_ADDRESSES, _NUMBERS = struct.Struct(f"={len(_POINTERS)}Q"), struct.Struct("=2d")
+_NUMBERS_AT: int = CALL.fields["eps"][1]  # type: ignore[index]
+_INDEX = {name: i for i, name in enumerate(_POINTERS)}
 #: Up to so many values of x, or so many of a channel, sums are taken in float64, value by value, even where that is
 #: slow: rounding errors do not average out in few values, and the time is that of the launch, or of memory.
 FEW, FEW_IN_A_CHANNEL = 1 << 15, 64
@@ -59,7 +65,7 @@ class Gpu(NamedTuple):
     """A device and a stream on it."""
 
     device: Device
-    launch: Callable[[Launch, np.ndarray], None]
+    launch: Callable[[Launch, bytearray], None]
     """run a kernel on the stream, with a `CALL` record as its argument"""
     resident: Callable[[Launch], int]
     """how many blocks of a launch the device can have at once"""
@@ -67,21 +73,31 @@ class Gpu(NamedTuple):
     """so many bytes of the device: their address, a multiple of 16, and what keeps them while work is being queued"""
 
 
-def call(
-    op: str,
-    gpu: Gpu,
-    shape: tuple[int, int, int],
-    dtype: str,
-    *,
-    parameter_dtype: str = "float32",
-    running_dtype: str = "float64",
-    **fields: Any,
-) -> None:
+class Kind(NamedTuple):
+    """What stays the same from call to call; hashable."""
+
+    op: str
+    shape: tuple[int, int, int]
+    """as x lies in memory, ``(n, channels, length)`` in C order, not empty"""
+    dtype: str
+    parameter_dtype: str = "float32"
+    running_dtype: str = "float64"
+    relu: bool = False
+    training: bool = False
+    ddof: int = 0
+    propagate: bool = False
+    cumulative: bool = False
+    exact: bool | None = None
+    """None: where there are few values"""
+
+
+def call(op: str, gpu: Gpu, shape: tuple[int, int, int], dtype: str, **fields: Any) -> None:
     """Queue one operation on arrays that lie in memory as shape, ``(n, channels, length)`` in C order, not empty.
 
-    Pointers are ints, 0 (or left out) for none. Like x, of ``dtype``: x, y, residual, dy, dresidual; ``active`` is one
-    byte per value. ``(channels,)`` of parameter_dtype: weight, bias, dweight, dbias; of running_dtype: the running
-    statistics; of float64: mean, shift, var, m2. ``shift`` is wanted for float64 x in training.
+    Pointers are ints, 0 (or left out) for none. Like x, of ``dtype``: x, y, residual, dy, dresidual, and activated;
+    ``active`` is one byte per value. ``(channels,)`` of parameter_dtype, or float32: weight, bias, dweight, dbias; of
+    running_dtype, or float64: the running statistics; of float64: mean, shift, var, m2. ``shift`` is wanted for float64
+    x in training.
 
     ==========  =====================================================================================================
     op          fields
@@ -90,38 +106,61 @@ def call(
                 running_var, new_running_mean, new_running_var (may be the same), momentum, ddof, [propagate, counter]
     statistics  x, mean, [shift], var, m2, and as above to commit
     evaluate    x, y, mean, [shift], var, eps, [weight, bias, residual, relu]
-    backward    dy, x, y (gets dx), mean, [shift], var, eps, training, [weight, dweight, dbias, active, dresidual];
-                training=0: mean and var are constants
+    backward    dy, x, y (gets dx), mean, [shift], var, eps, training, [weight, dweight, dbias, dresidual]; behind a
+                relu, active, or activated, which is what came out of it; training=0: mean and var are constants
     commit      mean, [shift], m2, running_mean, running_var, new_running_mean, new_running_var, ddof, [propagate];
                 momentum, or cumulative=1 for 1 / (counter + 1); [counter] is increased
     ==========  =====================================================================================================
 
     ``y`` may be x or residual. Nothing waits for the device.
     """
-    if op == "backward" and not fields.get("training") and not fields.get("dweight"):
-        op = "gradients"
-    itemsize = TYPES[dtype][1]
-    like_x = [fields.get(name, 0) for name in ("x", "residual", "dy", "y", "dresidual")]
-    alignment = alignment_of([*like_x, fields.get("active", 0) * itemsize], itemsize)
-    made = plan(op, shape, dtype, gpu.device, alignment)
-    if any(launch.cooperative and math.prod(launch.grid) > gpu.resident(launch) for launch in made.launches):
-        made = plan(op, shape, dtype, gpu.device._replace(cooperative=False), alignment)
-    record = np.zeros((), CALL)
-    record["exact"] = math.prod(shape) <= FEW or shape[0] * shape[2] <= FEW_IN_A_CHANNEL
-    for name, value in fields.items():
-        record[name] = value
-    record["n"], record["channels"], record["length"] = shape
-    record["weight_type"], record["running_type"] = PARAMETER_TYPES[parameter_dtype], PARAMETER_TYPES[running_dtype]
-    record["parts"] = made.parts
+    pointers = [fields.pop(name, 0) for name in _POINTERS]
+    numbers = fields.pop("eps", 0.0), fields.pop("momentum", 0.0)
+    queue(gpu, Kind(op, shape, dtype, **fields), pointers, *numbers)
+
+
+def queue(gpu: Gpu, kind: Kind, pointers: list[int], eps: float, momentum: float) -> None:
+    """`call` in a hurry: pointers in the order of ``_POINTERS``, which is completed here."""
+    x, residual, dy, active, activated, y, dresidual, *_ = pointers
+    misaligned = (x | residual | dy | activated | y | dresidual | active * TYPES[kind.dtype][1]) & 15
+    alignment = (misaligned & -misaligned) or 16
+    if kind.op == "backward" and not kind.training and not pointers[_INDEX["dweight"]]:
+        kind = kind._replace(op="gradients")
+    made, records = _prepared(kind, gpu.device, alignment)
+    if made.cooperative and any(math.prod(one.grid) > gpu.resident(one) for one in made.launches if one.cooperative):
+        made, records = _prepared(kind, gpu.device._replace(cooperative=False), alignment)
     memory = None
     if made.scratch_bytes:
         address, memory = gpu.scratch(made.scratch_bytes)
-        record["corrections"] = record["barriers"] = address
-        record["partials"] = address + 16 * shape[1]
-    for launch in made.launches:
-        record["keep"], record["width"] = launch.keep, launch.width
+        barriers = address + made.scratch_bytes - BARRIERS_BYTES * made.launches[0].grid[0]
+        pointers[-3:] = address + 16 * kind.shape[1], address, barriers
+    for launch, fixed in zip(made.launches, records, strict=True):
+        record = bytearray(fixed)
+        _ADDRESSES.pack_into(record, 0, *pointers)
+        _NUMBERS.pack_into(record, _NUMBERS_AT, eps, momentum)
         gpu.launch(launch, record)
     del memory  # whoever gets it next is behind us on the stream
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(kind: Kind, device: Device, alignment: int) -> tuple[Plan, tuple[bytes, ...]]:
+    """The launches of a call, and for each its `CALL` record but for what differs from call to call."""
+    shape = kind.shape
+    made = plan(kind.op, shape, kind.dtype, device, max(alignment, TYPES[kind.dtype][1]))
+    record = np.zeros((), CALL)
+    record["n"], record["channels"], record["length"] = shape
+    record["inverse"], record["parts"] = 1 / (shape[0] * shape[2]), made.parts
+    record["weight_type"] = PARAMETER_TYPES[kind.parameter_dtype]
+    record["running_type"] = PARAMETER_TYPES[kind.running_dtype]
+    for name in ("relu", "training", "ddof", "propagate", "cumulative"):
+        record[name] = getattr(kind, name)
+    few = math.prod(shape) <= FEW or shape[0] * shape[2] <= FEW_IN_A_CHANNEL
+    record["exact"] = few if kind.exact is None else kind.exact
+    records = []
+    for launch in made.launches:
+        record["keep"], record["width"] = launch.keep, launch.width
+        records.append(record.tobytes())
+    return made, tuple(records)
 
 
 # -- a GPU, through CuPy -----------------------------------------------------------------------------------------------
@@ -129,57 +168,106 @@ def call(
 
 @functools.cache
 def available() -> bool:
-    """Whether CuPy is here to compile and launch with. Imports it if it is installed."""
+    """Whether CuPy is here, with a GPU and a compiler. Imports it if it is installed; says why if it is of no use."""
     if importlib.util.find_spec("cupy") is None:
         return False
-    import cupy
+    try:
+        import cupy
 
-    return bool(cupy.cuda.is_available()) and not cupy.cuda.runtime.is_hip
+        if not cupy.cuda.is_available() or cupy.cuda.runtime.is_hip:
+            return False
+        cupy.RawModule(code='extern "C" __global__ void nothing() {}').get_function("nothing")
+    except Exception as error:  # of a driver, a compiler, headers, a broken installation
+        advice = "pip install 'anybn[cupy]' brings a compiler along, 'anybn[cupy12]' one for CUDA 12"
+        warnings.warn(f"CuPy cannot compile kernels here ({error}), anybn goes on without: {advice}", stacklevel=2)
+        return False
+    return True
 
 
 @functools.cache
 def device(ordinal: int) -> Device:
-    """The properties of a CUDA device."""
+    """The properties of a CUDA device, which must be the current one."""
     import cupy
 
     found = cupy.cuda.runtime.getDeviceProperties(ordinal)
+    capability = int(found["major"]), int(found["minor"])
     return Device(
         multiprocessors=found["multiProcessorCount"],
         shared_bytes=found["sharedMemPerBlockOptin"],
-        capability=(int(found["major"]), int(found["minor"])),
+        capability=capability,
         cooperative=bool(found["cooperativeLaunch"]),
+        largest_cluster=_largest_cluster() if capability >= (9, 0) else 1,
     )
 
 
+def _largest_cluster() -> int:
+    """Of blocks that the current device takes: there are some whose driver refuses all."""
+    import cupy
+
+    names = {size: f"nothing<{size}>" for size in reversed(CLUSTERS[1:])}
+    code = "template <int SIZE> __global__ void __cluster_dims__(SIZE, 1, 1) nothing() {}"
+    module = cupy.RawModule(code=code, options=("--std=c++17",), name_expressions=tuple(names.values()))
+    for size, name in names.items():
+        try:
+            module.get_function(name)((size,), (32,), ())
+        except cupy.cuda.driver.CUDADriverError:
+            continue
+        return size
+    return 1
+
+
 @functools.cache
-def function(ordinal: int, kernel: str) -> Any:
-    """A kernel, compiled for the device with this ordinal, which must be the current one. CuPy keeps it on disk."""
+def function(ordinal: int, kernel: str) -> int:
+    """The handle of a kernel, compiled for the device with this ordinal, which must be the current one. CuPy keeps what
+    it compiles on disk."""
     import cupy
 
     module = cupy.RawModule(code=source(), options=OPTIONS, name_expressions=(kernel,))
     compiled = module.get_function(kernel)
     compiled.max_dynamic_shared_size_bytes = device(ordinal).shared_bytes
-    return compiled.kernel
+    _held.append((module, compiled))
+    return int(compiled.kernel.ptr)
 
 
-@functools.cache
+#: What `function` has compiled, which CuPy would unload if nobody held it.
+_held: list[Any] = []
+
+
+@functools.lru_cache(maxsize=4096)
 def resident(ordinal: int, launch: Launch) -> int:
     """How many blocks of a launch the device has room for at once, as the driver reckons."""
-    from cupy_backends.cuda.api import driver
+    from cupy_backends.cuda.api import driver, runtime
 
-    compiled = function(ordinal, launch.kernel)
-    threads = math.prod(launch.block)
-    blocks = driver.occupancyMaxActiveBlocksPerMultiprocessor(compiled.ptr, threads, launch.shared_bytes)
-    return blocks * device(ordinal).multiprocessors
+    runtime.setDevice(ordinal)  # of a thread that has not used CUDA yet
+    threads, kernel = math.prod(launch.block), function(ordinal, launch.kernel)
+    blocks = driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel, threads, launch.shared_bytes)
+    return int(blocks) * device(ordinal).multiprocessors
 
 
+#: What the driver answers a thread that has not used CUDA yet, such as the one that autograd runs backward passes in.
+NO_CONTEXT = "CUDA_ERROR_INVALID_CONTEXT"
+
+
+@functools.lru_cache(maxsize=64)
 def gpu(ordinal: int, stream: int, scratch: Callable[[int], tuple[int, Any]]) -> Gpu:
     """A CUDA device, which must be the current one while it is used, and the address of a stream on it."""
-    on_stream = SimpleNamespace(ptr=stream)
+    from cupy_backends.cuda.api import driver, runtime
 
-    def run(launch: Launch, record: np.ndarray) -> None:
-        kernel = function(ordinal, launch.kernel)
-        how = {"enable_cooperative_groups": True} if launch.cooperative else {}
-        kernel((*launch.grid, 1), (*launch.block, 1), (record,), launch.shared_bytes, on_stream, **how)
+    def run(launch: Launch, record: bytearray) -> None:
+        try:
+            start(launch, record)
+        except driver.CUDADriverError as error:
+            if NO_CONTEXT not in str(error):
+                raise
+            runtime.setDevice(ordinal)
+            start(launch, record)
 
-    return Gpu(device(ordinal), run, lambda launch: resident(ordinal, launch), scratch)
+    def start(launch: Launch, record: bytearray) -> None:
+        argument = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(record)))
+        kernel, shape = function(ordinal, launch.kernel), (*launch.grid, 1, *launch.block, 1)
+        if launch.cooperative:
+            driver.launchCooperativeKernel(kernel, *shape, launch.shared_bytes, stream, ctypes.addressof(argument))
+        else:
+            driver.launchKernel(kernel, *shape, launch.shared_bytes, stream, ctypes.addressof(argument), 0)
+
+    return Gpu(device(ordinal), run, functools.partial(resident, ordinal), scratch)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from anybn._settings import DTYPES
@@ -23,17 +22,21 @@ TYPES = {name: (dtype.cuda, dtype.itemsize, 32 if dtype.cuda == "double" else 16
 #: (dtype, rows) -> values that a thread loads at once, the best first. Of a plane, up to 16 bytes; of rows less,
 #: because a thread has a pair of sums for each of its channels.
 VECTORS = {
-    (name, rows): {2: ((8, 4, 1), (4, 1)), 4: ((4, 1), (2, 1)), 8: ((2, 1), (1,))}[dtype.itemsize][rows]
+    (name, rows): {2: ((8, 4, 1), (4, 1)), 4: ((4, 1), (4, 1)), 8: ((2, 1), (1,))}[dtype.itemsize][rows]
     for name, dtype in DTYPES.items()
     for rows in (False, True)
 }
 CLUSTERS = (1, 2, 4, 8)
 
 WARP = 32
-MOST_THREADS = 512  # of a block, as batchnorm.cu is compiled: with up to 128 registers, which is all there are
-STREAMING_THREADS = 256  # of a block that keeps nothing: more blocks are resident, and fewer wait at a barrier
+#: Threads of a multiprocessor, as batchnorm.cu is compiled: with all its registers, of which some kernels need more.
+THREADS = {("train", "planes"): 1024, ("train", "rows"): 512, ("backward", "planes"): 512, ("backward", "rows"): 512}
+MOST_THREADS = 512  # of a block that keeps something
+STREAMING_THREADS = 256  # of one that does not: more blocks are resident, and fewer wait at a barrier
+STREAMING_BLOCKS = {("train", "planes"): 4, ("train", "rows"): 3, ("backward", "planes"): 2, ("backward", "rows"): 2}
 RESERVED = 1024  # bytes of shared memory that every block costs beside its own
-PER_CHANNEL = 40  # bytes of `Gradient`, the larger of what a block keeps per channel
+BARRIERS_BYTES = 128  # of a group: a barrier has a line of the cache to itself
+PER_CHANNEL = 80  # bytes of the largest `Coefficients`, which a block keeps per channel
 MOST_BLOCKS = 2**31 - 1, 65535  # of a grid, in x and y
 TINY_THREADS = 128  # of a block with several tiny channels
 MOST_TOGETHER = 225  # vectors that whole channels of a row fill: 15x15 in vectors of 4
@@ -48,10 +51,12 @@ class Device(NamedTuple):
     capability: tuple[int, int]
     cooperative: bool = True
     """can launch a grid all of whose blocks are resident at once"""
+    largest_cluster: int = CLUSTERS[-1]
 
     @property
     def clusters(self) -> tuple[int, ...]:
-        return CLUSTERS if self.capability >= (9, 0) else CLUSTERS[:1]
+        largest = self.largest_cluster if self.capability >= (9, 0) else 1
+        return tuple(size for size in CLUSTERS if size <= largest)
 
 
 class Launch(NamedTuple):
@@ -74,7 +79,11 @@ class Plan(NamedTuple):
     parts: int = 1
     """into which kernels that write partial sums cut every channel"""
     scratch_bytes: int = 0
-    """for these sums, and before them 16 per channel for `finish_backward` or barriers"""
+    """for these sums, before them 16 per channel for what `finish_backward` finds, and behind them barriers"""
+
+    @property
+    def cooperative(self) -> bool:
+        return self.launches[-1].cooperative
 
 
 class Tiling(NamedTuple):
@@ -95,6 +104,10 @@ class Tiling(NamedTuple):
     """vectors of a channel, or rows"""
     unroll: int
     """positions that a thread takes at a time"""
+
+    @property
+    def kind(self) -> str:
+        return "rows" if self.arguments.endswith("true") else "planes"
 
     def block(self, threads: int) -> tuple[int, int]:
         """A block of at most so many threads, and no more than have something to do; whole warps."""
@@ -137,7 +150,7 @@ def tiling(shape: tuple[int, int, int], dtype: str, alignment: int, row_bytes: i
         # Up to a warp, a power of two, so that a warp's threads can share columns.
         rows, vector, span = True, widest(True), length
         width = WARP if WARP % together == 0 else -(-(WARP + 1) // together) * together
-    unroll = 2 if vector >= 8 else 4 if vector >= 4 else 8
+    unroll = 2 if vector * itemsize >= 16 else 4 if vector >= 4 else 8
     positions = n if rows else n * (length // vector)
     if not rows and positions < WARP:  # several tiny channels, with a thread for each vector
         width, unroll = min(WARP, TINY_THREADS // _power_of_2(positions), _power_of_2(channels)), 1
@@ -186,19 +199,20 @@ def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, align
     constant statistics) or "commit" on an array of this shape, not empty, whose pointers are multiples of alignment.
     """
     if op == "commit":
-        return Plan((Launch("commit", (1, 1), (MOST_THREADS, 1)),))
+        return Plan((Launch("commit", (1, 1), (STREAMING_THREADS, 1)),))
     tiles = tiling(shape, dtype, alignment)
     if op in ("train", "backward"):
-        single = (
-            _by_cluster(op, tiles, dtype, device)
-            or _by_group(op, _tiling_of_groups(shape, dtype, alignment), shape[1], dtype, device)
-            or _by_cluster(op, tiles, dtype, device, whole=False)
-        )
-        if single is not None:
-            return single
+        groups = _by_group(op, _tiling_of_groups(shape, dtype, alignment), shape[1], dtype, device)
+        # Few columns of long rows: clusters would leave most multiprocessors without work.
+        if groups and shape[2] == 1 and groups.parts > 1 and tiles.tiles < device.multiprocessors:
+            return groups
+        made = _by_cluster(op, tiles, dtype, device) or groups or _by_cluster(op, tiles, dtype, device, whole=False)
+        if made:
+            return made
     name, channels, sums_bytes = TYPES[dtype][0], shape[1], TYPES[dtype][2]
     block = tiles.block(STREAMING_THREADS)
-    parts = _parts(tiles, block, 4 * device.multiprocessors)
+    of = "backward" if op in ("backward", "gradients") else "train"
+    parts = _parts(tiles, block, STREAMING_BLOCKS[of, tiles.kind] * device.multiprocessors)
     first, last = {
         "train": ("sums", "evaluate"),
         "statistics": ("sums", None),
@@ -217,20 +231,20 @@ def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, align
         ]
         scratch_bytes = channels * (parts * sums_bytes + 16)
     if last is not None:
-        grid = tiles.tiles, _parts(tiles, block, 8 * device.multiprocessors)
+        grid = tiles.tiles, parts
         launches.append(Launch(f"{last}<{tiles.arguments}>", grid, block, tiles.coefficients(), width=tiles.width))
     return Plan(tuple(launches), parts, scratch_bytes)
 
 
 def _parts(tiles: Tiling, block: tuple[int, int], blocks: int) -> int:
-    """Parts of a channel that give so many blocks in all, each with something for every thread."""
+    """Parts of a channel that give no more blocks than that in all, each with something for every thread."""
     most = -(-tiles.positions // (block[1] * tiles.unroll))
-    return max(1, min(-(-blocks // tiles.tiles), most, MOST_BLOCKS[1]))
+    return max(1, min(blocks // tiles.tiles, most, MOST_BLOCKS[1]))
 
 
 def _room(op: str, tiles: Tiling, dtype: str, device: Device, blocks: int) -> tuple[tuple[int, int], int, int, int]:
     """Of so many blocks to a multiprocessor: the block, its scratch, bytes kept per position, positions it can keep."""
-    block = tiles.block(MOST_THREADS // blocks)  # so that the registers suffice as well
+    block = tiles.block(min(THREADS[op, tiles.kind] // blocks, MOST_THREADS))  # so that the registers suffice as well
     scratch = tiles.scratch(block, TYPES[dtype][2])
     position_bytes = (1 if op == "train" else 2) * tiles.position_bytes(block)
     shared_bytes = (device.shared_bytes + RESERVED) // blocks - RESERVED
@@ -252,7 +266,12 @@ def _by_cluster(op: str, tiles: Tiling, dtype: str, device: Device, whole: bool 
         grid, shared = (tiles.tiles * cluster, 1), scratch + keep * position_bytes
         return Launch(f"{op}<{tiles.arguments}, {cluster}>", grid, block, shared, cluster, keep, tiles.width)
 
-    # Best: two blocks to a multiprocessor, so that one reads while the other writes, and all are busy.
+    # Best, as measured on an H100: four blocks of planes to a multiprocessor, if there are enough of them, else two, so
+    # that one reads while the other writes. The cluster may be larger than it has to be to keep all of them busy.
+    if whole and tiles.columns == 1:
+        made = next(filter(None, (launch(cluster, 4) for cluster in device.clusters)), None)
+        if made is not None and made.grid[0] >= 6 * device.multiprocessors:
+            return Plan((made,))
     for cluster in device.clusters if whole else ():
         made = launch(cluster, 2)
         if made is not None and made.grid[0] >= device.multiprocessors:
@@ -285,10 +304,4 @@ def _by_group(op: str, tiles: Tiling, channels: int, dtype: str, device: Device)
         Launch("clear_barriers", (groups, 1), (WARP, 1)),
         Launch(name, grid, block, shared, keep=keep, width=tiles.width, cooperative=True),
     )
-    return Plan(launches, parts, channels * (parts * TYPES[dtype][2] + 16))
-
-
-def alignment_of(pointers: Sequence[int], itemsize: int) -> int:
-    """The largest power of two, up to 16, that divides all pointers; itemsize if they are not even that."""
-    together = math.gcd(16, *pointers)
-    return max(together, itemsize)
+    return Plan(launches, parts, channels * (parts * TYPES[dtype][2] + 16) + BARRIERS_BYTES * groups)
