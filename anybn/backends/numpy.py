@@ -25,7 +25,10 @@ class NumPyBackend(Backend):
 
     @property
     def how(self) -> str:  # type: ignore[override]
-        return "in blocks that fit the cache" if importlib.util.find_spec("numba") is None else "fused Numba kernels"
+        if importlib.util.find_spec("numba") is None:
+            return "in blocks that fit the cache"
+        problem = importlib.import_module("anybn.kernels.cpu.cached").problem
+        return f"fused Numba kernels{problem and ', '}{problem}"
 
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, np.ndarray) and not issubclass(array_type, (np.ma.MaskedArray, np.matrix))

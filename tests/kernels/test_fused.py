@@ -1,10 +1,13 @@
 """The compiled kernels: the same bits whatever the threads, the tasks or their absence; errors and forks in between."""
 
 import itertools
+import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,21 +271,90 @@ def test_without_numba_conformance_passes_too(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_processes_that_save_at_once_do_not_share_a_file(tmp_path, monkeypatch):
-    """Each of the two finds an index without the other's signature."""
-    files = cached._FilePerSignature(str(tmp_path), "kernel", 0)
-    with monkeypatch.context() as at_once:
-        at_once.setattr(files, "_load_index", dict)
-        files.save("float32", b"for float32")
-        files.save("float64", b"for float64")
-    assert files.load("float32") in (None, b"for float32")
-    assert files.load("float64") == b"for float64"
-    files.save("float32", b"for float32")
-    assert [files.load(key) for key in ("float32", "float64")] == [b"for float32", b"for float64"]
-
-
 def test_every_cached_kernel_has_a_file_per_signature():
     for module in (columns, rows, runs, sharing, step, value_kernels):
         for function in vars(module).values():
-            if files := getattr(getattr(function, "_cache", None), "_cache_file", None):
-                assert type(files) is cached._FilePerSignature, function
+            if getattr(getattr(function, "_cache", None), "_cache_file", None):
+                assert type(function._cache) is cached._Files, function
+
+
+SMALL_CALL = """
+import json
+import numpy as np, anybn
+x = np.arange(12, dtype="float32").reshape(6, 2)
+print(json.dumps(anybn.batch_norm(x, anybn.BatchNormState(2)).tolist()))
+print(anybn.backends()["numpy"].how)
+"""
+
+
+def small_call(folder, code=SMALL_CALL, **environment):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder)} | environment
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "changed": lambda content: content[:200] + bytes(200) + content[400:],
+    "another file": lambda content: b"#!/bin/sh",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_of_compiled_code_are_as_good_as_missing(damage, tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    expected = small_call(folder)
+    files = list(folder.rglob("*.nbc"))
+    assert files
+    for file in files:
+        file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    assert small_call(folder) == expected
+
+
+def test_without_a_folder_to_write_to_code_stays_in_memory(tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    expected = small_call(folder)
+    nowhere = "from numba.core import caching; caching.CacheImpl._locator_classes = []\n" + SMALL_CALL
+    found = small_call(folder, nowhere)
+    assert found[0] == expected[0]
+    assert "compiled anew in every process" in found[1]
+    assert "set NUMBA_CACHE_DIR" in found[1]
+    assert expected[1] == "fused Numba kernels"
+
+
+def test_a_full_disk_is_no_error(tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    full = """
+import errno
+from numba.core.caching import IndexDataCacheFile
+def full(self, path):
+    raise OSError(errno.ENOSPC, "No space left on device")
+IndexDataCacheFile._open_for_write = full
+"""
+    found = small_call(folder, full + SMALL_CALL)
+    assert found[1] == "fused Numba kernels"
+    assert not list(folder.rglob("*.nbc"))
+
+
+def test_changed_sources_are_compiled_anew(tmp_path):
+    """What a cached function calls is part of its code."""
+    folder, package = tmp_path / "cache", tmp_path / "anybn"
+    folder.mkdir()
+    shutil.copytree(Path(anybn.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    before = small_call(folder, PYTHONPATH=path)
+    source = package / "kernels" / "cpu" / "values.py"
+    text = source.read_text()
+    changed = text.replace("v = v * scale + bias", "v = 2 * (v * scale) + bias")
+    assert changed != text
+    source.write_text(changed)
+    after = small_call(folder, PYTHONPATH=path)
+    y, twice = (np.array(json.loads(lines[0])) for lines in (before, after))
+    assert np.allclose(twice, 2 * y)
+    assert not np.allclose(y, 0)
