@@ -68,7 +68,7 @@ def fold(
         if _checks.shape_of(_checks.floating_array("bias", bias, backend)) != (c,):
             raise ValueError(f"bias has shape {_checks.shape_of(bias)}; it must be ({c},)")
     xp = backend.namespace(weight)
-    _, arrays = state._store.beside(backend, weight)
+    _, arrays = state._store.placed_beside(backend, weight)
     statistics = Statistics(None, arrays.running_mean, None, arrays.running_var)
     working = statistics.mean.dtype
     scale = scale_of(xp, statistics, arrays.weight, state.eps)

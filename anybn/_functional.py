@@ -35,13 +35,14 @@ class Checked(NamedTuple):
     call: Call
     state: BatchNormState
     before: Arrays
-    """the state's arrays as they are, and beside x:"""
-    beside: Arrays
+    """the state's arrays as they are"""
+    placed: Arrays
+    """the same beside x"""
     nonfinite: str
     uses_batch: bool
-    """normalize with the batch's own statistics, and"""
+    """whether x is normalized with the batch's own statistics"""
     commits: bool
-    """fold them into the running ones."""
+    """whether the running ones learn them"""
 
 
 def batch_norm(
@@ -246,11 +247,11 @@ def check(
         mask = _checks.mask(mask, x, index, backend)
     if residual is not None:
         _checks.like_x("residual", residual, x, backend)
-    before, beside = state._store.beside(backend, x)
+    before, placed = state._store.placed_beside(backend, x)
     _checks.state_arrays(before[:4], state.num_features, x, backend)
     if out is not None:
         _checks.out(out, x, residual, before[:4], backend)
-        if recorded and backend.records(x, beside.weight, beside.bias, residual):
+        if recorded and backend.records(x, placed.weight, placed.bias, residual):
             raise ValueError("out was given but autograd is to record this call: drop out, or use torch.no_grad()")
 
     empty = 0 in x.shape and (group is None or backend.is_traced(x))
@@ -275,9 +276,9 @@ def check(
         given |= {"channels": x.shape[index], "dtype": dtype_name(x.dtype), "axis": index, "training": training}
         members = exchange.Members(group, exchange.settings(**given, relu=spec.relu, nonfinite=nonfinite))
     elif uses_batch and commits:
-        update = state._store.planned_update(beside, nonfinite == "propagate")
-    call = Call(x, spec, beside.weight, beside.bias, residual, mask, members, update, out)
-    return Checked(backend, call, state, before, beside, nonfinite, uses_batch, commits)
+        update = state._store.planned_update(placed, nonfinite == "propagate")
+    call = Call(x, spec, placed.weight, placed.bias, residual, mask, members, update, out)
+    return Checked(backend, call, state, before, placed, nonfinite, uses_batch, commits)
 
 
 def notify_failure(x: Array, state: Any, training: bool, group: Any, error: Exception) -> None:
@@ -324,7 +325,7 @@ def _forward(checked: Checked) -> tuple[Array, Statistics, tuple[Array, Array] |
 
 def given_statistics(checked: Checked) -> Statistics:
     """The running ones; for an empty batch of a state without them, which has no values to normalize, zeros."""
-    mean, var = checked.beside.running_mean, checked.beside.running_var
+    mean, var = checked.placed.running_mean, checked.placed.running_var
     if mean is None:
         mean = var = zeros_beside(checked.backend, checked.call.x, checked.state.num_features)
     return Statistics(None, mean, None, var)
@@ -332,19 +333,19 @@ def given_statistics(checked: Checked) -> Statistics:
 
 def finish(checked: Checked, statistics: Statistics, running: tuple[Array, Array] | None = None) -> None:
     """What changes the state, after everything else has succeeded."""
-    backend, call, state, before, beside, nonfinite, uses_batch, commits = checked
+    backend, call, state, before, placed, nonfinite, uses_batch, commits = checked
     if uses_batch and nonfinite == "raise":
         _require_finite(backend, statistics)
     store = state._store
     if not commits or (isinstance(statistics.count, int) and statistics.count == 0):  # all members' x are empty
-        store.settle(backend, before, beside)
+        store.adopt(backend, before, placed)
         return
-    batch = Batch(backend, call.x, statistics, nonfinite == "propagate", before, beside, running)
+    batch = Batch(backend, call.x, statistics, nonfinite == "propagate", before, placed, running)
     block = store.block
     if block is None or not block.add(batch):
         store.learn(batch)
     else:
-        store.settle(backend, before, beside)
+        store.adopt(backend, before, placed)
 
 
 def _require_finite(backend: Backend, statistics: Statistics) -> None:

@@ -294,7 +294,7 @@ def _run(
     if renorm is not None:
         with backend.no_grad():
             of_parts = backend.statistics(Call(backend.detached(parts), ghost_spec, mask=mask_parts))
-            correction = _correction(xp, ghosts, of_parts, checked.beside, spec.eps, _limits(renorm))
+            correction = _correction(xp, ghosts, of_parts, checked.placed, spec.eps, _limits(renorm))
         r, d = correction
         bias = d if weight is None else weight * d + bias
         weight = r if weight is None else weight * r

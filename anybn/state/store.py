@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     """whether channels whose statistics are not finite learn them"""
     before: Arrays
     """the store's arrays as the call met them, perhaps overtaken by another thread since"""
-    beside: Arrays
+    placed: Arrays
     """the same beside x"""
     running: tuple[Array, Array] | None = None
     """the running statistics that the backend has made of these in the same pass"""
@@ -79,7 +79,7 @@ class Store:
 
     # -- reading -----------------------------------------------------------------------------------------------
 
-    def beside(self, backend: Backend, x: Array) -> tuple[Arrays, Arrays]:
+    def placed_beside(self, backend: Backend, x: Array) -> tuple[Arrays, Arrays]:
         """(the arrays as they are, the arrays beside x). The state itself moves when the call has succeeded."""
         arrays = self.arrays
         return arrays, placed(arrays, self.dtype, backend, backend.device_of(x))
@@ -105,12 +105,12 @@ class Store:
                     self.arrays = after
                     return
 
-    def settle(self, backend: Backend, before: Arrays, beside: Arrays) -> None:
+    def adopt(self, backend: Backend, before: Arrays, placed: Arrays) -> None:
         """Adopt the arrays moved for a call that is done, unless the state has changed since or may not keep them."""
-        if beside is not before and storable(backend, beside, before):
+        if placed is not before and storable(backend, placed, before):
             with _lock.commits:
                 if self.arrays is before:
-                    self.arrays = beside
+                    self.arrays = placed
 
     def learn(self, batch: Batch) -> None:
         """Count the batch and fold its statistics into the running ones: one swap, after everything has succeeded."""
@@ -123,7 +123,7 @@ class Store:
         return [partial(setattr, self, "arrays", new)], [partial(setattr, self, "arrays", old)]
 
     def _learnt(self, batch: Batch, old: Arrays) -> Arrays:
-        backend, arrays, running = batch.backend, batch.beside, batch.running
+        backend, arrays, running = batch.backend, batch.placed, batch.running
         if old is not batch.before:  # overtaken, and so is what was made of it
             arrays, running = placed(old, self.dtype, backend, backend.device_of(batch.x)), None
         if running is None:
@@ -232,7 +232,7 @@ class Block:
         backend, x, moments = self.latest.backend, self.latest.x, self.moments
         with backend.no_grad():
             statistics = Statistics(moments.count, moments.mean, moments.shift, moments.var(), moments.m2)
-        return store.changes(Batch(backend, x, statistics, self.latest.propagate, *store.beside(backend, x)))
+        return store.changes(Batch(backend, x, statistics, self.latest.propagate, *store.placed_beside(backend, x)))
 
     @staticmethod
     def _moments_beside(batch: Batch, latest: Batch, moments: Moments) -> Moments:

@@ -101,7 +101,7 @@ class ModuleStore(Store):
         with _lock.commits:
             return Arrays(*(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in self.arrays))
 
-    def beside(self, backend: Backend, x: Array) -> tuple[Arrays, Arrays]:
+    def placed_beside(self, backend: Backend, x: Array) -> tuple[Arrays, Arrays]:
         arrays, device = self.arrays, backend.device_of(x)
         for name, array in arrays.held().items():
             _checks.floating_array(name, array, _TORCH)
@@ -119,7 +119,7 @@ class ModuleStore(Store):
 
     # -- writing, in place and all under the lock of every state -----------------------------------------------
 
-    def settle(self, backend: Backend, before: Arrays, beside: Arrays) -> None:
+    def adopt(self, backend: Backend, before: Arrays, placed: Arrays) -> None:
         """It stays where it is."""
 
     def learn(self, batch: Batch) -> None:
