@@ -1,6 +1,7 @@
 """``python -m anybn``, and ``anybn``: info, demo and check."""
 
 import builtins
+import re
 import subprocess
 import sys
 import tomllib
@@ -235,7 +236,8 @@ def pytest_command(monkeypatch):
     return ran
 
 
-def test_check_runs_the_quick_conformance_tests(pytest_command):
+def test_check_runs_the_quick_conformance_tests(pytest_command, monkeypatch):
+    monkeypatch.setattr(cli, "resolve_target", lambda name: None)  # there is no such device in most places
     assert cli.main(["check", "--backend", "numpy", "--backend", "torch:cuda"]) == 5
     assert pytest_command[:3] == [sys.executable, "-m", "pytest"]
     arguments = pytest_command[3:]
@@ -254,6 +256,14 @@ def test_check_takes_every_usable_backend(pytest_command, monkeypatch):
     monkeypatch.setattr(cli, "installed_backends", lambda: found)
     cli.main(["check"])
     assert [a for a in pytest_command if "backend" in a] == ["--anybn-backend=numpy", "--anybn-backend=dask"]
+
+
+def test_check_of_a_backend_that_there_is_not(pytest_command, capsys):
+    assert cli.main(["check", "--backend", "numpy", "--backend", "nosuch"]) == 2
+    assert not pytest_command
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert re.fullmatch(r"anybn: --backend: .*nosuch.*\n", printed.err)
 
 
 def test_check_without_pytest(capsys, monkeypatch):

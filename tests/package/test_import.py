@@ -1,8 +1,11 @@
 """What importing anybn costs, in a fresh interpreter."""
 
+import os
 import statistics
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 
 def run(code: str) -> str:
@@ -44,6 +47,23 @@ def test_import_adds_little_to_numpys():
         numpy_seconds, added_seconds = map(float, run(code).split())
         ratios.append(added_seconds / numpy_seconds)
     assert statistics.median(ratios) < 1
+
+
+def test_pytest_runs_of_other_projects_load_no_numpy(tmp_path):
+    """pytest loads the plugin in every run in the environment: it imports nothing, and brings no marker of its own."""
+    tmp_path.joinpath("test_nothing.py").write_text("import sys\ndef test(): assert 'numpy' not in sys.modules\n")
+    project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-p", "no:anybn"]
+    command += ["-p", project["entry-points"]["pytest11"]["anybn"], "-c", os.devnull, "--rootdir", tmp_path]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([*command, tmp_path], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout
+    done = subprocess.run([*command, "--markers"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert "pytest.mark.parametrize" in done.stdout
+    assert "quick" not in done.stdout
+    done = subprocess.run([*command, "--anybn-backend=nosuch"], capture_output=True, text=True, env=environment)
+    assert "nosuch" in done.stderr
+    assert len(done.stdout.splitlines() + done.stderr.splitlines()) < 8
 
 
 def test_backends_is_a_function_and_a_package():
