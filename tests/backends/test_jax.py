@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import anybn
+from anybn.backends.registry import backend_for
 from anybn.conformance import inputs, oracle
 
 jax = pytest.importorskip("jax", reason="jax: not installed, pip install jax")
@@ -293,3 +294,43 @@ def test_training_steps_with_gradients_in_a_scan(momentum):
     assert state.num_batches_tracked == 4
     for name in ("weight", "bias", "running_mean", "running_var"):
         assert np.allclose(getattr(state, name), getattr(expected, name), rtol=1e-5, atol=1e-6)  # float32 training
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", [(32, 8, 28, 28), (3, 5, 17, 97), (5000, 4), (1, 2, 70_000)])
+def test_sums_do_not_depend_on_xla_s_order(shape, axis):
+    """Of squares, whose exact sum is known to all digits of float64; XLA's own are up to 50 units off.
+
+    The bar is that of results without float64.
+    """
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32) ** 2
+    axes = tuple(i for i in range(len(shape)) if i != axis % len(shape))
+    exact = values.sum(axes, dtype=np.float64)
+    found = jax.jit(lambda a: backend_for(a).sum(jnp, a, axes))(jnp.asarray(values))
+    assert oracle.error(np.asarray(found, np.float64) / exact, np.ones_like(exact), "float32") <= 4
+
+
+def test_ranks_are_never_promoted():
+    """Equinox's tests, and others', run with this."""
+    x = jnp.asarray(VALUES)
+    weight, bias = jnp.ones((3, 4)), jnp.zeros((3, 4))
+    with jax.numpy_rank_promotion("raise"):
+        for norm in (
+            lambda x: anybn.layer_norm(x, weight, bias, axes=(1, 2)),
+            lambda x: anybn.rms_norm(x, weight[0]),
+            lambda x: anybn.group_norm(x, 1, weight[:, 0], bias[:, 0]),
+        ):
+            jax.grad(lambda x, norm=norm: norm(x).sum())(x)
+        anybn.norms.layer_norm_vjp(x, weight, bias, axes=(1, 2))[1](x)
+
+        def step(x, state):
+            y = anybn.batch_norm(x, state, training=True, group="batch")
+            return y.sum(), (y, state)
+
+        states = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * 2), anybn.BatchNormState(3, like="jax"))
+        step = jax.value_and_grad(step, has_aux=True)
+        (_, (y, _)), _ = jax.vmap(step, axis_name="batch")(jnp.stack([x[:4], x[4:]]), states)
+    assert (
+        oracle.error(np.concatenate(y), anybn.batch_norm(VALUES, anybn.BatchNormState(3), training=True), "float32")
+        <= 4
+    )
