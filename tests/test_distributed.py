@@ -149,6 +149,34 @@ class Alone:
         return array
 
 
+class Same:
+    """Members that all bring the same, one of them here. They may have ranks."""
+
+    def __init__(self, members, ranked):
+        self.members = members
+        if ranked:
+            self.rank, self.size = 0, members
+
+    def all_reduce_sum(self, array):
+        total = array
+        for _ in range(self.members - 1):
+            total = total + array
+        return total
+
+
+@pytest.mark.parametrize(("members", "ranked"), [(3, False), (7, False), (1000, False), (65, True)])
+@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.25])
+def test_members_that_agree(target, members, ranked, eps, monkeypatch):
+    """Whatever the device's dtype: the numbers that they compare are summed exactly."""
+    if ranked:  # rows of settings, of which here is one alone, are not what this is about
+        monkeypatch.setattr("anybn.groups.exchange._agreed_vectors", lambda *_: 0)
+    x = target.array(inputs.exact((16, 4, 9)), "float32")
+    alone, state = (anybn.BatchNormState(4, ddof=0, eps=eps) for _ in range(2))
+    anybn.batch_norm(x, alone, training=True)
+    anybn.batch_norm(x, state, training=True, group=Same(members, ranked))
+    assert np.allclose(target.numpy(state.running_var), target.numpy(alone.running_var), rtol=1e-5, atol=0)
+
+
 def test_any_backend_can_be_in_a_group(target):
     """A group of one is no group."""
     values = inputs.ROWS["mean 1e3, std 1"](inputs.normal((16, 4, 9))).astype(np.float32)
