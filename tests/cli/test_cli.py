@@ -157,6 +157,12 @@ def test_demo_switches_to(guest, tmp_path):
     assert f"2-2 on {guest}" in done.stdout
 
 
+def test_the_demo_s_extra_brings_a_library_to_switch_to():
+    extras = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
+    names = {re.split("[^a-z-]", need)[0].replace("-", "_") for need in extras["optional-dependencies"]["demo"]}
+    assert names & set(demo.GUESTS)
+
+
 def test_demo_takes_the_next_library_if_torch_is_missing(capsys, monkeypatch):
     def backend_named(name):
         if name in missing:
