@@ -5,7 +5,12 @@ import statistics
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
+
+import pytest
+
+import anybn
 
 
 def run(code: str) -> str:
@@ -47,6 +52,28 @@ def test_import_adds_little_to_numpys():
         numpy_seconds, added_seconds = map(float, run(code).split())
         ratios.append(added_seconds / numpy_seconds)
     assert statistics.median(ratios) < 1
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_a_framework_that_is_missing_is_an_attribute_that_is_missing(name):
+    code = f"import sys; sys.modules['{name}'] = None; import anybn; print(hasattr(anybn, '{name}'))"
+    assert run(code + f"\ntry: anybn.{name}\nexcept AttributeError as e: print('pip install {name}' in str(e))") == (
+        "False\nTrue\n"
+    )
+
+
+def test_the_package_runs_from_a_zip(tmp_path):
+    package, archive = Path(anybn.__file__).parent, tmp_path / "anybn.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in package.rglob("*"):
+            if path.suffix in (".py", ".cu", ".cuh"):
+                file.write(path, path.relative_to(package.parent))
+    code = (
+        f"import sys; sys.path.insert(0, {str(archive)!r}); import anybn\n"
+        "from anybn.kernels.cuda.launch import source\n"
+        "print(anybn.__file__.startswith(sys.path[0]), '__global__' in source(), '.cuh' in source())"
+    )
+    assert run(code) == "True True False\n"
 
 
 def test_pytest_runs_of_other_projects_load_no_numpy(tmp_path):
