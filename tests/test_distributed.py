@@ -223,6 +223,30 @@ def test_torch_modules_take_a_group():
     assert not hasattr(model[0], "group")
 
 
+def test_a_model_with_a_subgroup_is_saved(tmp_path):
+    """In a process of its own, which has a group. What is loaded evaluates, and says what it lacks to train."""
+    torch = pytest.importorskip("torch", reason="torch: not installed")
+    path = tmp_path / "model.pt"
+    code = f"""
+import torch, torch.distributed as dist, anybn.torch
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = torch.nn.Sequential(anybn.torch.BatchNorm1d(3, group=dist.new_group([0])))
+model(torch.arange(12.0).reshape(4, 3))
+torch.save(model, {str(path)!r})
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    model = torch.load(path, weights_only=False)
+    assert int(model[0].num_batches_tracked) == 1
+    x = torch.ones(4, 3)
+    model.eval()(x)
+    with pytest.raises(RuntimeError, match=r"group comes from a file.* of the ranks \[0\]"):
+        model.train()(x)
+    torch.save(model, path)
+    assert "ranks [0], lost" in repr(torch.load(path, weights_only=False))
+    model[0].group = None
+    model(x)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where it looks at what a graph begins with
 def test_torch_compile_ends_its_graph_at_a_group():
     torch = pytest.importorskip("torch", reason="torch: not installed")
