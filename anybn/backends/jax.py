@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,12 @@ from anybn.core.call import Array, Call, Gradients, Spec, Statistics
 
 with needs("jax", pip="jax"):
     import jax
+    import jax.extend.core
     import jax.numpy as jnp
+
+    # where it is in JAX 0.5, and since
+    _core = jax.extend.core if hasattr(jax.extend.core, "get_opaque_trace_state") else jax.core
+    _opaque_trace_state = _core.get_opaque_trace_state
 
 _pytree.register_with_jax()
 
@@ -67,6 +73,15 @@ def _sum(xp: Any, a: Array, axes: tuple[int, ...]) -> Array:
     return a
 
 
+def _current_trace() -> Any:
+    return _opaque_trace_state(convention="anybn")
+
+
+_NO_TRACE = _current_trace()
+#: Of arrays made inside a trace, by their id: that trace. `vmap` does not trace what it does not batch.
+_made_in: dict[int, Any] = {}
+
+
 class JaxBackend(Backend):
     name = "jax"
     libraries = ("jax", "jaxlib")
@@ -102,7 +117,11 @@ class JaxBackend(Backend):
         return bool(jax.config.jax_enable_x64)
 
     def from_numpy(self, array: np.ndarray, device: Any) -> jax.Array:
-        return jnp.array(array)
+        made = jnp.array(array)
+        if (trace := _current_trace()) != _NO_TRACE:
+            _made_in[id(made)] = trace
+            weakref.finalize(made, _made_in.pop, id(made), None).atexit = False
+        return made
 
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.array(x)
@@ -115,7 +134,9 @@ class JaxBackend(Backend):
         new, old = _primal(new), _primal(old)
         if not isinstance(new, jax.core.Tracer):
             return True
-        return isinstance(old, jax.core.Tracer) and new._trace is old._trace
+        if isinstance(old, jax.core.Tracer) and new._trace is old._trace:
+            return True
+        return id(old) in _made_in and _made_in[id(old)] == _current_trace()
 
     def detached(self, x: Array) -> Array:
         return _primal(x)

@@ -334,3 +334,33 @@ def test_ranks_are_never_promoted():
         oracle.error(np.concatenate(y), anybn.batch_norm(VALUES, anybn.BatchNormState(3), training=True), "float32")
         <= 4
     )
+
+
+@pytest.mark.parametrize("like", ["jax", "x"])
+def test_a_state_made_inside_vmap_trains(like):
+    xs = jnp.stack([jnp.asarray(VALUES), jnp.asarray(VALUES * 2 + 1)])
+
+    def trained(x):
+        state = anybn.BatchNormState(3, like=x if like == "x" else like)
+        for _ in range(2):
+            anybn.batch_norm(x, state, training=True)
+        return state
+
+    for transform in (jax.vmap, lambda f: jax.jit(jax.vmap(f)), lambda f: jax.vmap(jax.jit(f))):
+        states = transform(trained)(xs)
+        for k in range(2):
+            expected = trained(xs[k])
+            assert oracle.error(np.asarray(states.running_var[k]), np.asarray(expected.running_var), "float32") <= 4
+
+    outer = []
+
+    def with_state_of_outer_trace(x):
+        state = anybn.BatchNormState(3, like="jax")
+        with pytest.raises(anybn.StateError, match="was not passed into this traced call"):
+            jax.vmap(lambda x: anybn.batch_norm(x, state, training=True))(xs)
+        outer.append(state)
+        return x
+
+    jax.vmap(with_state_of_outer_trace)(xs)
+    with pytest.raises(anybn.StateError, match="was not passed into this traced call"):
+        jax.vmap(lambda x: anybn.batch_norm(x, outer[0], training=True))(xs)
