@@ -177,7 +177,7 @@ def test_tree_functions_give_states():
 def test_float64_mode_passes_conformance():
     """JAX decides once per process whether it has float64."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "--pyargs", "anybn.conformance", "--anybn-backend=jax", "-q", "-x",
+        [sys.executable, "-m", "pytest", "--pyargs", "anybn.conformance", "--anybn-backend=jax", "-q", "-x", "-m", "",
          "-k", "quick or test_float64 or test_running_statistics or test_switching or test_bad_calls"],
         env={**os.environ, "JAX_ENABLE_X64": "1"},
         capture_output=True,
