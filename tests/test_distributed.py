@@ -164,8 +164,8 @@ class Same:
         return total
 
 
-@pytest.mark.parametrize(("members", "ranked"), [(3, False), (7, False), (1000, False), (65, True)])
-@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.25])
+@pytest.mark.parametrize(("members", "ranked"), [(3, False), (7, False), (65, True)])
+@pytest.mark.parametrize("eps", [1e-5, 0.25])
 def test_members_that_agree(target, members, ranked, eps, monkeypatch):
     """Whatever the device's dtype: the numbers that they compare are summed exactly."""
     if ranked:  # rows of settings, of which here is one alone, are not what this is about
