@@ -391,7 +391,7 @@ def run_conformance() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider"]
     command += ["--pyargs", "anybn.conformance", "--tb=short", "--maxfail=40"]
     if not entry_points(group="pytest11", name="anybn"):
-        command += ["-p", "anybn.conformance.plugin"]
+        command += ["-p", "anybn_pytest"]
     if options.rehearse:
         command += ["--anybn-backend=numpy", "-m", "quick"]
     else:

@@ -149,6 +149,34 @@ class Alone:
         return array
 
 
+class Same:
+    """Members that all bring the same, one of them here. They may have ranks."""
+
+    def __init__(self, members, ranked):
+        self.members = members
+        if ranked:
+            self.rank, self.size = 0, members
+
+    def all_reduce_sum(self, array):
+        total = array
+        for _ in range(self.members - 1):
+            total = total + array
+        return total
+
+
+@pytest.mark.parametrize(("members", "ranked"), [(3, False), (7, False), (65, True)])
+@pytest.mark.parametrize("eps", [1e-5, 0.25])
+def test_members_that_agree(target, members, ranked, eps, monkeypatch):
+    """Whatever the device's dtype: the numbers that they compare are summed exactly."""
+    if ranked:  # rows of settings, of which here is one alone, are not what this is about
+        monkeypatch.setattr("anybn.groups.exchange._agreed_vectors", lambda *_: 0)
+    x = target.array(inputs.exact((16, 4, 9)), "float32")
+    alone, state = (anybn.BatchNormState(4, ddof=0, eps=eps) for _ in range(2))
+    anybn.batch_norm(x, alone, training=True)
+    anybn.batch_norm(x, state, training=True, group=Same(members, ranked))
+    assert np.allclose(target.numpy(state.running_var), target.numpy(alone.running_var), rtol=1e-5, atol=0)
+
+
 def test_any_backend_can_be_in_a_group(target):
     """A group of one is no group."""
     values = inputs.ROWS["mean 1e3, std 1"](inputs.normal((16, 4, 9))).astype(np.float32)
@@ -193,6 +221,30 @@ def test_torch_modules_take_a_group():
         anybn.torch.convert(torch.nn.BatchNorm1d(3), group=3)
     anybn.torch.revert(model)
     assert not hasattr(model[0], "group")
+
+
+def test_a_model_with_a_subgroup_is_saved(tmp_path):
+    """In a process of its own, which has a group. What is loaded evaluates, and says what it lacks to train."""
+    torch = pytest.importorskip("torch", reason="torch: not installed")
+    path = tmp_path / "model.pt"
+    code = f"""
+import torch, torch.distributed as dist, anybn.torch
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = torch.nn.Sequential(anybn.torch.BatchNorm1d(3, group=dist.new_group([0])))
+model(torch.arange(12.0).reshape(4, 3))
+torch.save(model, {str(path)!r})
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    model = torch.load(path, weights_only=False)
+    assert int(model[0].num_batches_tracked) == 1
+    x = torch.ones(4, 3)
+    model.eval()(x)
+    with pytest.raises(RuntimeError, match=r"group comes from a file.* of the ranks \[0\]"):
+        model.train()(x)
+    torch.save(model, path)
+    assert "ranks [0], lost" in repr(torch.load(path, weights_only=False))
+    model[0].group = None
+    model(x)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where it looks at what a graph begins with

@@ -170,8 +170,12 @@ def _of_channels(x: Array, axis: int, *channel: Array | None) -> list[Array | No
 def _blockwise(
     function: Callable[..., Any], x: Array, axis: int, dtype: np.dtype, /, *arrays: Array | None, **options: Any
 ) -> Array:
-    """function of the chunks of arrays of x's axes, or with one axis, the channels', or None."""
+    """function of the chunks of arrays of x's axes, or with one axis, the channels', or None.
+
+    Arrays without values become one chunk: of several, which a selection can leave, Dask forgets all but the first.
+    """
     everywhere = tuple(range(x.ndim))
+    arrays = tuple(dask.array.zeros(a.shape, a.dtype) if a is not None and 0 in a.shape else a for a in arrays)
     pairs = [(a, None if a is None else everywhere if a.ndim == x.ndim else (axis,)) for a in arrays]
     meta = np.empty((0,) * x.ndim, dtype)
     return dask.array.blockwise(function, everywhere, *chain(*pairs), dtype=dtype, meta=meta, **options)

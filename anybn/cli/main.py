@@ -138,6 +138,12 @@ def add_check(commands: Commands) -> None:
 def check(options: argparse.Namespace) -> int:
     if find_spec("pytest") is None:
         raise BackendNotInstalled("check needs pytest: pip install pytest")
+    try:
+        for name in options.backend or ():
+            resolve_target(name)
+    except Exception as error:  # each library has its own for a device that is not there
+        print(f"anybn: --backend: {error}", file=sys.stderr)
+        return 2
     names = options.backend or [name for name, backend in installed_backends().items() if backend.usable]
     print(f"checking {', '.join(names)}", flush=True)
     return subprocess.run([sys.executable, "-m", "pytest", *pytest_arguments(names)], check=False).returncode

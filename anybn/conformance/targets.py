@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,15 @@ def bar(target: Target, dtype: str) -> float:
     return 2.0 if target.has_float64 else 4.0
 
 
+def rows_and_layouts(rows: Iterable[str], layouts: Iterable[str]) -> list[Any]:
+    """All pairs, as parameters. Those that have neither the first row nor the first layout are slow, taken together."""
+    rows, layouts = list(rows), list(layouts)
+    return [
+        pytest.param(row, layout, marks=pytest.mark.slow if row != rows[0] and layout != layouts[0] else ())
+        for row, layout in itertools.product(rows, layouts)
+    ]
+
+
 def _target(name: str) -> Target:
     backend, device = registry.resolve_target(name)
     if not backend.devices():
@@ -95,7 +105,10 @@ def chosen_targets(names: list[str] | None) -> list[Any]:
             reason = f"{name}: {missing if info is None else info.problem}"
             params.append(pytest.param(None, id=name, marks=pytest.mark.skip(reason=reason)))
             continue
+        seen = set()
         for device in info.devices if len(info.devices) > 1 else ("",):
-            target = f"{name}:{device}" if device else name
-            params.append(pytest.param(_target(target), id=target))
+            target = _target(f"{name}:{device}" if device else name)
+            alike = target.has_float64 in seen  # as a device before
+            params.append(pytest.param(target, id=target.name, marks=pytest.mark.slow if alike else ()))
+            seen.add(target.has_float64)
     return params

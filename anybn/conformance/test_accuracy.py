@@ -7,7 +7,7 @@ import pytest
 
 import anybn
 from anybn.conformance import inputs, oracle
-from anybn.conformance.targets import Target, bar
+from anybn.conformance.targets import Target, bar, rows_and_layouts
 
 
 def train(target: Target, values: np.ndarray, x: Any, axis: int, layout: str, dtype: str) -> anybn.BatchNormState:
@@ -46,16 +46,14 @@ def train_and_evaluate(target: Target, values: np.ndarray, layout: str, dtype: s
     assert oracle.error(target.numpy(y), inputs.in_layout(expected, layout), dtype) <= bar(target, dtype)
 
 
-@pytest.mark.parametrize("layout", inputs.LAYOUTS)
-@pytest.mark.parametrize("row", inputs.ROWS)
+@pytest.mark.parametrize(("row", "layout"), rows_and_layouts(inputs.ROWS, inputs.LAYOUTS))
 def test_float32(target: Target, row: str, layout: str) -> None:
     if row == inputs.OVERFLOWING and not target.has_float64:
         pytest.skip("variances of 1e60 need float64")
     train_and_evaluate(target, inputs.ROWS[row](inputs.normal()), layout, "float32")
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "strided view"])
-@pytest.mark.parametrize("row", inputs.ROWS)
+@pytest.mark.parametrize(("row", "layout"), rows_and_layouts(inputs.ROWS, ["NCHW", "NHWC", "strided view"]))
 def test_float64(target: Target, row: str, layout: str) -> None:
     target.require("float64")
     train_and_evaluate(target, inputs.ROWS[row](inputs.normal()), layout, "float64")
@@ -74,6 +72,7 @@ def test_quick(target: Target, row: str) -> None:
     train_and_evaluate(target, inputs.ROWS[row](inputs.normal((8, 3, 5, 7))), "NCHW", "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", inputs.HUGE_SHAPES, ids=str)
 def test_ten_million_values_in_one_channel(target: Target, shape: tuple[int, ...]) -> None:
     values = inputs.cast(inputs.normal(shape) + 100, "float32")

@@ -8,7 +8,7 @@ import pytest
 
 import anybn
 from anybn.conformance import inputs, oracle
-from anybn.conformance.targets import Target, bar
+from anybn.conformance.targets import Target, bar, rows_and_layouts
 
 
 def check(
@@ -151,8 +151,9 @@ def test_automatic_differentiation(
         )
 
 
-@pytest.mark.parametrize("layout", inputs.LAYOUTS)
-@pytest.mark.parametrize("row", [row for row in inputs.ROWS if row != inputs.OVERFLOWING])
+@pytest.mark.parametrize(
+    ("row", "layout"), rows_and_layouts([row for row in inputs.ROWS if row != inputs.OVERFLOWING], inputs.LAYOUTS)
+)
 def test_input_gradient(target: Target, row: str, layout: str) -> None:
     check(target, inputs.ROWS[row](inputs.normal((16, 8, 14, 14))), "float32", layout)
 

@@ -274,5 +274,5 @@ def from_rows(xp: Any, rows: Array, spec: RowSpec) -> Array:
 def scaled(xp: Any, a: Array, weight: Array | None, bias: Array | None) -> Array:
     """``a * weight + bias`` in a's dtype, for a ``(N, P, L)``."""
     if weight is not None:
-        a = a * xp.reshape(xp.astype(weight, a.dtype), (-1, 1))
-    return a if bias is None else a + xp.reshape(xp.astype(bias, a.dtype), (-1, 1))
+        a = a * xp.reshape(xp.astype(weight, a.dtype), (1, -1, 1))
+    return a if bias is None else a + xp.reshape(xp.astype(bias, a.dtype), (1, -1, 1))

@@ -27,12 +27,12 @@ def merged(xp: Any, total: int | Array, count: int | Array, mean: Array, shift: 
     else:
         origin = xp.max(xp.where(count > 0, mean, xp.full_like(mean, -xp.inf)), axis=0)
         origin = xp.where(xp.isfinite(origin), origin, xp.zeros_like(origin))
-    rounded = origin + xp.sum(count * (mean - origin), axis=0) / n
-    deviation = mean - rounded
+    rounded = origin + xp.sum(count * (mean - origin[None, :]), axis=0) / n
+    deviation = mean - rounded[None, :]
     if shift is not None:
         deviation = deviation + shift
     rest = xp.sum(count * deviation, axis=0) / n
-    deviation = deviation - rest
+    deviation = deviation - rest[None, :]
     m2 = xp.sum(m2 + count * deviation * deviation, axis=0)
     return Statistics(total, rounded, rest, m2 / n, m2)
 

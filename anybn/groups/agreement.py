@@ -82,15 +82,25 @@ def require_agreement(heads: np.ndarray) -> None:
         raise ValueError(f"the members of the group disagree: {'; '.join(differing)}: give all of them the same layer")
 
 
-def summands(settings: Settings) -> tuple[float, float, float]:
-    """Three numbers whose sums over all members show whether their settings are equal: see `require_equal_sums`."""
-    tag = float(hash(settings) % 2**16)
-    return 1.0, tag, tag * tag
+#: How many hexadecimal digits of the hash of its settings a member sends. So small, the sums of their squares are exact
+#: in float32, for 2**16 members.
+_DIGITS = 4
+SUMMANDS = 1 + 2 * _DIGITS
 
 
-def require_equal_sums(members: float, tags: float, squares: float) -> None:
-    """Raises ValueError unless all tags are equal: only then is ``members * sum(tag**2) == sum(tag)**2``."""
-    if members * squares != tags * tags:
+def summands(settings: Settings) -> tuple[float, ...]:
+    """`SUMMANDS` numbers whose sums over all members show whether their settings are equal: see `require_equal_sums`.
+
+    They are 1, the digits of a hash, and their squares.
+    """
+    digits = [float(hash(settings) >> 4 * i & 15) for i in range(_DIGITS)]
+    return 1.0, *digits, *(digit * digit for digit in digits)
+
+
+def require_equal_sums(sums: np.ndarray) -> None:
+    """Raises ValueError unless all digits are equal: only then is ``members * sum(digit**2) == sum(digit)**2``."""
+    members, digits, squares = sums[0], sums[1 : 1 + _DIGITS], sums[1 + _DIGITS :]
+    if (members * squares != digits * digits).any():
         raise ValueError(
             "the members of the group disagree in channels, dtype or settings; a group with rank and size would "
             "say which: give all members the same layer"

@@ -33,12 +33,19 @@ class TorchGroup:
 
     def __init__(self, process_group: Any = None):
         self.process_group = process_group
+        #: of a group that comes from a file: the ranks that it had
+        self.lost: list[int] | None = None
 
     @property
     def handle(self) -> Any:
         """What lives as long as the connections do."""
         import torch.distributed
 
+        if self.lost is not None:
+            raise RuntimeError(
+                f"group comes from a file, which holds no connections: it was of torch, of the ranks {self.lost}; "
+                "give the layer a group of this process, or None"
+            )
         if self.process_group is not None:
             return self.process_group
         if not torch.distributed.is_initialized():
@@ -58,16 +65,17 @@ class TorchGroup:
     def all_reduce_sum(self, array: Array) -> Array:
         import torch.distributed
 
+        handle = self.handle
         _pause_at_exit()
         total = array.detach().clone()
-        torch.distributed.all_reduce(total, group=self.process_group)
+        torch.distributed.all_reduce(total, group=handle)
         return total
 
     def from_numpy(self, values: np.ndarray) -> Array:
         """A tensor where the engine sums: on the CPU for gloo, on the current CUDA device for NCCL."""
         import torch.distributed
 
-        on_host = torch.distributed.get_backend(self.process_group) != "nccl"
+        on_host = torch.distributed.get_backend(self.handle) != "nccl"
         return torch.from_numpy(values).to("cpu" if on_host else f"cuda:{torch.cuda.current_device()}")
 
     def to_numpy(self, array: Array) -> np.ndarray:
@@ -77,8 +85,18 @@ class TorchGroup:
         """A copy of a model talks to the same processes."""
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        lost = self.lost
+        if self.process_group is not None:
+            import torch.distributed
+
+            lost = torch.distributed.get_process_group_ranks(self.process_group)
+        return {"process_group": None, "lost": lost}
+
     def __repr__(self) -> str:
-        return f"TorchGroup({self.process_group or ''})"
+        return (
+            f"TorchGroup({self.process_group or ''})" if self.lost is None else f"TorchGroup(ranks {self.lost}, lost)"
+        )
 
 
 @functools.cache

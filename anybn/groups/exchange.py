@@ -184,20 +184,20 @@ def _in_two_sums(backend: Backend, xp: Any, part: Part, members: Members) -> Sta
     """The statistics of all members, in two collectives."""
     group = members.group
     head = _vector(backend, xp, part.mean, part.count, agreement.summands(members.settings))
-    count = head[0]
+    count, k = head[0], head.shape[0]
     totals = backend.all_reduce_sum(group, xp.concat([head, part.mean * count]))
     if backend.is_traced(totals):
         total: Any = totals[0]
     else:
-        counted, size, tags, squares = _on_host(backend, totals[:4])
+        counted, *agreed = _on_host(backend, totals[:k]).astype(np.float64)
         if np.isnan(counted):
             failed = _gathered(backend, xp, group, head[:1]) if has_ranks(group) else totals[:1]
             agreement.require_presence(_on_host(backend, failed))
-        agreement.require_equal_sums(size, tags, squares)
+        agreement.require_equal_sums(np.array(agreed))
         total = int(counted)
-        agreement.require_values(total, int(size))
+        agreement.require_values(total, int(agreed[0]))
     n = formulas.divisor(xp, total, part.mean.dtype)
-    mean = totals[4:] / n
+    mean = totals[k:] / n
     deviation = part.mean - mean
     if part.shift is not None:
         deviation = deviation + part.shift
@@ -219,7 +219,7 @@ def notify_failure(group: Any, channels: int, error: Exception, backend: Backend
             length = 1 + len(Settings._fields) + agreed.get(channels, 0) * channels
             rows_of_all(group, np.pad([np.nan], (0, length - 1)), backend, like)
             return
-        group.all_reduce_sum(_to_engine(group, np.pad([np.nan], (0, 3 + channels)), backend, like))
+        group.all_reduce_sum(_to_engine(group, np.pad([np.nan], (0, agreement.SUMMANDS + channels)), backend, like))
         if has_ranks(group):
             rows_of_all(group, np.array([np.nan]), backend, like)
     except Exception as problem:

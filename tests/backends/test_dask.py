@@ -194,6 +194,22 @@ def test_empty_chunks_and_masked_ones():
     assert oracle.error(state.to("numpy").running_var, expected.running_var, "float64") <= 4
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_several_empty_chunks(training, masked):
+    """What a selection leaves that finds nothing."""
+    x = da.zeros((0, 4, 6), chunks=((0, 0, 0), (2, 2), (6,)), dtype="f4")
+    state = anybn.BatchNormState(4)
+    options = {"residual": x, "activation": "relu", "mask": x[:, 0] > 0 if masked else None}
+    y, pullback = anybn.batch_norm_vjp(x, state, training=training, **options)
+    grads = pullback(y)
+    for a in (y, grads.x, grads.residual):
+        assert a.compute().shape == (0, 4, 6)
+    assert np.array_equal(grads.weight.compute(), np.zeros(4))
+    assert np.array_equal(grads.bias.compute(), np.zeros(4))
+    assert state.num_batches_tracked == 0
+
+
 def test_a_cluster_of_two_workers():
     distributed = pytest.importorskip("distributed", reason="distributed: not installed, pip install distributed")
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "processes": True}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import anybn
+from anybn.backends.registry import backend_for
 from anybn.conformance import inputs, oracle
 
 jax = pytest.importorskip("jax", reason="jax: not installed, pip install jax")
@@ -176,7 +177,7 @@ def test_tree_functions_give_states():
 def test_float64_mode_passes_conformance():
     """JAX decides once per process whether it has float64."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "--pyargs", "anybn.conformance", "--anybn-backend=jax", "-q", "-x",
+        [sys.executable, "-m", "pytest", "--pyargs", "anybn.conformance", "--anybn-backend=jax", "-q", "-x", "-m", "",
          "-k", "quick or test_float64 or test_running_statistics or test_switching or test_bad_calls"],
         env={**os.environ, "JAX_ENABLE_X64": "1"},
         capture_output=True,
@@ -293,3 +294,73 @@ def test_training_steps_with_gradients_in_a_scan(momentum):
     assert state.num_batches_tracked == 4
     for name in ("weight", "bias", "running_mean", "running_var"):
         assert np.allclose(getattr(state, name), getattr(expected, name), rtol=1e-5, atol=1e-6)  # float32 training
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", [(32, 8, 28, 28), (3, 5, 17, 97), (5000, 4), (1, 2, 70_000)])
+def test_sums_do_not_depend_on_xla_s_order(shape, axis):
+    """Of squares, whose exact sum is known to all digits of float64; XLA's own are up to 50 units off.
+
+    The bar is that of results without float64.
+    """
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32) ** 2
+    axes = tuple(i for i in range(len(shape)) if i != axis % len(shape))
+    exact = values.sum(axes, dtype=np.float64)
+    found = jax.jit(lambda a: backend_for(a).sum(jnp, a, axes))(jnp.asarray(values))
+    assert oracle.error(np.asarray(found, np.float64) / exact, np.ones_like(exact), "float32") <= 4
+
+
+def test_ranks_are_never_promoted():
+    """Equinox's tests, and others', run with this."""
+    x = jnp.asarray(VALUES)
+    weight, bias = jnp.ones((3, 4)), jnp.zeros((3, 4))
+    with jax.numpy_rank_promotion("raise"):
+        for norm in (
+            lambda x: anybn.layer_norm(x, weight, bias, axes=(1, 2)),
+            lambda x: anybn.rms_norm(x, weight[0]),
+            lambda x: anybn.group_norm(x, 1, weight[:, 0], bias[:, 0]),
+        ):
+            jax.grad(lambda x, norm=norm: norm(x).sum())(x)
+        anybn.norms.layer_norm_vjp(x, weight, bias, axes=(1, 2))[1](x)
+
+        def step(x, state):
+            y = anybn.batch_norm(x, state, training=True, group="batch")
+            return y.sum(), (y, state)
+
+        states = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * 2), anybn.BatchNormState(3, like="jax"))
+        step = jax.value_and_grad(step, has_aux=True)
+        (_, (y, _)), _ = jax.vmap(step, axis_name="batch")(jnp.stack([x[:4], x[4:]]), states)
+    assert (
+        oracle.error(np.concatenate(y), anybn.batch_norm(VALUES, anybn.BatchNormState(3), training=True), "float32")
+        <= 4
+    )
+
+
+@pytest.mark.parametrize("like", ["jax", "x"])
+def test_a_state_made_inside_vmap_trains(like):
+    xs = jnp.stack([jnp.asarray(VALUES), jnp.asarray(VALUES * 2 + 1)])
+
+    def trained(x):
+        state = anybn.BatchNormState(3, like=x if like == "x" else like)
+        for _ in range(2):
+            anybn.batch_norm(x, state, training=True)
+        return state
+
+    for transform in (jax.vmap, lambda f: jax.jit(jax.vmap(f)), lambda f: jax.vmap(jax.jit(f))):
+        states = transform(trained)(xs)
+        for k in range(2):
+            expected = trained(xs[k])
+            assert oracle.error(np.asarray(states.running_var[k]), np.asarray(expected.running_var), "float32") <= 4
+
+    outer = []
+
+    def with_state_of_outer_trace(x):
+        state = anybn.BatchNormState(3, like="jax")
+        with pytest.raises(anybn.StateError, match="was not passed into this traced call"):
+            jax.vmap(lambda x: anybn.batch_norm(x, state, training=True))(xs)
+        outer.append(state)
+        return x
+
+    jax.vmap(with_state_of_outer_trace)(xs)
+    with pytest.raises(anybn.StateError, match="was not passed into this traced call"):
+        jax.vmap(lambda x: anybn.batch_norm(x, outer[0], training=True))(xs)

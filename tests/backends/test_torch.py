@@ -219,3 +219,11 @@ def test_the_result_may_be_written_to_in_place(x, training):
         y = f(anybn.batch_norm(x, trained_state().to(x), training=training))
         grads.append(torch.autograd.grad((y**3).sum(), x)[0])
     assert torch.equal(*grads)
+
+
+def test_operations_have_types_for_annotations():
+    """torch 2.4 makes schemas of them, and takes no strings."""
+    from anybn.backends.torch import ops
+
+    for operation in (ops.train, ops.evaluate, ops.backward, ops.commit):
+        assert not any(isinstance(a, str) for a in operation._init_fn.__annotations__.values())

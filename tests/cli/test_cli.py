@@ -1,6 +1,7 @@
 """``python -m anybn``, and ``anybn``: info, demo and check."""
 
 import builtins
+import re
 import subprocess
 import sys
 import tomllib
@@ -156,6 +157,12 @@ def test_demo_switches_to(guest, tmp_path):
     assert f"2-2 on {guest}" in done.stdout
 
 
+def test_the_demo_s_extra_brings_a_library_to_switch_to():
+    extras = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
+    names = {re.split("[^a-z-]", need)[0].replace("-", "_") for need in extras["optional-dependencies"]["demo"]}
+    assert names & set(demo.GUESTS)
+
+
 def test_demo_takes_the_next_library_if_torch_is_missing(capsys, monkeypatch):
     def backend_named(name):
         if name in missing:
@@ -235,7 +242,8 @@ def pytest_command(monkeypatch):
     return ran
 
 
-def test_check_runs_the_quick_conformance_tests(pytest_command):
+def test_check_runs_the_quick_conformance_tests(pytest_command, monkeypatch):
+    monkeypatch.setattr(cli, "resolve_target", lambda name: None)  # there is no such device in most places
     assert cli.main(["check", "--backend", "numpy", "--backend", "torch:cuda"]) == 5
     assert pytest_command[:3] == [sys.executable, "-m", "pytest"]
     arguments = pytest_command[3:]
@@ -254,6 +262,14 @@ def test_check_takes_every_usable_backend(pytest_command, monkeypatch):
     monkeypatch.setattr(cli, "installed_backends", lambda: found)
     cli.main(["check"])
     assert [a for a in pytest_command if "backend" in a] == ["--anybn-backend=numpy", "--anybn-backend=dask"]
+
+
+def test_check_of_a_backend_that_there_is_not(pytest_command, capsys):
+    assert cli.main(["check", "--backend", "numpy", "--backend", "nosuch"]) == 2
+    assert not pytest_command
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert re.fullmatch(r"anybn: --backend: .*nosuch.*\n", printed.err)
 
 
 def test_check_without_pytest(capsys, monkeypatch):

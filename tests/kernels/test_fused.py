@@ -254,7 +254,8 @@ def test_threads_follow_the_environment():
         assert done.stdout.strip() == expected
 
 
-def test_without_numba_conformance_passes_too(tmp_path):
+@pytest.mark.parametrize("selection", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_without_numba_conformance_passes_too(tmp_path, selection):
     (tmp_path / "no_numba.py").write_text(
         "import sys\nsys.modules['numba'] = None\nfrom anybn.backends.numpy import kernels\n"
         "assert kernels().__name__ == 'anybn.kernels.cpu.chunked'\n"
@@ -262,7 +263,7 @@ def test_without_numba_conformance_passes_too(tmp_path):
     pytest.importorskip("torch", reason="torch: not installed, pip install torch")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--pyargs", "anybn.conformance", "--anybn-backend=numpy,torch", "-q", "-x",
-         "-p", "no_numba", "-k", "not ten_million"],
+         "-p", "no_numba", "-m", selection, "-k", "not ten_million"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,

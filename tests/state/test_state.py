@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import anybn
+from anybn.checkpoints import files
 from anybn.conformance import inputs
 
 
@@ -256,7 +257,7 @@ def test_foreign_files_are_refused(path):
 
 
 def test_newer_files_are_refused(path, monkeypatch):
-    monkeypatch.setattr(anybn.checkpoints.files, "_VERSION", 2)
+    monkeypatch.setattr(files, "_VERSION", 2)
     trained().save(path)
     monkeypatch.undo()
     with pytest.raises(anybn.CheckpointError, match="has version '2', this anybn reads 1: upgrade anybn"):

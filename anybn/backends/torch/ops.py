@@ -3,8 +3,7 @@
 Pure functions of tensors, with a derivative; the one that updates running statistics in place has none.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch 2.4 makes the operations' schemas of their annotations, not of strings.
 from typing import Any
 
 import torch

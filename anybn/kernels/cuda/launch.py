@@ -13,7 +13,7 @@ import re
 import struct
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,13 +21,15 @@ import numpy as np
 from anybn._settings import DTYPES
 from anybn.kernels.cuda.plan import BARRIERS_BYTES, CLUSTERS, TYPES, Device, Launch, Plan, plan
 
-SOURCE = Path(__file__).with_name("batchnorm.cu")
-
 
 @functools.cache
 def source() -> str:
     """batchnorm.cu with its files in their places: CuPy finds what it has compiled by the text that it is given."""
-    return re.sub(r'#include "(\w+\.cuh)"', lambda found: SOURCE.with_name(found[1]).read_text(), SOURCE.read_text())
+
+    def text(name: str) -> str:
+        return resources.files(__package__).joinpath(name).read_text()  # which may be in a zip
+
+    return re.sub(r'#include "(\w+\.cuh)"', lambda found: text(found[1]), text("batchnorm.cu"))
 
 
 #: Contraction would break what is computed with its rounding errors.

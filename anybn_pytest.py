@@ -1,6 +1,7 @@
 """The pytest option that chooses backends, and the ``target`` argument that tests get.
 
-Every pytest run in the environment loads this module (entry point), so it does nothing unless a test asks.
+Every pytest run in the environment loads this module (entry point). So it lies outside of the package, whose
+`__init__` imports NumPy, and imports anybn only for tests that ask.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "quick: the short selection that `python -m anybn check` runs")
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist starts its workers
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A backend that is missing ends the run here, with one line, and not in each module of tests."""
+    if names := session.config.getoption("--anybn-backend"):
+        from anybn.conformance.targets import chosen_targets
+
+        chosen_targets(names)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
