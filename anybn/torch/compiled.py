@@ -65,7 +65,7 @@ def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | N
     if x.numel() and (module.training or mean is None):
         count = x.numel() // x.shape[1]
         if count < 2:
-            _checks.enough_values(count, tuple(x.shape), False)
+            _checks.enough_values(count, x, False)
         commits = module.training and module.track_running_stats and mean is not None
         if is_exporting():
             y, statistics, _ = _TORCH.train(Call(x, Spec(1, eps, relu), *parameters))
@@ -123,7 +123,7 @@ def batch_norm(
         raise StateError("torch.export cannot keep a state that a call changes: export one of anybn.torch's modules")
     count = x.numel() // x.shape[axis]
     if count < 2:
-        _checks.enough_values(count, tuple(x.shape), False)
+        _checks.enough_values(count, x, False)
     y, rows = ops.train(x, arrays.weight, arrays.bias, residual, axis, eps, relu)
     if training and mean is not None and var is not None:
         mean, var, batches = mean.clone(), var.clone(), arrays.num_batches_tracked + 1

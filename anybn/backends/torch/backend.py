@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch._C import _functorch as functorch  # torch.func has no public way to ask
 from torch.autograd.graph import increment_version
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from anybn import _lock
 from anybn._settings import DTYPES, numpy_dtype
@@ -77,7 +77,7 @@ class TorchBackend(Backend):
         return isinstance(array, torch.Tensor) and array.device == device
 
     def refusal(self, x: torch.Tensor) -> str:
-        if is_lazy(x):
+        if isinstance(x, UninitializedTensorMixin):
             return "is a lazy module's and has no shape yet: give the module a batch first"
         if x.layout is not torch.strided:
             return f"has the layout {x.layout}: make it dense, e.g. with x.to_dense()"
