@@ -10,6 +10,8 @@ from anybn._functional import batch_norm, batch_norm_vjp, moments
 from anybn._layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybn._networks import load_batch_norms
 from anybn._recalibrate import recalibrate
+from anybn._saving import load, save
+from anybn.backends._transfer import asarray
 from anybn.backends.registry import BackendInfo, register_backend, unregister_backend, use_backend
 from anybn.core.call import Gradients
 from anybn.core.moments import Moments
@@ -52,6 +54,7 @@ __all__ = [
     "NonFiniteError",
     "StateError",
     "accumulate",
+    "asarray",
     "backends",
     "batch_norm",
     "batch_norm_vjp",
@@ -60,11 +63,13 @@ __all__ = [
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "load",
     "load_batch_norms",
     "moments",
     "recalibrate",
     "register_backend",
     "rms_norm",
+    "save",
     "set_num_threads",
     "unregister_backend",
     "use_backend",

@@ -88,6 +88,9 @@ class CuPyBackend(CudaBackend):
             return []
         return [f"cuda:{i}" for i in range(cupy.cuda.runtime.getDeviceCount())]
 
+    def device_name(self, x: Array) -> str:
+        return f"cuda:{self.device_of(x)}"
+
     def has_float64(self, device: Any) -> bool:
         return True
 
