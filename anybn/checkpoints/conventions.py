@@ -37,7 +37,10 @@ class Convention:
         keeps_rank: the arrays have x's rank, with 1 on all axes but the channels'.
         collections: what may stand before a layer's name: one tree for parameters, another for statistics.
         separators: what may stand between a layer's name and an array's.
+        axis: of the channels, where a layer does not tell it.
         aliases: other names in use -> those in names.
+        extras: names that some of its layers have beside those, which tell a state nothing: -> what they hold, with
+            running_std for ``sqrt(running_var + eps)``.
     """
 
     names: Mapping[str, str]
@@ -53,7 +56,9 @@ class Convention:
     keeps_rank: bool = False
     collections: tuple[str, ...] = ()
     separators: str = "./"
+    axis: int = 1
     aliases: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def always_affine(self) -> bool:
@@ -66,7 +71,7 @@ class Convention:
 
     @cached_property
     def _key(self) -> re.Pattern[str]:
-        names = "|".join(map(re.escape, (*self.names, *self.aliases)))
+        names = "|".join(map(re.escape, (*self.names, *self.aliases, *self.extras)))
         collection = f"(?:(?:{'|'.join(self.collections)})[./:])?" if self.collections else ""
         # ":0" ends TensorFlow's names.
         return re.compile(rf"{collection}(?:(.*)[{re.escape(self.separators)}])?({names})(?::0)?", re.DOTALL)
@@ -84,8 +89,8 @@ class Convention:
         for name in settings:
             if name not in (eps_name, momentum_name):
                 raise TypeError(f"{name!r} is no setting of this convention: it has {eps_name!r} and {momentum_name!r}")
-        momentum = _settings.momentum(settings.get(momentum_name, default_momentum))
-        eps = _settings.eps(settings.get(eps_name, default_eps))
+        momentum = _settings.momentum(settings.get(momentum_name, default_momentum), momentum_name)
+        eps = _settings.eps(settings.get(eps_name, default_eps), eps_name)
         if momentum is None and not self.cumulative:
             momentum = 0.9 if self.decay else 0.1  # not known, and of no consequence before training goes on
         if self.decay:
@@ -127,6 +132,7 @@ _FLAX = Convention(
     affine=("use_scale", "use_bias"),
     size="num_features",
     collections=("params", "batch_stats"),
+    axis=-1,
 )
 _EQUINOX = Convention(
     names={
@@ -183,6 +189,12 @@ CONVENTIONS: dict[ConventionName, Convention] = {
         ddof=0,
         affine=("scale", "center"),
         collections=("trainable_variables", "non_trainable_variables"),
+        axis=-1,
+        extras={  # of renorm=True
+            "moving_stddev": "running_std",
+            "renorm_mean": "running_mean",
+            "renorm_stddev": "running_std",
+        },
     ),
     "flax": _FLAX,
     "flax-linen": replace(
@@ -214,6 +226,7 @@ CONVENTIONS: dict[ConventionName, Convention] = {
         affine=("create_scale", "create_offset"),
         keeps_rank=True,
         collections=("params", "state"),
+        axis=-1,
     ),
     "chainer": Convention(
         names={
@@ -241,6 +254,7 @@ CONVENTIONS: dict[ConventionName, Convention] = {
         _TORCH,
         names={name: name for name in ("weight", "bias", "running_mean", "running_var")},
         cumulative=False,
+        axis=-1,
     ),
     "equinox": _EQUINOX,
     "equinox-ema": replace(
@@ -284,11 +298,14 @@ class Layer(NamedTuple):
     """eps and momentum that are told, by the convention's names"""
     problems: list[str]
     """found while it was read"""
+    axis: int | None = None
+    """of x's channels, where it is told"""
 
 
 def flattened(tree: Mapping[Any, Any], separator: str = "/", prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested mappings and tuples with their paths, as in "batch_norm/~/mean_ema/average"."""
     for key, value in tree.items():
+        key = separator.join(map(str, key)) if isinstance(key, tuple) else key  # of nnx.to_flat_state
         if isinstance(value, tuple):
             value = dict(enumerate(value))
         if isinstance(value, Mapping):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from anybn import _checks, _settings
-from anybn.backends.registry import backend_for
+from anybn.backends.registry import backend_for, unwrapped
 from anybn.checkpoints.conventions import Convention, Layer, complement, convention_called, flattened
 from anybn.core.call import Array, dtype_name
 from anybn.errors import BackendNotInstalled, CheckpointError
@@ -109,7 +109,7 @@ def _scalar_beside(value: int | bool | Array, like: Array) -> Array:
 def decode(mapping: Mapping[str, Any], settings: Mapping[str, Any], convention: str) -> dict[str, Any]:
     """{field: value in NumPy} for a batch norm that has these settings, see `BatchNormState.load_state_dict`."""
     wanted = quantities_of(settings, convention)
-    layer = layer_of(mapping, convention, {})
+    layer = _without_extras(layer_of(mapping, convention, {}))
     extra = [f"extra key {name!r}" for name in layer.arrays if name not in wanted]
     known = {name: a for name, a in layer.arrays.items() if name in wanted}
     layer = layer._replace(arrays=known, problems=layer.problems + extra)
@@ -118,6 +118,7 @@ def decode(mapping: Mapping[str, Any], settings: Mapping[str, Any], convention: 
 
 def decode_layer(layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
     """(settings, {field: value in NumPy}) of a batch norm about which only the layer itself tells anything."""
+    layer = _without_extras(layer)
     rules = layer.convention
     settings = rules.state_settings(layer.settings)
     quantities = {rules.names[name]: array for name, array in layer.arrays.items()}
@@ -133,6 +134,11 @@ def decode_layer(layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
         optional |= {"hidden_mean", "hidden_var", "counter"}
     wanted = {name: q for name, q in _quantities_of(settings, rules).items() if q not in optional}
     return settings, _values(layer, settings, _required(wanted, layer))
+
+
+def _without_extras(layer: Layer) -> Layer:
+    rules = layer.convention
+    return layer._replace(arrays={n: a for n, a in layer.arrays.items() if n in rules.names or n not in rules.extras})
 
 
 def _num_features(layer: Layer) -> int:
@@ -272,7 +278,8 @@ def _integer(name: str, value: Any) -> Any:
 
 
 def _as_array(name: str, value: Any) -> Array:
-    """value, or as NumPy what an array lies in (a variable of Keras or Flax) or lacks of one (a device, in MLX)."""
+    """value, out of a variable of Keras or Flax, or as NumPy what lacks something of an array (a device, in MLX)."""
+    value = unwrapped(value)
     try:
         backend_for(value, name)
     except TypeError:
