@@ -373,10 +373,7 @@ def _save_file(
     if found.state is not None:
         raise ValueError(f"{source} is a file of BatchNormState.save: use state.save")
     values = _values(states, found.layers, convention, str(source))
-    with (
-        files.checkpoint_errors(f"nothing was saved: {source} cannot be copied"),
-        files.replacing(path.resolve()) as temporary,
-    ):
+    with files.replacing(path.resolve()) as temporary:
         if suffix in (".keras", ".h5"):
             writers.copy_keras(source, temporary, values)
         else:

@@ -92,7 +92,8 @@ def places(file: Any, config: Any, budget: Budget) -> dict[str, Place]:
     numbered = any(path.endswith("/vars/0") for path in datasets)
     found = _numbered(file, datasets, configs) if numbered else _named(datasets, configs)
     result: dict[str, Place] = {}
-    for name, place in found:
+    told = {"/".join(names): i for i, names in enumerate(configs)}
+    for name, place in sorted(found, key=lambda item: told.get(item[0], len(told))):
         if name in result:
             place.problems.append("another layer has this name")
         result[name] = place

@@ -102,7 +102,7 @@ class _Walk:
             self.count(node)
             for attribute in attributes.values():
                 for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                    self.graph(inner, constants, f"{prefix}{_name(node)}/")
+                    self.graph(inner, constants, f"{prefix}{_name(node)}/{attribute.name}/")
             if (function := self.functions.get(_key(node.domain, node.op_type, node))) is not None:
                 defaults = {a.name: a for a in function.attribute_proto}
                 given = {formal: constants[name] for formal, name in _pairs(function, node) if name in constants}

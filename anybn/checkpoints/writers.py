@@ -43,19 +43,17 @@ def _copy_npz(source: Path, target: Path, replaced: Replaced) -> None:
         np.lib.format.write_array(buffer, array, allow_pickle=False)
         return buffer.getvalue()
 
-    _copy_zip(source, target, content)
+    _copy_zip(source, target, content, force_zip64=True)  # as NumPy does
 
 
-def _copy_zip(source: Path, target: Path, content: Callable[[str], bytes | None]) -> None:
+def _copy_zip(source: Path, target: Path, content: Callable[[str], bytes | None], force_zip64: bool = False) -> None:
     """Members in their order, with their names, times and compression; content gives new ones of those that change."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         new.comment = old.comment
         for info in old.infolist():
             changed = content(info.filename)
-            if changed is not None:
-                new.writestr(info, changed)
-                continue
-            with old.open(info) as member, new.open(info, "w", force_zip64=info.file_size >= 2**31) as copied:
+            member = old.open(info) if changed is None else io.BytesIO(changed)
+            with member, new.open(info, "w", force_zip64=force_zip64 or info.file_size >= 2**31) as copied:
                 shutil.copyfileobj(member, copied, 2**20)
 
 

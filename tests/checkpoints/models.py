@@ -76,9 +76,9 @@ def keras_model(build=lambda keras: keras.layers.BatchNormalization):
     x = submodel("second", epsilon=1.001e-5, momentum=0.9)(x)
     x = batch_norm(name="plain", axis=-1)(x)
     model = keras.Model(inputs, x)
+    theirs = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
     for name in ("first/bn", "second/bn", "plain"):
         layer = keras_layer(model, name)
-        theirs = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
         fill(lambda field, values, m=layer: getattr(m, theirs[field]).assign(values))
     settings = {"first/bn": (1e-4, 0.01, -1), "second/bn": (1.001e-5, 0.1, -1), "plain": (1e-3, 0.01, -1)}
 
