@@ -185,7 +185,7 @@ def states_of(found: Found, settings: Mapping[str, Setting]) -> BatchNorms:
     if not found.layers:
         raise CheckpointError(f"nothing was loaded: {found.origin} has no batch norm: {found.instead}")
     states, problems = {}, []
-    layers = _with_settings(found.layers, settings)
+    layers = with_settings(found.layers, settings)
     for name, layer in layers.items():
         try:
             states[name] = state_of(layer)
@@ -205,7 +205,7 @@ def _batch_norms(states: Mapping[str, BatchNormState], axes: dict[str, int]) -> 
     return result
 
 
-def _with_settings(layers: Mapping[str, Layer], settings: Mapping[str, Setting]) -> dict[str, Layer]:
+def with_settings(layers: Mapping[str, Layer], settings: Mapping[str, Setting]) -> dict[str, Layer]:
     """The layers with the settings that are given for each. Raises TypeError or ValueError for what was given."""
     given = {key: value if isinstance(value, Mapping) else {"*": value} for key, value in settings.items()}
     for rules in {id(layer.convention): layer.convention for layer in layers.values()}.values():
@@ -357,13 +357,9 @@ def _save_file(
     suffix = path.suffix.lower()
     source = like or (path if path.exists() else None)
     if source is None:
-        if convention is None or suffix not in writers.NEW:
-            raise ValueError(
-                f"{path} is not there: a new file needs convention=, and to be one of {', '.join(writers.NEW)}"
-            )
-        arrays = _new_arrays(states, convention)
-        with files.replacing(path.resolve()) as temporary:
-            writers.NEW[suffix](temporary, arrays)
+        if convention is None:
+            raise ValueError(f"{path} is not there: a new file needs convention=")
+        save_new(path, states, convention)
         return
     if source.suffix.lower() != suffix:
         raise ValueError(f"{path} is to be a copy of {source}, which is of another kind: name it {source.suffix}")
@@ -380,12 +376,18 @@ def _save_file(
             writers.COPIES[suffix](source, temporary, _by_key(values, found.by_name))
 
 
-def _new_arrays(states: Mapping[str, BatchNormState], convention: ConventionName) -> dict[str, Any]:
+def save_new(path: Path, states: Mapping[str, BatchNormState], convention: ConventionName) -> None:
+    """A file of these arrays alone. Raises ValueError for a suffix that it cannot have."""
+    from anybn.checkpoints import files, writers
     from anybn.checkpoints.replacing import in_numpy
 
-    separator = "/" if convention_called(convention).names.keys() & CONVENTIONS["torch"].names.keys() == set() else "."
-    return {
+    if (write := writers.NEW.get(path.suffix.lower())) is None:
+        raise ValueError(f"{path} is to be a new file: name it one of {', '.join(writers.NEW)}")
+    separator = convention_called(convention).separators[0]
+    arrays = {
         f"{name}{separator}{key}" if name else key: array
         for name, state in states.items()
         for key, array in in_numpy(state.state_dict(convention)).items()
     }
+    with files.replacing(path.resolve()) as temporary:
+        write(temporary, arrays)

@@ -36,7 +36,7 @@ class Convention:
         constants: settings that tell this convention from the framework's others.
         keeps_rank: the arrays have x's rank, with 1 on all axes but the channels'.
         collections: what may stand before a layer's name: one tree for parameters, another for statistics.
-        separators: what may stand between a layer's name and an array's.
+        separators: what may stand between a layer's name and an array's; the first does in new files.
         axis: of the channels, where a layer does not tell it.
         aliases: other names in use -> those in names.
         extras: names that some of its layers have beside those, which tell a state nothing: -> what they hold, with
@@ -55,7 +55,7 @@ class Convention:
     constants: Mapping[str, Any] = field(default_factory=dict)
     keeps_rank: bool = False
     collections: tuple[str, ...] = ()
-    separators: str = "./"
+    separators: str = "/."
     axis: int = 1
     aliases: Mapping[str, str] = field(default_factory=dict)
     extras: Mapping[str, str] = field(default_factory=dict)
@@ -122,6 +122,7 @@ _TORCH = Convention(
     track="track_running_stats",
     cumulative=True,
     size="num_features",
+    separators="./",
 )
 _FLAX = Convention(
     names={"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"},
@@ -149,6 +150,7 @@ _EQUINOX = Convention(
     affine=("channelwise_affine",),
     size="input_size",
     constants={"mode": "batch"},
+    separators="./",
 )
 _MXNET = Convention(
     names={"gamma": "weight", "beta": "bias", "running_mean": "running_mean", "running_var": "running_var"},
@@ -158,7 +160,7 @@ _MXNET = Convention(
     ddof=0,
     size="in_channels",
     collections=("arg", "aux"),
-    separators="./_",
+    separators="_./",
     aliases={"moving_mean": "running_mean", "moving_var": "running_var"},
 )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,17 @@ def decode_layer(layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
 def _without_extras(layer: Layer) -> Layer:
     rules = layer.convention
     return layer._replace(arrays={n: a for n, a in layer.arrays.items() if n in rules.names or n not in rules.extras})
+
+
+def state_arrays_in(layer: Layer) -> dict[str, np.ndarray]:
+    """{field: float64} of what a layer has and NumPy can read, unchecked: to look at, where nothing is to be loaded."""
+    read: dict[str, np.ndarray] = {}
+    for name, value in layer.arrays.items():
+        quantity = layer.convention.names.get(name, "").replace("hidden", "running")
+        if quantity in ("weight", "bias", *_RUNNING) and (quantity not in read or "hidden" not in name):
+            with suppress(Exception):  # as many kinds as there are libraries
+                read[quantity] = _to_numpy(_as_array(name, value)).astype(np.float64).reshape(-1)
+    return read
 
 
 def _num_features(layer: Layer) -> int:
