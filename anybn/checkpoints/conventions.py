@@ -31,6 +31,7 @@ class Convention:
         ddof: running_var averages ``m2 / (count - ddof)``.
         affine: the settings that switch weight and bias on: one for both, one for each, none where both always exist.
         apart: there may be a weight without a bias, and a bias without a weight.
+        bias: the setting that switches the bias off alone, where affine is one for both.
         track: the setting that switches the running statistics on, or "" where they always exist.
         cumulative: momentum may be None, for the average over all batches.
         size: the setting that is the number of channels, or "" where the input tells it.
@@ -51,6 +52,7 @@ class Convention:
     ddof: int
     affine: tuple[str, ...] = ()
     apart: bool = False
+    bias: str = ""
     track: str = ""
     cumulative: bool = False
     size: str = ""
@@ -122,6 +124,7 @@ _TORCH = Convention(
     ddof=1,
     affine=("affine",),
     apart=True,
+    bias="bias",
     track="track_running_stats",
     cumulative=True,
     size="num_features",
@@ -263,6 +266,7 @@ CONVENTIONS: dict[ConventionName, Convention] = {
         _TORCH,
         names={name: name for name in ("weight", "bias", "running_mean", "running_var")},
         apart=False,
+        bias="",
         cumulative=False,
         axis=-1,
     ),

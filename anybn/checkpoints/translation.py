@@ -131,20 +131,21 @@ def decode_layer(layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
     rules = layer.convention
     settings = rules.state_settings(layer.settings)
     quantities = {rules.names[name]: array for name, array in layer.arrays.items()}
-    affine = [quantities[q] for q in ("weight", "bias") if q in quantities]
+    affine = {q: quantities[q] for q in ("weight", "bias") if q in quantities}
+    apart = rules.apart and len(affine) == 1
     settings |= {
         "num_features": _num_features(layer),
         "affine": bool(affine) or rules.always_affine,
-        "scale": True,
-        "bias": True,
+        "scale": "weight" in affine or not apart,
+        "bias": "bias" in affine or not apart,
         "track_running_stats": not rules.track or any(q.startswith("running") for q in quantities),
-        "dtype": _widest_dtype(affine),
+        "dtype": _widest_dtype([*affine.values()]),
     }
     optional = {"num_batches_tracked", "unfilled", "ignored_weight"}
     if "running_mean" in rules.names.values():  # beside which hidden averages tell nothing new
         optional |= {"hidden_mean", "hidden_var", "counter"}
     wanted = {name: q for name, q in _quantities_of(settings, rules).items() if q not in optional}
-    return settings, _values(layer, settings, _required(wanted, layer))
+    return settings, _values(layer, settings, set(wanted))
 
 
 def _without_extras(layer: Layer) -> Layer:

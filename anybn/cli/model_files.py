@@ -28,7 +28,7 @@ def add_source(command: argparse.ArgumentParser) -> None:
         dest="source",
         choices=[*CONVENTIONS],
         metavar="NAME",
-        help="its framework; default: told by its names",
+        help="its framework; default: its names tell",
     )
     command.add_argument(
         "--eps", action="append", default=[], metavar="[PATTERN=]NUMBER", help="of the layers that match; repeat it"

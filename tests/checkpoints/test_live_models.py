@@ -102,3 +102,38 @@ def test_flat_state_of_flax():
     for source in (flat, dict(flat)):
         states = anybn.load_batch_norms(source, epsilon={"layers/1": 1e-3, "*": 1e-4})
         assert {n: s.eps for n, s in states.items()} == {n: eps for n, (eps, *_) in example.settings.items()}
+
+
+def alone_in_torch(**switches):
+    import torch
+
+    return torch.nn.BatchNorm1d(3, eps=0.5, **switches), {"bias": {"bias": False}}
+
+
+def alone_in_keras(**switches):
+    import keras
+
+    layer = keras.layers.BatchNormalization(epsilon=0.5, **switches)
+    layer.build((2, 3))
+    return layer, {"scale": {"scale": False}, "bias": {"center": False}}
+
+
+def alone_in_nnx(**switches):
+    from flax import nnx
+
+    layer = nnx.BatchNorm(3, epsilon=0.5, rngs=nnx.Rngs(0), **switches)
+    return layer, {"scale": {"use_scale": False}, "bias": {"use_bias": False}}
+
+
+@pytest.mark.parametrize(
+    ("framework", "make"), [("torch", alone_in_torch), ("keras", alone_in_keras), ("flax", alone_in_nnx)]
+)
+def test_weight_or_bias_alone(framework, make):
+    pytest.importorskip(framework, reason=f"{framework}: not installed, pip install {framework}")
+    for option, switches in make()[1].items():
+        layer, _ = make(**switches)
+        state = anybn.load_batch_norms(layer)[""]
+        assert (state.weight is None, state.bias is None) == (option == "scale", option == "bias")
+        state.running_mean = np.array([1.0, 2, 3])
+        anybn.save_batch_norms(layer, {"": state})
+        assert inputs.state_values(anybn.load_batch_norms(layer)[""]) == inputs.state_values(state)

@@ -185,12 +185,12 @@ def test_every_layer_that_cannot_be_loaded_is_named():
     arrays = weights() | {"bn2.running_var": np.array([1, -1], np.float32), "params/bn3/mean": np.zeros(2)}
     arrays |= {"bn3/var": np.ones(2), "bn3/mean": np.ones(2), "bn4.running_mean": np.zeros(2)}
     arrays |= {"bn5.running_var": np.ones(2), "bn6.running_mean": np.ones(2), "bn6.running_var": np.ones(3)}
-    del arrays["layer1.0.bn1.bias"]
+    arrays["layer1.0.bn1.bias"] = np.ones(3, np.float32)
     with pytest.raises(anybn.CheckpointError) as error:
         anybn.load_batch_norms(arrays)
     text = str(error.value)
     for problem in (
-        "nothing was loaded: layer 'layer1.0.bn1': missing key 'bias'",
+        "nothing was loaded: layer 'layer1.0.bn1': bias has shape (3,); the state has 4 channels: it must be (4,)",
         "; layer 'bn2': running_var is -1.0 in channel 1; it must be finite and not negative",
         "; layer 'bn3': 'params/bn3/mean' and 'bn3/mean' are both its mean",
         "; layer 'bn4': missing key 'running_var'",

@@ -22,7 +22,7 @@ def trained(states):
         anybn.batch_norm(x, state, training=True)
         for field in ("running_mean", "running_var"):
             setattr(state, field, getattr(state, field).astype(np.float32).astype(np.float64))
-        if state.affine:
+        if state.weight is not None:
             state.weight = state.weight + 1
     return states
 
@@ -64,6 +64,29 @@ def test_everything_else_stays(tmp_path, suffix, elsewhere):
             assert np.array_equal(after[name], array)
     assert (hashlib.sha256(path.read_bytes()).digest() == digest) is elsewhere
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted({path.name, target.name})
+
+
+@pytest.mark.parametrize("convention", ["torch", "keras", "flax"])
+@pytest.mark.parametrize("switched_off", ["scale", "bias"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_weight_or_bias_alone(tmp_path, suffix, convention, switched_off):
+    state = anybn.BatchNormState(3, **{switched_off: False})
+    path = tmp_path / f"model{suffix}"
+    anybn.save_batch_norms(path, trained({"bn": state}), convention)
+    eps = anybn.interop.CONVENTIONS[convention].eps[0]
+    states = anybn.load_batch_norms(path, **{eps: 1e-5})
+    assert (states["bn"].weight is None, states["bn"].bias is None) == (switched_off == "scale", switched_off == "bias")
+    keys = list(everything(path))
+    states["bn"].running_mean = np.array([7.0, 8, 9])
+    anybn.save_batch_norms(path, states)
+    assert list(everything(path)) == keys
+    again = anybn.load_batch_norms(path, **{eps: 1e-5})
+    assert_same(again, states)
+    missing = {"scale": "weight", "bias": "bias"}[switched_off]
+    whole = anybn.BatchNormState(3)
+    setattr(whole, missing, np.array([3.0, 1, 2], np.float32))
+    with pytest.raises(anybn.CheckpointError, match=f"but the state's {missing} says something"):
+        anybn.save_batch_norms(path, {"bn": whole})
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
@@ -150,7 +173,7 @@ def test_new_files(tmp_path):
             assert np.array_equal(back.weight, state.weight)
     with pytest.raises(ValueError, match="a new file needs convention="):
         anybn.save_batch_norms(tmp_path / "new.npz", {"bn": state})
-    with pytest.raises(ValueError, match=r"to be one of \.safetensors, \.npz, \.pt, \.pth"):
+    with pytest.raises(ValueError, match=r"name it one of \.safetensors, \.npz, \.pt, \.pth"):
         anybn.save_batch_norms(tmp_path / "new.onnx", {"bn": state}, "onnx")
 
 

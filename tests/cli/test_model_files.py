@@ -1,4 +1,4 @@
-"""``anybn inspect`` and ``anybn convert``, ``--json`` of every command, and what the command line does when it fails."""
+"""``anybn inspect`` and ``anybn convert``, ``--json`` of every command, and what is said when one fails."""
 
 import builtins
 import json
