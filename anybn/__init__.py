@@ -8,7 +8,7 @@ from anybn import distributed as distributed  # which users write as anybn.distr
 from anybn._accumulate import accumulate
 from anybn._functional import batch_norm, batch_norm_vjp, moments
 from anybn._layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from anybn._networks import load_batch_norms
+from anybn._networks import load_batch_norms, save_batch_norms
 from anybn._recalibrate import recalibrate
 from anybn.backends.registry import BackendInfo, register_backend, unregister_backend, use_backend
 from anybn.core.call import Gradients
@@ -65,6 +65,7 @@ __all__ = [
     "recalibrate",
     "register_backend",
     "rms_norm",
+    "save_batch_norms",
     "set_num_threads",
     "unregister_backend",
     "use_backend",
