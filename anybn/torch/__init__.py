@@ -25,8 +25,9 @@ BatchNorm1d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_st
 from anybn.torch import torchs_tools
 from anybn.torch.classes import register
 from anybn.torch.convert import convert, revert
+from anybn.torch.fold import fold
 from anybn.torch.module import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 torchs_tools.tell()
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "register", "revert"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "fold", "register", "revert"]

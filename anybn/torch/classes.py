@@ -49,7 +49,7 @@ class _SyncBatchNorm(_OfAnyRank):
         self.group = TorchGroup(self.process_group)
 
 
-class _ThenDropAndAct(_BatchNorm):
+class ThenDropAndAct(_BatchNorm):
     """timm's BatchNormAct2d: its modules ``drop`` and ``act`` come after batch norm, where it has them.
 
     A ReLU goes into the same pass, unless something watches it.
@@ -65,11 +65,11 @@ class _ThenDropAndAct(_BatchNorm):
         return y if act is None else act(y)
 
 
-class _BatchNormAct2d(_ThenDropAndAct, BatchNorm2d):
+class _BatchNormAct2d(ThenDropAndAct, BatchNorm2d):
     pass
 
 
-class _SyncBatchNormAct(_ThenDropAndAct, _SyncBatchNorm):
+class _SyncBatchNormAct(ThenDropAndAct, _SyncBatchNorm):
     pass
 
 
