@@ -5,6 +5,7 @@ Each function returns the argument as it is used from then on, or raises with: w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from anybn import _settings
 from anybn._settings import FLOATING
-from anybn.backends.base import Backend
+from anybn.backends.base import Backend, beside_values
 from anybn.core.call import Array, dtype_name
 from anybn.errors import NonFiniteError
 
@@ -21,6 +22,16 @@ _STATE_ARRAYS = ("weight", "bias", "running_mean", "running_var")
 
 def shape_of(array: Array) -> tuple[int, ...]:
     return tuple(array.shape)
+
+
+def size_of(x: Array) -> int:
+    """How many values x has. Raises ValueError where only a graph's user will know, as with arguments of ndonnx."""
+    try:
+        return math.prod(x.shape)
+    except TypeError as error:
+        raise ValueError(
+            f"x has the unknown shape {shape_of(x)}: evaluation takes it, but statistics and training need all sizes"
+        ) from error
 
 
 def floating_array(name: str, value: Array, backend: Backend) -> Array:
@@ -65,6 +76,8 @@ def batch(x: Array, backend: Backend, channel_axis: Any, num_features: int | Non
 def same_place(name: str, value: Array, x: Array, backend: Backend) -> None:
     if not backend.owns(type(value)):
         cls = type(value)
+        if lost := beside_values(cls):
+            raise TypeError(f"{name} is a {cls.__module__}.{cls.__qualname__}, {lost}")
         raise TypeError(
             f"{name} is a {cls.__module__}.{cls.__qualname__} but x is a {backend.name} array: "
             f"pass {name} as an array of x's library"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -192,7 +191,7 @@ def moments(x: Array, *, axis: int = 1, mask: Array | None = None) -> Moments:
     index = _checks.batch(x, backend, axis, None)
     if mask is not None:
         mask = _checks.mask(mask, x, index, backend)
-    if 0 in x.shape:
+    if _checks.size_of(x) == 0:
         zeros = zeros_beside(backend, x, x.shape[index])
         return Moments(0, zeros, zeros)
     statistics = backend.statistics(Call(x, Spec(index, 0.0), mask=mask))
@@ -303,7 +302,7 @@ def notify_failure(x: Array, state: Any, training: bool, group: Any, error: Exce
 
 def _count(backend: Backend, x: Array, axis: int, mask: Array | None) -> int:
     if mask is None:
-        return math.prod(x.shape) // x.shape[axis]
+        return _checks.size_of(x) // x.shape[axis]
     return int(formulas.value_count(backend.namespace(x), x, axis, mask, backend.working_dtype(x)))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from anybn import _checks, _settings
+from anybn.backends.base import beside_values
 from anybn.backends.registry import backend_for
 from anybn.checkpoints.conventions import Convention, Layer, complement, convention_called, flattened
 from anybn.core.call import Array, dtype_name
@@ -272,16 +273,14 @@ def _integer(name: str, value: Any) -> Any:
 
 
 def _as_array(name: str, value: Any) -> Array:
-    """value, or as NumPy what an array lies in (a variable of Keras or Flax) or lacks of one (a device, in MLX)."""
+    """value, or as NumPy what an array lies in, a variable of Keras or Flax."""
     try:
         backend_for(value, name)
     except TypeError:
-        if isinstance(value, np.ndarray) or not hasattr(value, "__array__"):
+        if isinstance(value, np.ndarray) or not hasattr(value, "__array__") or beside_values(type(value)):
             raise
-    else:
-        if hasattr(value, "device"):
-            return value
-    return np.asarray(value)
+        return np.asarray(value)
+    return value
 
 
 def _to_numpy(array: Array) -> np.ndarray:
