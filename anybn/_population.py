@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from anybn import _checks, _functional
+from anybn import _checks
+from anybn._moments import Moments
+from anybn._statistics import moments
 from anybn.backends.registry import backend_for
 from anybn.core.call import Array
-from anybn.core.moments import Moments, merged
+from anybn.core.moments import merged
 from anybn.errors import BackendNotInstalled
 from anybn.groups.agreement import member_names, require_presence
 from anybn.groups.engines import AxisGroup, as_group
@@ -34,8 +36,8 @@ class Population:
             _checks.batch(batch, backend, axis, channels)
             if not backend.has_float64(backend.device_of(batch)):  # JAX: means in float32 are too coarse to be merged
                 batch = backend.to_numpy(backend.detached(batch))
-            batch = _functional.moments(batch, axis=axis)
-        part = _on_host(batch)
+            batch = moments(batch, axis=axis)
+        part = Moments(*batch._in_numpy())
         if part.mean.shape != self.moments.mean.shape:
             raise ValueError(f"a batch's moments are of {len(part.mean)} channels but the state has {channels}")
         if part.count:
@@ -53,17 +55,6 @@ class Population:
             )
         _checks.finite_statistics("batches give", mean, var, "look for NaN or inf in them, or leave such batches out")
         return mean, var
-
-
-def _on_host(moments: Moments) -> Moments:
-    """In NumPy, in one transfer, or one computation of what is lazy."""
-    backend = backend_for(moments.mean)
-    xp = backend.namespace(moments.mean)
-    count, shift = moments.count, moments.shift
-    rows = [moments.mean, moments.m2, xp.zeros_like(moments.mean) if shift is None else shift]
-    rows += [] if isinstance(count, int) else [xp.ones_like(moments.m2) * count]
-    mean, m2, shift, *counted = backend.to_numpy(backend.detached(xp.stack(rows))).astype(np.float64)
-    return Moments(int(counted[0][0]) if counted else count, mean, m2, shift)
 
 
 class Participants:

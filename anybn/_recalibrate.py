@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from anybn._layer import BatchNorm
 from anybn._models import tools_for
+from anybn._moments import Moments
 from anybn._population import Participants, Population, with_progress
-from anybn.core.moments import Moments
 from anybn.state.state import BatchNormState
 
 Target = TypeVar("Target")

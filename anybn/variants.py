@@ -218,7 +218,7 @@ class _Ghosts(NamedTuple):
         if isinstance(s.count, int):
             return merged(xp, s.count * self.virtual, s.count, mean, shift, m2)
         count: Any = xp.reshape(s.count, (self.virtual, -1))  # per channel of every part: of a mask, or JAX's
-        total = xp.astype(xp.sum(count, axis=0), count.dtype)[0]
+        total = xp.sum(count, axis=0, dtype=count.dtype)[0]
         return merged(xp, total, xp.astype(count, mean.dtype), mean, shift, m2)
 
 

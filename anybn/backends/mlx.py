@@ -17,6 +17,20 @@ with needs("mlx", pip="'mlx[cpu]'"):
     import mlx.core as mx
 
 
+class _Namespace:
+    """mlx.core, whose sum takes no dtype."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(mx, name)
+
+    @staticmethod
+    def sum(a: Array, axis: Any = None, dtype: Any = None) -> Array:
+        return mx.sum(a if dtype is None else a.astype(dtype), axis=axis)
+
+
+_NAMESPACE = _Namespace()
+
+
 class MLXBackend(Backend):
     name = "mlx"
     libraries = ("mlx",)
@@ -25,6 +39,9 @@ class MLXBackend(Backend):
 
     def module(self) -> Any:
         return mx
+
+    def namespace(self, x: Array) -> _Namespace:
+        return _NAMESPACE
 
     def version(self) -> str:
         return str(mx.__version__)

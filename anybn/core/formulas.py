@@ -68,8 +68,9 @@ def value_count(xp: Any, x: Array, axis: int, mask: Array | None, working: Any) 
     channels = mask.shape[axis]
     everywhere = xp.broadcast_to(mask, tuple(channels if i == axis else size for i, size in enumerate(x.shape)))
     integer = xp.int64 if dtype_name(working) == "float64" else xp.int32  # what has one mostly has the other
-    axes = None if channels == 1 else reduced_axes(x.ndim, axis)
-    return xp.astype(xp.sum(xp.astype(everywhere, integer), axis=axes), integer)  # MLX's sum takes no dtype
+    return xp.sum(
+        xp.astype(everywhere, integer), axis=None if channels == 1 else reduced_axes(x.ndim, axis), dtype=integer
+    )
 
 
 def divisor(xp: Any, count: int | Array, working: Any) -> int | Array:
