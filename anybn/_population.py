@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import array_api_compat.numpy
 import numpy as np
 
 from anybn import _checks
@@ -40,7 +41,7 @@ class Population:
         part = Moments(*batch._in_numpy())
         if part.mean.shape != self.moments.mean.shape:
             raise ValueError(f"a batch's moments are of {len(part.mean)} channels but the state has {channels}")
-        if part.count:
+        if np.any(part.count):
             self.moments, self.batches = self.moments + part, self.batches + 1
 
     def statistics(self, ddof: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,9 +49,9 @@ class Population:
         count, mean, var = self.moments.count, self.moments.mean, self.moments.var(ddof)
         if self.moments.shift is not None:
             mean = mean + self.moments.shift
-        if count < 2:
+        if (least := np.min(count, initial=2)) < 2:
             raise ValueError(
-                f"batches gave {count} values per channel; a variance needs more than 1: give more data, and an "
+                f"batches gave {least} values per channel; a variance needs more than 1: give more data, and an "
                 "iterator that nobody has read before"
             )
         _checks.finite_statistics("batches give", mean, var, "look for NaN or inf in them, or leave such batches out")
@@ -116,13 +117,14 @@ class Participants:
         if self.group is None:
             return population
         moments = population.moments
-        vectors = moments.mean, moments.m2, np.zeros_like(moments.mean) if moments.shift is None else moments.shift
-        rows = self._rows_of_all(np.concatenate([[moments.count, population.batches], *vectors]))
-        of_all, count, (mean, m2, shift) = Population(len(moments.mean)), rows[:, :1], np.split(rows[:, 2:], 3, axis=1)
+        count, shift = (np.zeros_like(moments.mean) + (0 if a is None else a) for a in (moments.count, moments.shift))
+        rows = self._rows_of_all(np.concatenate([[population.batches], count, moments.mean, moments.m2, shift]))
+        of_all, (count, mean, m2, shift) = Population(len(moments.mean)), np.split(rows[:, 1:], 4, axis=1)
+        total = count.sum(0).astype(np.int64)
         with np.errstate(all="ignore"):
-            s = merged(np, int(count.sum()), count, mean, shift, m2)
-        of_all.moments = Moments(int(count.sum()), s.mean, s.m2, s.shift)
-        of_all.batches = int(rows[:, 1].sum())
+            s = merged(array_api_compat.numpy, total, count, mean, shift, m2)
+        of_all.moments = Moments(total, s.mean, s.m2, s.shift)
+        of_all.batches = int(rows[:, 0].sum())
         return of_all
 
 

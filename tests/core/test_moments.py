@@ -146,3 +146,17 @@ def test_the_sum_goes_where_float64_is():
         assert both.mean.dtype == np.float64
     traced = jax.jit(lambda x: (anybn.moments(x) + here).mean)(jax.numpy.asarray(X[2:], "float32"))
     assert np.allclose(traced, X.mean((0, 2)), rtol=1e-6)
+
+
+def test_a_state_is_fitted_to_data_with_gaps():
+    parts = [anybn.moments(GAPS[:2], nonfinite="omit"), anybn.moments(GAPS[2:], nonfinite="omit")]
+    state = anybn.recalibrate(anybn.BatchNormState(3, ddof=0), parts)
+    for c in range(3):
+        row = GAPS[:, c][np.isfinite(GAPS[:, c])]
+        expected = oracle.statistics(row[:, None])
+        assert oracle.error(state.running_mean[c : c + 1], expected.mean, "float64") <= 1
+        assert oracle.error(state.running_var[c : c + 1], expected.var(), "float64") <= 2
+    nothing = np.where(np.arange(3)[:, None] == 1, np.nan, X)
+    with pytest.raises(ValueError, match="batches gave 0 values per channel"):
+        anybn.recalibrate(state, [anybn.moments(nothing, nonfinite="omit")])
+    assert state.num_batches_tracked == 2
