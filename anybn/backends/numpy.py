@@ -12,7 +12,7 @@ import array_api_compat.numpy
 import numpy as np
 
 from anybn._settings import DTYPES, numpy_dtype
-from anybn.backends.base import Backend
+from anybn.backends.base import Backend, beside_values
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Statistics, Update
 from anybn.groups import exchange
@@ -31,7 +31,13 @@ class NumPyBackend(Backend):
         return f"fused Numba kernels{problem and ', '}{problem}"
 
     def owns(self, array_type: type) -> bool:
-        return issubclass(array_type, np.ndarray) and not issubclass(array_type, (np.ma.MaskedArray, np.matrix))
+        if array_type is np.ndarray:
+            return True
+        return (
+            issubclass(array_type, np.ndarray)
+            and not issubclass(array_type, np.matrix)
+            and not beside_values(array_type)
+        )
 
     def holds(self, array: Array, device: Any) -> bool:
         return type(array) is np.ndarray or self.owns(type(array))
