@@ -71,20 +71,22 @@ def checkpoint_errors(problem: str) -> Iterator[None]:
 
 def save(path: str | os.PathLike[str], settings: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
     """See `BatchNormState.save`. arrays: by the state's names, None for one that is switched off."""
-    _write(path, _FORMAT, _text_of(settings), _tensors_of(arrays))
+    safetensors_library()
+    write(path, _FORMAT, _tensors_of(arrays), _text_of(settings))
 
 
 def save_nested(
     path: str | os.PathLike[str], tree: Any, states: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]
 ) -> None:
     """tree: dicts and lists of the names of states; states: (settings, arrays) as `save` takes them, by name."""
+    safetensors_library()
     text = {name: json.loads(_text_of(settings)) for name, (settings, _) in states.items()}
     tensors = {
         f"{name}.{field}": tensor
         for name, (_, arrays) in states.items()
         for field, tensor in _tensors_of(arrays).items()
     }
-    _write(path, _NESTED, json.dumps({"tree": tree, "states": text}), tensors)
+    write(path, _NESTED, tensors, json.dumps({"tree": tree, "states": text}))
 
 
 def _text_of(settings: Mapping[str, Any]) -> str:
@@ -105,10 +107,10 @@ def _tensors_of(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _write(path: str | os.PathLike[str], kind: str, text: str, tensors: dict[str, np.ndarray]) -> None:
-    library = safetensors_library()
-    metadata = {"format": kind, "version": str(_VERSION), "settings": text, "sha256": _checksum(tensors, text)}
-    content = library.numpy.save(tensors, metadata)
+def write(path: str | os.PathLike[str], format: str, tensors: dict[str, np.ndarray], text: str) -> None:
+    """A file of this format: arrays, a text, and a checksum over both."""
+    metadata = {"format": format, "version": str(_VERSION), "settings": text, "sha256": _checksum(tensors, text)}
+    content = safetensors_library().numpy.save(tensors, metadata)
     path = Path(path)
     if path.exists() and not path.is_file():  # a pipe or a device, which takes bytes and must stay what it is
         path.write_bytes(content)
@@ -117,12 +119,19 @@ def _write(path: str | os.PathLike[str], kind: str, text: str, tensors: dict[str
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Whole or not at all: a reader never meets half a file, and the old one survives a full disk."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.part")  # not of path's name, which may be as long as names may be
-    try:
+    with replacing(path) as temporary:
         if not _written_without_name(temporary, content):
             with temporary.open("xb") as file:
                 _write_through(file, content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path for what is to be at path, whole or not at all: a reader never meets half a file, and the old one survives
+    a full disk."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")  # not of path's name, which may be as long as names may be
+    try:
+        yield temporary
         if path.exists():
             temporary.chmod(path.stat().st_mode)
         temporary.replace(path)
@@ -171,14 +180,14 @@ State = tuple[dict[str, Any], dict[str, Any]]
 
 def load(path: str | os.PathLike[str]) -> State:
     """See `BatchNormState.load`."""
-    _, text, tensors = _read(Path(path), (_FORMAT,))
+    tensors, text = read(path, _FORMAT, "BatchNormState.save")
     with _valid(path):
         return _state_in(json.loads(text), tensors)
 
 
 def load_nested(path: str | os.PathLike[str]) -> tuple[Any, dict[str, State]]:
     """The tree and the states by name that `save_nested` was given; of a file of `save`, "" and the state called ""."""
-    kind, text, tensors = _read(Path(path), (_FORMAT, _NESTED))
+    kind, tensors, text = _read(path, (_FORMAT, _NESTED), "anybn.save")
     with _valid(path):
         content = json.loads(text)
         if kind == _FORMAT:
@@ -214,9 +223,17 @@ def _valid(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def _read(path: Path, kinds: tuple[str, ...]) -> tuple[str, str, dict[str, np.ndarray]]:
-    """(format, settings, arrays) of a file of one of these formats."""
+def read(path: str | os.PathLike[str], format: str, writer: str) -> tuple[dict[str, np.ndarray], str]:
+    """(arrays, text) of a file of this format, as writer wrote them."""
+    return _read(path, (format,), writer)[1:]
+
+
+def _read(
+    path: str | os.PathLike[str], formats: tuple[str, ...], writer: str
+) -> tuple[str, dict[str, np.ndarray], str]:
+    """(format, arrays, text) of a file of one of these formats."""
     library = safetensors_library()
+    path = Path(path)
     with path.open("rb") as file:
         start = file.read(4)
     problem = f"{path} is truncated, damaged or no safetensors file"
@@ -228,12 +245,12 @@ def _read(path: Path, kinds: tuple[str, ...]) -> tuple[str, str, dict[str, np.nd
     with checkpoint_errors(problem), library.safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
         kind = metadata.get("format", "")
-        if kind == _NESTED and kind not in kinds:
+        if kind == _NESTED and kind not in formats:
             raise CheckpointError(f"{path} holds several states: read it with anybn.load")
-        if kind not in kinds:
+        if kind not in formats:
             raise CheckpointError(
-                f"{path} was not written by BatchNormState.save: read its arrays with safetensors and give one "
-                "layer's to load_state_dict"
+                f"{path} was not written by {writer}: read its arrays with safetensors and give one layer's to "
+                "load_state_dict"
             )
         if metadata.get("version") != str(_VERSION):
             raise CheckpointError(
@@ -243,7 +260,7 @@ def _read(path: Path, kinds: tuple[str, ...]) -> tuple[str, str, dict[str, np.nd
     text = metadata.get("settings", "{}")
     if metadata.get("sha256") != _checksum(tensors, text):
         raise CheckpointError(f"{path} is damaged: its contents do not have the checksum that was written with them")
-    return kind, text, tensors
+    return kind, tensors, text
 
 
 def _state_in(told: Any, tensors: dict[str, np.ndarray]) -> State:
