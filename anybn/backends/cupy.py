@@ -96,7 +96,10 @@ class CuPyBackend(CudaBackend):
 
     def from_numpy(self, array: np.ndarray, device: int) -> Array:
         with cupy.cuda.Device(device):
-            return cupy.array(array)
+            made, stream = cupy.array(array), cupy.cuda.get_current_stream()
+            if not stream.is_capturing():
+                stream.synchronize()  # a state keeps what is made, and calls on other streams read it
+            return made
 
     def to_numpy(self, x: Array) -> np.ndarray:
         with x.device:

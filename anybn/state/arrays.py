@@ -135,26 +135,29 @@ def counted(batches: int | Array) -> int | Array:
 # -- what may be moved -----------------------------------------------------------------------------------------
 
 
-def trained_elsewhere(arrays: Arrays, private: Container[str], backend: Backend, device: Any) -> list[str]:
-    """The arrays that lie elsewhere and are trained there, and that others may hold for it: an optimizer."""
-    return [
-        name
+def trained_elsewhere(arrays: Arrays, private: Container[str], backend: Backend, device: Any) -> bool:
+    """Whether an array lies elsewhere that is trained there, as an optimizer may do with all that are not private."""
+    return any(
+        not backend.holds(array, device)
+        and (name not in private or backend.owns(type(array)))
+        and backend_for(array).is_trained(array)
         for name, array in arrays.held().items()
-        if not backend.holds(array, device) and name not in private and backend_for(array).is_trained(array)
-    ]
+    )
 
 
 def with_trained_moved(arrays: Arrays, private: Container[str], backend: Backend, device: Any) -> Arrays:
     """arrays, those that are trained moved within their library, in place. Raises StateError if they would leave it."""
-    for name in trained_elsewhere(arrays, private, backend, device):
-        array = getattr(arrays, name)
-        if not backend.owns(type(array)):
+    for name, array in arrays.held().items():
+        if backend.holds(array, device) or not backend_for(array).is_trained(array):
+            continue
+        if backend.owns(type(array)):
+            arrays = arrays._replace(**{name: backend.relocated(array, device)})
+        elif name not in private:
             raise StateError(
                 f"{name} requires grad, and whoever trains it, such as an optimizer, would keep the old one if the "
                 f"state moved to {backend.name}: evaluate and train with any arrays while the state stays, or let it "
                 f"go first with state.{name}.requires_grad_(False), or move state.copy()"
             )
-        arrays = arrays._replace(**{name: backend.relocated(array, device)})
     return arrays
 
 

@@ -157,7 +157,7 @@ class Store:
         device, batches = backend.device_of(batch.x), counted(old.num_batches_tracked) + 1
         if old is not batch.before:  # overtaken, and so is what was made of it
             arrays, running = placed(old, self.dtype, backend, device), None
-        stays = arrays is not old and bool(trained_elsewhere(old, self.private, backend, device))
+        stays = arrays is not old and trained_elsewhere(old, self.private, backend, device)
         if (stays or arrays.exact_of("running_mean") or arrays.exact_of("running_var")) and backend.lasts(
             batch.statistics.mean
         ):

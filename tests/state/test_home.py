@@ -341,6 +341,75 @@ def test_reset_fills_parameters(with_parameters):
     assert state.copy().to("numpy") == anybn.BatchNormState(3)
 
 
+@pytest.fixture
+def two_places():
+    """torch with a second device, which is the first under another name."""
+    torch = pytest.importorskip("torch", reason="torch: not installed")
+    from anybn.backends.torch import TorchBackend, cpu
+
+    class TwoPlaces(TorchBackend):
+        name = "two-places"
+
+        def device_of(self, x):
+            return getattr(x, "place", "here")
+
+        def holds(self, array, device):
+            return isinstance(array, torch.Tensor) and self.device_of(array) == device
+
+        def device(self, name):
+            return name or "here"
+
+        def has_float64(self, device):
+            return True
+
+        def _from_numpy(self, array, device):
+            return self.relocated(super()._from_numpy(array, "cpu"), device)
+
+        def moved(self, x, device):
+            return self.relocated(x.clone(), device)
+
+        def relocated(self, x, device):
+            x.place = device
+            return x
+
+        def _kernels_on(self, device):
+            return cpu
+
+    anybn.register_backend(TwoPlaces)
+    yield lambda values: registry.backend_for(torch.ones(1)).from_numpy(values, "there")
+    anybn.unregister_backend("two-places")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_reach_parameters_on_another_device(two_places, with_parameters, training):
+    state, optimizer, torch = with_parameters
+    weight, twin = state.weight, state.copy()
+    x, elsewhere = torch.from_numpy(batch()), two_places(batch())
+    with torch.no_grad():
+        anybn.batch_norm(elsewhere, state)  # leaves a replica without a graph
+    for one, there in ((state, elsewhere), (twin, x)):
+        anybn.batch_norm(there, one, training=training).square().sum().backward()
+    assert torch.equal(weight.grad, twin.weight.grad)
+    assert torch.equal(state.running_var, twin.running_var)
+    assert state.weight is weight
+    assert registry.backend_for(weight).device_of(weight) == "here"
+    optimizer.step()
+    with torch.no_grad():
+        first, second = (anybn.batch_norm(a, state) for a in (x, elsewhere))
+    assert torch.equal(first, second)
+
+
+def test_a_move_within_the_library_takes_parameters_along(two_places, with_parameters):
+    state, _, _ = with_parameters
+    weight, copied = state.weight, state.copy()
+    for moved in (state, copied):
+        moved.to(two_places(batch()))
+        assert moved.weight.is_leaf
+        assert moved.weight.requires_grad
+        assert registry.backend_for(moved.weight).device_of(moved.weight) == "there"
+    assert state.weight is weight
+
+
 # -- any sequence ----------------------------------------------------------------------------------------------
 
 
