@@ -176,6 +176,26 @@ class Backend:
         """An independent copy that can be trained if x can."""
         return self.copy(x)
 
+    def watch(self, x: Array) -> Callable[[], Any] | None:
+        """A function whose result is another once x has been written to; None for what cannot be."""
+        return (lambda: self.to_numpy(x).tobytes()) if self.writable else None
+
+    def lasts(self, x: Array) -> bool:
+        """Whether x, made during a call, may be kept after it: not if it means something only inside a trace."""
+        return True
+
+    def moved(self, x: Array, device: Any) -> Array:
+        """x on another device of the library; differentiable where the library is."""
+        return self.from_numpy(self.to_numpy(x), device)
+
+    def is_trained(self, x: Array) -> bool:
+        """Whether somebody may hold x to change it, as optimizers do, so that nothing else can take its place."""
+        return False
+
+    def relocated(self, x: Array, device: Any) -> Array:
+        """`moved`, for an x that `is_trained`: x itself where the library can."""
+        return self.moved(x, device)
+
     def refilled(self, old: Array, new: Array) -> Array:
         """new, or old filled with its values where others hold on to old, as optimizers do to torch's Parameters."""
         return new
@@ -188,6 +208,10 @@ class Backend:
         """Where x lies, as ``state.to`` takes it."""
         device = self.device_of(x)
         return self.name if device is None or str(device) == "cpu" else f"{self.name}:{_name_of(device)}"
+
+    def device_name(self, x: Array) -> str:
+        """Where x lies within the library, as `device` takes it."""
+        return _name_of(self.device_of(x))
 
     def may_store(self, new: Array, old: Array) -> bool:
         """Whether a state may hold new in place of old after the call: not if new means something only inside it."""

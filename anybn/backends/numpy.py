@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -77,6 +78,9 @@ class NumPyBackend(Backend):
         if out.size and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
             return "is a broadcast view, whose elements share memory: pass an array of its own"
         return ""
+
+    def watch(self, x: np.ndarray) -> Callable[[], bytes] | None:
+        return x.tobytes if x.flags.writeable or x.base is not None else None
 
     def frozen(self, x: np.ndarray) -> np.ndarray:
         x.flags.writeable = False
