@@ -185,7 +185,7 @@ def _filling(name: str, value: Any, target: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"{name} is {value}; the module keeps it in {dtype_name(target.dtype)}: it must be {most} or less"
         )
-    return torch.tensor(value, dtype=target.dtype)
+    return torch.tensor(value, dtype=target.dtype, device=target.device)
 
 
 def as_tensor(backend: Backend, value: Any) -> Any:
