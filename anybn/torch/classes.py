@@ -14,6 +14,7 @@ import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from anybn.groups.engines import TorchGroup
+from anybn.torch import compiled
 from anybn.torch.fuse import has_hooks
 from anybn.torch.module import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 
@@ -66,7 +67,7 @@ class _FrozenBatchNorm2d(torch.nn.Module):
 class ThenDropAndAct:
     """timm's BatchNormAct2d: its modules ``drop`` and ``act`` come after batch norm, where it has them.
 
-    A ReLU goes into the same pass, unless something watches it.
+    A ReLU goes into the same pass, unless something watches it or an exporter writes it down.
     """
 
     _modules: dict[str, Any]
@@ -75,7 +76,7 @@ class ThenDropAndAct:
         forward = super().forward  # type: ignore[misc]
         drop, act = self._modules.get("drop"), self._modules.get("act")
         alone = type(act) is torch.nn.ReLU and (drop is None or type(drop) is torch.nn.Identity)
-        if alone and not has_hooks(act) and not has_hooks(drop):
+        if alone and not has_hooks(act) and not has_hooks(drop) and not compiled.is_exporting():
             return forward(input, None, "relu")
         y = forward(input)
         y = y if drop is None else drop(y)

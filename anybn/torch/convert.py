@@ -76,8 +76,8 @@ def convert(
 
     Besides torch's three classes these become of a class of ours: subclasses whose ``forward`` is torch's own;
     SyncBatchNorm, with its process group as ``group``; timm's BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d
-    and SplitBatchNorm2d; torchvision's and detectron2's FrozenBatchNorm2d; and what `register` and ``also`` name. All but
-    the synchronized ones stay instances of the class that they were of.
+    and SplitBatchNorm2d; torchvision's and detectron2's FrozenBatchNorm2d; and what `register` and ``also`` name. All
+    but the synchronized ones stay instances of the class that they were of.
 
     Returns:
         model; with ``fuse`` a ``torch.fx.GraphModule`` in its place, on the same submodules and with the same
