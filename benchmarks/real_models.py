@@ -1,7 +1,7 @@
 """What a converted model does as the original does, for every architecture of timm and ten of torchvision's.
 
-    python benchmarks/models.py             # all, into benchmarks/results/models.json
-    python benchmarks/models.py resnet18    # one, printed
+    python benchmarks/real_models.py             # all, into benchmarks/results/models.json
+    python benchmarks/real_models.py resnet18    # one, printed
 
 The checks are those of ``tests/models``, and so are the lists: an architecture with a size is evaluated, trained and
 exported on images of this size, the others are converted, reverted and traced without values.
