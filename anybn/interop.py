@@ -21,8 +21,8 @@ What every conversion keeps, exactly, is y in evaluation. How training goes on i
   the division is undone. A state with num_batches_tracked 0 did not start there, so its counter is written as the
   number after which the divisor is 1: its statistics count in full, and training goes on from them.
 - A framework that may lack weight or bias alone (torch, Keras, Flax, Haiku, Chainer) gives a state that lacks it too,
-  ``scale=False`` or ``bias=False``, and takes it. Where both exist or none (Equinox, MLX), or always both (ONNX, MXNet),
-  a state writes 1 and 0 for what it lacks.
+  ``scale=False`` or ``bias=False``, and takes it. Where both exist or none (Equinox, MLX), or always both (ONNX,
+  MXNet), a state writes 1 and 0 for what it lacks.
 - Where there is no count of batches, num_batches_tracked is 0.
 - Equinox with ``mode="ema"`` normalizes with the running statistics in training too; a state only in evaluation.
 - Haiku's arrays have x's rank: ``(1, C)``, ``(1, 1, 1, C)``. Any of these is read; what is written is ``(C,)``, to be
@@ -107,7 +107,7 @@ def settings(state: BatchNormState, convention: ConventionName) -> dict[str, Any
     switches = [a is not None for a in (state.weight, state.bias)]
     if rules.bias and switches == [False, True]:
         raise ValueError(
-            f"state has scale=False, but {convention}'s layers with a bias have a weight: make a state with a weight of 1"
+            f"state has scale=False, but {convention}'s layers with a bias have a weight: make a state with one of 1"
         )
     return {
         **({rules.size: state.num_features} if rules.size else {}),
