@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from anybn import _checks, _settings
+from anybn.backends.base import beside_values
 from anybn.backends.registry import backend_for, unwrapped
 from anybn.checkpoints.conventions import Convention, Layer, complement, convention_called, flattened
 from anybn.core.call import Array, dtype_name
@@ -304,17 +305,15 @@ def _integer(name: str, value: Any) -> Any:
 
 
 def _as_array(name: str, value: Any) -> Array:
-    """value, out of a variable of Keras or Flax, or as NumPy what lacks something of an array (a device, in MLX)."""
+    """value, out of a variable of Keras or Flax, or as NumPy what is no array that a backend takes."""
     value = unwrapped(value)
     try:
         backend_for(value, name)
     except TypeError:
-        if isinstance(value, np.ndarray) or not hasattr(value, "__array__"):
+        if isinstance(value, np.ndarray) or not hasattr(value, "__array__") or beside_values(type(value)):
             raise
-    else:
-        if hasattr(value, "device"):
-            return value
-    return np.asarray(value)
+        return np.asarray(value)
+    return value
 
 
 def _to_numpy(array: Array) -> np.ndarray:
