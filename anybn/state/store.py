@@ -157,7 +157,11 @@ class Store:
                     raise ValueError(f"{name} shares memory with {other}: give it a copy")
             if not backend.is_traced(value):
                 others = placed(others, self.dtype, backend, device)
-            return others._replace(**{name: stored})
+            present = getattr(arrays, name)
+            kept = (
+                stored if present is None or not backend.owns(type(present)) else backend.in_place_of(present, stored)
+            )
+            return others._replace(**{name: kept})
 
         self.swap(change)
 
