@@ -26,6 +26,13 @@ class Held(NamedTuple):
     var: Array
 
 
+class _OfOneCall(Store):
+    """A store that is gone with the call, and so may keep whatever that makes."""
+
+    __slots__ = ()
+    outlives_calls = False
+
+
 def batch_norm_of(
     x: Array, held: Held, *, eps: float, momentum: float, training: bool, axis: int, **options: Any
 ) -> tuple[Array, Array, Array]:
@@ -34,6 +41,6 @@ def batch_norm_of(
     momentum is that of a state; with 1, a batch's own statistics come out. options: mask, residual, activation, group.
     """
     settings = held.mean.shape[0], float(eps), float(momentum), 0, dtype_name(held.mean.dtype)
-    state = BatchNormState._over(Store.of(settings, Arrays(*held, 0)))
+    state = BatchNormState._over(_OfOneCall.of(settings, Arrays(*held, 0)))
     y = batch_norm(x, state, training=training, axis=axis, **options)
     return y, state.running_mean, state.running_var

@@ -31,7 +31,7 @@ class BatchNorm(eqx.nn.BatchNorm):
 
     def __call__(self, x: Any, state: Any, *, key: Any = None, inference: bool | None = None) -> tuple[Any, Any]:
         """As Equinox's: x of shape ``(C, ...)``, without a batch axis; returns (y, state)."""
-        inference = self.inference if inference is None else inference
+        x, inference = jnp.asarray(x), self.inference if inference is None else inference
         axis_name = tuple(self.axis_name) if isinstance(self.axis_name, list) else self.axis_name
         theirs = not inference and (self.mode == "ema" or x.size // x.shape[0] * jax.lax.psum(1, axis_name) < 2)
         if theirs or not jnp.issubdtype(x.dtype, jnp.floating):

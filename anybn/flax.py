@@ -119,7 +119,7 @@ def _refuse_fusion(residual: Any, activation: str | None) -> None:
 def _batch_norm(layer: Any, x: Any, held: Held, uses_average: bool, options: dict[str, Any]) -> tuple[Any, Any, Any]:
     options["group"] = None if uses_average else options["group"]
     dtype = layer.dtype or jnp.result_type(*(a for a in (x, held.weight, held.bias) if a is not None))
-    x = x.astype(jnp.promote_types(x.dtype, dtype))
+    x = jnp.asarray(x, jnp.promote_types(x.dtype, dtype))
     if options["residual"] is not None:
         options["residual"] = options["residual"].astype(x.dtype)
     y, mean, var = batch_norm_of(

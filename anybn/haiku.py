@@ -36,6 +36,7 @@ class BatchNorm(hk.BatchNorm):
         offset: Any = None,
     ) -> Any:
         """As Haiku's: inputs of any rank and floating dtype, and y of the same."""
+        inputs = jnp.asarray(inputs)
         theirs = self.axis, self.cross_replica_axis_index_groups, scale, offset
         learns = is_training or test_local_stats
         is_batch = inputs.ndim > 1 and jnp.issubdtype(inputs.dtype, jnp.floating)

@@ -50,6 +50,9 @@ class Store:
     block: Any
     """the open block of `anybn.accumulate`, which takes what would be learnt; or None"""
 
+    #: So it may not keep what means something only within a traced call that it was not passed to.
+    outlives_calls = True
+
     SETTINGS = ("num_features", "eps", "momentum", "ddof", "dtype")
 
     @classmethod
@@ -130,7 +133,8 @@ class Store:
             running = backend.update(update, batch.statistics)
         mean, var = map(backend.frozen, running)
         arrays = Arrays(arrays.weight, arrays.bias, mean, var, arrays.num_batches_tracked + 1)
-        require_storable(backend, arrays, old)
+        if self.outlives_calls:
+            require_storable(backend, arrays, old)
         return arrays
 
     def put(self, name: str, value: Array) -> None:
