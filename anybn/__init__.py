@@ -31,12 +31,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> ModuleType:
-    """``anybn.torch`` and ``anybn.jax`` without an import of their own; the frameworks come with the first use."""
-    if name in ("jax", "torch"):
+    """``anybn.torch``, ``anybn.keras`` and the like without an import of their own, which the first use makes."""
+    if name in ("jax", "torch", "keras", "flax", "equinox", "haiku"):
         try:
             return importlib.import_module(f"anybn.{name}")
         except ImportError as error:  # an attribute that is missing, as hasattr and inspect expect it
-            raise AttributeError(f"anybn.{name} cannot be imported ({error}): pip install {name}") from error
+            package = "dm-haiku" if name == "haiku" else name
+            raise AttributeError(f"anybn.{name} cannot be imported ({error}): pip install {package}") from error
     raise AttributeError(f"module 'anybn' has no attribute {name!r}")
 
 

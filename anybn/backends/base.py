@@ -217,6 +217,11 @@ class Backend:
         """Whether a state may hold new in place of old after the call: not if new means something only inside it."""
         return True
 
+    def in_place_of(self, present: Array, value: Array) -> Array:
+        """value as a state takes it in place of present: where traced calls may store what they make, there they may
+        after it."""
+        return value
+
     def write_problem(self, out: Array) -> str:
         """Why out cannot be written to, and what to do; or ""."""
         return ""

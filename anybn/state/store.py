@@ -65,6 +65,9 @@ class Store:
     block: Any
     """the open block of `anybn.accumulate`, which takes what would be learnt; or None"""
 
+    #: So it may not keep what means something only within a traced call that it was not passed to.
+    outlives_calls = True
+
     SETTINGS = ("num_features", "eps", "momentum", "ddof", "dtype")
 
     @classmethod
@@ -168,7 +171,8 @@ class Store:
             running = backend.update(update, batch.statistics)
         mean, var = map(backend.frozen, running)
         arrays = Arrays(arrays.weight, arrays.bias, mean, var, batches, arrays.exact)
-        require_storable(backend, arrays, old)
+        if self.outlives_calls:
+            require_storable(backend, arrays, old)
         return arrays
 
     def _learnt_on_the_host(self, batch: Batch, arrays: Arrays, batches: int | Array) -> Arrays:
@@ -212,7 +216,10 @@ class Store:
                 replaced = backend.owns(type(getattr(arrays, name)))  # by one of its library, and so not left behind
                 others = with_trained_moved(others if replaced else arrays, self.private, backend, device)
                 others = placed(others._replace(**{name: None}), self.dtype, backend, device)  # type: ignore[arg-type]
-            return others._replace(**{name: stored})
+            present, kept = getattr(arrays, name), stored
+            if present is not None and backend.owns(type(present)):
+                kept = backend.in_place_of(present, stored)
+            return others._replace(**{name: kept})
 
         self.swap(change)
         self.private.discard(name)
