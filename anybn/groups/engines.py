@@ -110,7 +110,11 @@ def _pause_at_exit() -> None:
 
 
 class MPIGroup:
-    """An mpi4py communicator."""
+    """An mpi4py communicator.
+
+    Start programs with ``mpiexec -n 2 python -m mpi4py train.py``: then an exception that nobody catches ends all
+    members. With ``python train.py``, the others wait for ever for a member that has failed outside of a call.
+    """
 
     def __init__(self, communicator: Any):
         self.communicator = communicator
