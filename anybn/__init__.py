@@ -9,7 +9,7 @@ from anybn._accumulate import accumulate
 from anybn._functional import batch_norm, batch_norm_vjp
 from anybn._layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybn._moments import Moments
-from anybn._networks import load_batch_norms
+from anybn._networks import load_batch_norms, save_batch_norms
 from anybn._recalibrate import recalibrate
 from anybn._statistics import denormalize, moments
 from anybn.backends.registry import BackendInfo, register_backend, unregister_backend, use_backend
@@ -67,6 +67,7 @@ __all__ = [
     "recalibrate",
     "register_backend",
     "rms_norm",
+    "save_batch_norms",
     "set_num_threads",
     "unregister_backend",
     "use_backend",

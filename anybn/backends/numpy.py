@@ -16,7 +16,7 @@ from anybn.backends.base import Backend, beside_values
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Statistics, Update
 from anybn.groups import exchange
-from anybn.kernels.cpu import chunked
+from anybn.kernels.cpu import chunked, threads
 
 
 class NumPyBackend(Backend):
@@ -25,7 +25,7 @@ class NumPyBackend(Backend):
 
     @property
     def how(self) -> str:  # type: ignore[override]
-        if importlib.util.find_spec("numba") is None:
+        if kernels() is chunked:
             return "in blocks that fit the cache"
         problem = importlib.import_module("anybn.kernels.cpu.cached").problem
         return f"fused Numba kernels{problem and ', '}{problem}"
@@ -178,8 +178,11 @@ class NumPyBackend(Backend):
 
 @functools.cache
 def kernels() -> ModuleType:
-    """`anybn.kernels.cpu.operations` where Numba is installed, else `chunked`; imported with the first array for it."""
+    """`anybn.kernels.cpu.operations` where Numba is installed and compiles (it does not with ``NUMBA_DISABLE_JIT=1``),
+    else `chunked`; imported with the first array for it."""
     if importlib.util.find_spec("numba") is None:
+        return chunked
+    if threads.undisturbed(functools.partial(importlib.import_module, "numba")).config.DISABLE_JIT:
         return chunked
     return importlib.import_module("anybn.kernels.cpu.operations")
 

@@ -161,6 +161,23 @@ def backend_for(x: Any, argument: str = "x") -> Backend:
     return backend
 
 
+#: What frameworks wrap an array in: class -> the attribute, or method, that gives the array itself.
+_WRAPPERS = {
+    "keras.src.backend.common.variables.Variable": "value",
+    "flax.nnx.variablelib.Variable": "get_value",
+}
+
+
+def unwrapped(x: Any) -> Any:
+    """The array in a variable of Keras or Flax NNX, which gradients reach; anything else as it is."""
+    if root_module(type(x)) in ("keras", "flax"):
+        for cls in type(x).__mro__:
+            if (attribute := _WRAPPERS.get(f"{cls.__module__}.{cls.__qualname__}")) is not None:
+                value = getattr(x, attribute)
+                return value() if attribute.startswith("get") else value
+    return x
+
+
 def _find(x: Any, cls: type, argument: str) -> Backend:
     _read_entry_points()
     what = f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")

@@ -98,12 +98,19 @@ def write(path: str | os.PathLike[str], format: str, tensors: dict[str, np.ndarr
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Whole or not at all: a reader never meets half a file, and the old one survives a full disk."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.part")  # not of path's name, which may be as long as names may be
-    try:
+    with replacing(path) as temporary:
         if not _written_without_name(temporary, content):
             with temporary.open("xb") as file:
                 _write_through(file, content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path for what is to be at path, whole or not at all: a reader never meets half a file, and the old one survives
+    a full disk."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")  # not of path's name, which may be as long as names may be
+    try:
+        yield temporary
         if path.exists():
             temporary.chmod(path.stat().st_mode)
         temporary.replace(path)
