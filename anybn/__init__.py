@@ -13,6 +13,7 @@ from anybn._recalibrate import recalibrate
 from anybn.backends.registry import BackendInfo, register_backend, unregister_backend, use_backend
 from anybn.core.call import Gradients
 from anybn.core.moments import Moments
+from anybn.diagnosis import diagnose
 from anybn.errors import BackendNotInstalled, CheckpointError, MemberError, NonFiniteError, StateError
 from anybn.interop import fold
 from anybn.kernels.cpu.threads import get_num_threads, set_num_threads
@@ -55,6 +56,7 @@ __all__ = [
     "backends",
     "batch_norm",
     "batch_norm_vjp",
+    "diagnose",
     "fold",
     "get_num_threads",
     "group_norm",

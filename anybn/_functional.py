@@ -340,7 +340,7 @@ def finish(checked: Checked, statistics: Statistics, running: tuple[Array, Array
     if not commits or (isinstance(statistics.count, int) and statistics.count == 0):  # all members' x are empty
         store.adopt(backend, before, placed)
         return
-    batch = Batch(backend, call.x, statistics, nonfinite == "propagate", before, placed, running)
+    batch = Batch(backend, call.x, statistics, nonfinite == "propagate", before, placed, running, call)
     block = store.block
     if block is None or not block.add(batch):
         store.learn(batch)

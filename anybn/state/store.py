@@ -16,7 +16,7 @@ import numpy as np
 from anybn import _checks, _lock, _settings
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
-from anybn.core.call import Array, Statistics, Update, dtype_name
+from anybn.core.call import Array, Call, Statistics, Update, dtype_name
 from anybn.core.moments import Moments
 from anybn.state.arrays import Arrays, dtype_of, placed, require_storable, storable
 
@@ -35,6 +35,8 @@ class Batch(NamedTuple):
     """the same beside x"""
     running: tuple[Array, Array] | None = None
     """the running statistics that the backend has made of these in the same pass"""
+    call: Call | None = None
+    """the call itself, for who watches it"""
 
 
 class Store:
