@@ -69,8 +69,8 @@ def diagnose(
     | shifted or stale | one of both, without training_batches |
     | unlike batches | means of batches vary more than means of random samples do |
     | small batches | the noise is above 0.3, which batches of 16 independent values have |
-    | dead channels | y does not vary in evaluation, or is 0 after a fused relu |
-    | saturated channels | y has one sign in evaluation, before a residual |
+    | dead channels | y does not vary, or is 0 after a fused relu, with the statistics of the data |
+    | saturated channels | y has one sign, before a residual, with the statistics of the data |
 
     The target is as it was afterwards, also after an error. A group is left out: a process looks at its own batches.
 

@@ -163,13 +163,13 @@ def _one_sided(layer: LayerDiagnosis) -> Iterator[Finding]:
         layer,
         "dead channels",
         layer.dead,
-        "a y that does not vary in evaluation",
+        "a y that does not vary",
         "look at their weight, and at the layer before; channels that stay so can be pruned",
     )
     yield from _of_channels(
         layer,
         "saturated channels",
         layer.saturated,
-        "a y of one sign in evaluation",
-        "a relu behind them does nothing or passes nothing: close the gap, or look at their bias",
+        "a y of one sign",
+        "a relu behind them does nothing or passes nothing: look at their bias",
     )

@@ -80,8 +80,9 @@ class LayerDiagnosis:
         averaging: the gap that a moving average of batches so noisy has: ``noise * sqrt(momentum / (2 - momentum))``.
         leftover: what part of the running statistics is still the start: ``(1 - momentum) ** updates``.
         nonfinite: in how many batches the channel has a NaN or an infinity.
-        dead: channels whose y does not vary in evaluation, or, with a fused relu and no residual, is 0.
-        saturated: other channels whose y has one sign in evaluation: a relu behind it does nothing, or passes nothing.
+        dead: channels whose y varies by less than 0.001 with the statistics of the population, or, with a fused relu
+            and no residual, is 0.
+        saturated: other channels whose y, likewise, has one sign: a relu behind it does nothing, or passes nothing.
         unlike: the variance of batch means, in that of means of random samples; above 1, batches are not random.
     """
 
@@ -164,17 +165,17 @@ def _unlike(seen: Observed) -> float:
     return float(ratio.mean()) if ratio.size else float("nan")
 
 
-#: In evaluation, a y that varies by less than this says nothing.
+#: A y that varies by less than this says nothing.
 FLAT = 1e-3
 
 
 def _dead_and_saturated(kept: Kept, seen: Observed) -> tuple[np.ndarray, np.ndarray]:
-    low, high = seen.range
+    """With the statistics of the population: what a gap does to y, recalibrate mends."""
+    mean, var = seen.population(kept.ddof)
     with np.errstate(all="ignore"):
-        scale = kept.weight / np.sqrt(kept.var + kept.eps)
-        ends = np.sort([(end - kept.mean) * scale + kept.bias for end in (low, high)], axis=0)
+        scale = kept.weight / np.sqrt(var + kept.eps)
+        ends = np.sort([(end - mean) * scale + kept.bias for end in seen.range], axis=0)
         flat = np.abs(scale) * np.sqrt(seen.whole.var) < FLAT
         closed, opened = ends[1] <= 0, ends[0] >= 0
-    some = seen.whole.count > 0
-    dead = some & (flat | (closed if kept.relu else False))
-    return dead, some & ~dead & (closed | opened)
+    dead = flat | closed if kept.relu else flat
+    return dead, ~dead & (closed | opened)

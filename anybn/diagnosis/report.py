@@ -84,7 +84,7 @@ class Diagnosis:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise BackendNotInstalled(f"plot needs matplotlib ({error}): pip install matplotlib") from error
-        figure = Figure(figsize=(max(5.0, 2.2 + 0.45 * len(self.layers)), 5.6), layout="constrained")
+        figure = Figure(figsize=(max(6.4, 2.2 + 0.45 * len(self.layers)), 5.6), layout="constrained")
         _draw(figure, self.layers)
         if path is not None:
             figure.savefig(path, dpi=150)
@@ -123,15 +123,17 @@ def _draw(figure: Figure, layers: Mapping[str, LayerDiagnosis]) -> None:
             scale = 1 / np.sqrt(layer.running_var + layer.eps)
             mean, std = (layer.mean - layer.running_mean) * scale, np.sqrt(layer.var + layer.eps) * scale
         for axes, values, right in (above, mean, 0.0), (below, std, 1.0):
-            axes.scatter(i + np.linspace(-0.25, 0.25, len(values)), values, s=7, color="#1f77b4", linewidths=0)
+            places = i + np.linspace(-0.25, 0.25, len(values))
+            axes.scatter(places, values, s=9, color="#1f77b4", linewidths=0, label=None if i else "a channel")
             noise = 0.0 if math.isnan(rms(layer.noise)) else rms(layer.noise)
             band = {"color": "#888888", "alpha": 0.25, "linewidth": 0}
-            axes.bar(i, 2 * noise, 0.8, right - noise, **band, label="noise of a batch" if i == 0 else None)
+            axes.bar(i, 2 * noise, 0.8, right - noise, **band, label=None if i else "noise of a batch")
     for axes, right in (above, 0.0), (below, 1.0):
         axes.axhline(right, color="black", linewidth=0.8, zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
-    above.set(title="y in evaluation, before weight and bias: a dot is a channel", ylabel="mean (right: 0)")
-    below.set(ylabel="standard deviation (right: 1)")
+    figure.suptitle("y in evaluation, before weight and bias, in units of its standard deviation", fontsize=11)
+    above.set(ylabel="mean (right: 0)")
+    below.set(xlabel="layer", ylabel="standard deviation (right: 1)")
     below.set_xticks(range(len(layers)), [name or "layer" for name in layers], rotation=45, ha="right", fontsize=8)
-    above.legend(loc="upper right", fontsize=8, frameon=False)
+    figure.legend(*above.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8, frameon=False)
