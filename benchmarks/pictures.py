@@ -70,7 +70,12 @@ def mean() -> None:
     axes.axhline(0.5, color="black", linewidth=0.8, linestyle="dotted", label="rounding once")
     axes.set_xscale("symlog", linthresh=1)
     axes.set_yscale("log")
-    axes.set(xlabel="mean of the data; the deviation is 1", ylabel="largest error of y (eps)", ylim=(0.2, None))
+    axes.set(
+        xlabel="mean of the data; the deviation is 1",
+        ylabel="largest error of y (eps)",
+        xlim=(-0.1, 1.5e7),
+        ylim=(0.2, None),
+    )
     axes.set_title("Batch norm in float32, training, on 32x8x28x28", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
@@ -99,7 +104,7 @@ def main() -> None:
     for draw in (story, diagnosis, mean):
         draw()
     for name in ("demo", "bench") if options.commands else ():
-        subprocess.run([sys.executable, "-m", "anybn", name, "--png", IMAGES / f"{name}.png"], check=True)
+        subprocess.run([sys.executable, "-m", "anybn", name, "--picture", IMAGES / f"{name}.png"], check=True)
 
 
 if __name__ == "__main__":

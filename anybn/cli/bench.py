@@ -22,7 +22,7 @@ TITLES = {"numpy": "anybn, NumPy arrays", "torch": "anybn, torch tensors", "torc
 COLORS = {"numpy": "#1f77b4", "torch": "#08306b", "torch.nn": "#d95f02"}
 
 
-def run(png: Path) -> tuple[list[tuple[str, ...]], float]:
+def run(picture: Path) -> tuple[list[tuple[str, ...]], float]:
     """Measure training forward passes and draw them. Raises WrongResult.
 
     Returns a table, and how many CPUs other processes used meanwhile.
@@ -32,7 +32,7 @@ def run(png: Path) -> tuple[list[tuple[str, ...]], float]:
     progress = tqdm(chosen, unit="shape", file=sys.stderr, disable=None, leave=False)
     measured = {case: measure(case, rounds=7, seconds=1.2) for case in progress}
     timings = {case: m.timings for case, m in measured.items()}
-    draw(png, timings)
+    draw(picture, timings)
     return table_of(timings), max(m.busy for m in measured.values())
 
 
@@ -77,7 +77,7 @@ def draw(path: Path, timings: Mapping[Case, Mapping[str, Timing]]) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", ncols=5, fontsize=9, frameon=False)
-    figure.savefig(path, format="png", dpi=150)
+    figure.savefig(path, dpi=150)
 
 
 def medians(timings: Mapping[Case, Mapping[str, Timing]], name: str) -> np.ndarray:

@@ -64,7 +64,12 @@ def add_demo(commands: Commands) -> None:
     command.add_argument("--seed", type=seed, default=0, help="of the weights and the order of the images; default: 0")
     command.add_argument("--layers", choices=("conv", "dense"), default="conv", help="default: conv")
     command.add_argument(
-        "--png", type=png, default="anybn-demo.png", metavar="PATH", help="for the curves; default: %(default)s"
+        "--picture",
+        "--png",
+        type=picture,
+        default="anybn-demo.png",
+        metavar="PATH",
+        help="for the curves, in any format that matplotlib writes; default: %(default)s",
     )
     command.add_argument(
         "--switch-to",
@@ -87,7 +92,7 @@ def demo(options: argparse.Namespace) -> int:
         epochs=options.epochs,
         seed=options.seed,
         layers=options.layers,
-        png=options.png,
+        picture=options.picture,
         switch_to=options.switch_to,
     )
     return 0 if passed else 1
@@ -105,13 +110,27 @@ def seed(text: str) -> int:
     return int(text)
 
 
-def png(text: str) -> Path:
+def picture(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder: name the file in it")
+    if problem := format_problem(path):
+        raise argparse.ArgumentTypeError(problem)
     return path
+
+
+def format_problem(path: Path) -> str:
+    """Why matplotlib cannot write such a file, before hours of work; "" also where there is no matplotlib yet."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return ""
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() in formats:
+        return ""
+    return f"{path} has no ending that matplotlib writes: use one of {', '.join(formats)}"
 
 
 def target(text: str) -> str:
@@ -163,7 +182,12 @@ def pytest_arguments(names: Sequence[str]) -> list[str]:
 def add_bench(commands: Commands) -> None:
     command = commands.add_parser("bench", help="measure training forward beside torch, if installed, and a plain copy")
     command.add_argument(
-        "--png", type=png, default="anybn-bench.png", metavar="PATH", help="for the bars; default: %(default)s"
+        "--picture",
+        "--png",
+        type=picture,
+        default="anybn-bench.png",
+        metavar="PATH",
+        help="for the bars, in any format that matplotlib writes; default: %(default)s",
     )
     command.set_defaults(run=bench)
 
@@ -178,7 +202,7 @@ def bench(options: argparse.Namespace) -> int:
             f'the benchmark needs matplotlib and tqdm ({error}): pip install "anybn[demo]"'
         ) from error
     try:
-        rows, busy = run(options.png)
+        rows, busy = run(options.picture)
     except WrongResult as error:
         print(f"anybn: {error}", file=sys.stderr)
         return 1
@@ -188,7 +212,7 @@ def bench(options: argparse.Namespace) -> int:
     )
     if busy > QUIET:
         print(f"other processes used up to {busy:.1f} CPUs meanwhile: try again when the machine is quiet")
-    print(f"bars: {options.png}")
+    print(f"bars: {options.picture}")
     return 0
 
 
