@@ -206,7 +206,7 @@ def test_demo_names_the_extra_if_something_is_missing(missing, capsys, monkeypat
         ("--epochs=some", "3 or more"),
         ("--png=no/such/folder/a.png", "no folder"),
         ("--png=.", "is a folder"),
-        ("--picture=curves.doc", "curves.doc has no ending that matplotlib writes: use one of eps, "),
+        ("--picture=curves.doc", "curves.doc has no ending that matplotlib writes: use one of "),
         ("--picture=curves", "has no ending that matplotlib writes"),
         ("--seed=-1", "0 or more"),
         ("--seed=some", "0 or more"),
