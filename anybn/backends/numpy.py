@@ -128,11 +128,8 @@ class NumPyBackend(Backend):
         for keep in (active, call.mask):
             if dresidual is not None and keep is not None:
                 dresidual = np.where(keep, dresidual, np.zeros((), dy.dtype))
-        dx, weight = dx.view(call.x.dtype), call.weight
-        if weight is None:
-            return Gradients(dx, None, None, dresidual)
-        dweight, dbias = (formulas.rounded_to(array_api_compat.numpy, a, weight.dtype) for a in (dweight, dbias))
-        return Gradients(dx, dweight, dbias, dresidual)
+        of_parameters = formulas.parameter_gradients(array_api_compat.numpy, call, dweight, dbias)
+        return Gradients(dx.view(call.x.dtype), *of_parameters, dresidual)
 
     def gradient_sums(
         self, call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None
@@ -169,11 +166,8 @@ class NumPyBackend(Backend):
         if not ((chosen := self._kernels_for(call)) and chosen.row_kernels):
             return super().row_gradients(call, statistics, dy)
         grads = chosen.row_kernels.gradients(_in_bits(call), statistics, _bits(dy))
-        dweight, dbias = (
-            None if parameter is None else formulas.rounded_to(array_api_compat.numpy, a, parameter.dtype)
-            for a, parameter in ((grads.weight, call.weight), (grads.bias, call.bias))
-        )
-        return Gradients(grads.x.view(call.x.dtype), dweight, dbias, None)
+        of_parameters = formulas.parameter_gradients(array_api_compat.numpy, call, grads.weight, grads.bias)
+        return Gradients(grads.x.view(call.x.dtype), *of_parameters, None)
 
 
 @functools.cache

@@ -56,16 +56,21 @@ def gradients(
     wants_residual: bool,
     over: Over | None = None,
 ) -> Gradients:
-    views, weight = Call(_view(call.x), call.spec, _numbers(call.weight)), call.weight
+    views = Call(_view(call.x), call.spec, _numbers(call.weight))
     dx, dweight, dbias, _ = kernels().gradients(views, _views(statistics), _view(dy), _view(active), over)
     dx = _tensor(dx, call.x.dtype)
     dresidual = dy if wants_residual else None
     if dresidual is not None and active is not None:
         dresidual = torch.where(active, dy, torch.zeros((), dtype=dy.dtype))
-    if weight is None:
-        return Gradients(dx, None, None, dresidual)
-    dweight, dbias = (torch.from_numpy(a).to(weight.dtype) for a in (dweight, dbias))
-    return Gradients(dx, dweight, dbias, dresidual)
+    return Gradients(dx, *_parameter_gradients(call, dweight, dbias), dresidual)
+
+
+def _parameter_gradients(call: Call, dweight: Any, dbias: Any) -> tuple[Any, Any]:
+    weight, bias = call.weight, call.bias
+    return (
+        None if weight is None else torch.from_numpy(dweight).to(weight.dtype),
+        None if bias is None else torch.from_numpy(dbias).to(bias.dtype),
+    )
 
 
 def takes_rows(call: Call) -> bool:
@@ -81,11 +86,7 @@ def normalize_rows(call: Call) -> tuple[torch.Tensor, Statistics]:
 
 def row_gradients(call: Call, statistics: Statistics, dy: torch.Tensor) -> Gradients:
     grads = kernels().row_kernels.gradients(_in_views(call), _views(statistics), _view(dy))
-    dweight, dbias = (
-        None if parameter is None else torch.from_numpy(a).to(parameter.dtype)
-        for a, parameter in ((grads.weight, call.weight), (grads.bias, call.bias))
-    )
-    return Gradients(_tensor(grads.x, call.x.dtype), dweight, dbias, None)
+    return Gradients(_tensor(grads.x, call.x.dtype), *_parameter_gradients(call, grads.weight, grads.bias), None)
 
 
 class _Memory(ctypes.c_char * (1 << 62)):  # type: ignore[misc] # an array type is a class
