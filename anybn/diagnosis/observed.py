@@ -112,8 +112,15 @@ class Batches(NamedTuple):
 def _range(x: Array, axis: int, mask: Array | None) -> np.ndarray:
     """(2, C)."""
     backend = backend_for(x)
-    xp, axes = backend.namespace(x), reduced_axes(x.ndim, axis % x.ndim)
     x = backend.detached(x)
+    if mask is None:
+        try:
+            x = np.from_dlpack(x)  # in the host's memory NumPy is faster than torch: 0.1 and 16 ms on a busy machine
+        except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):  # on a device, lazy, bfloat16, ...
+            pass
+        else:
+            backend = backend_for(x)
+    xp, axes = backend.namespace(x), reduced_axes(x.ndim, axis % x.ndim)
     low = high = x
     if mask is not None:
         low, high = (xp.where(mask, x, xp.full_like(x, limit)) for limit in (np.inf, -np.inf))

@@ -1,7 +1,6 @@
 """The notebooks run from top to bottom; what they assert holds. They are kept without outputs."""
 
 import pytest
-
 from pages import DOCS
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat: not installed, pip install -e '.[docs]'")
