@@ -104,7 +104,7 @@ def main() -> None:
     for draw in (story, diagnosis, mean):
         draw()
     for name in ("demo", "bench") if options.commands else ():
-        subprocess.run([sys.executable, "-m", "anybn", name, "--picture", IMAGES / f"{name}.png"], check=True)
+        subprocess.run([sys.executable, "-m", "anybn", name, "--png", IMAGES / f"{name}.png"], check=True)
 
 
 if __name__ == "__main__":

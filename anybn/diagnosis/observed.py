@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from anybn._moments import Moments
 from anybn._population import moments_on_host
 from anybn.backends.registry import backend_for
 from anybn.core.call import Array
 from anybn.core.formulas import reduced_axes
-from anybn.core.moments import Moments, merged
+from anybn.core.moments import merged
 
 
 class Pair(NamedTuple):
@@ -46,11 +47,10 @@ class Observed:
     def add(self, batch: Array | Moments, axis: int, mask: Array | None = None) -> None:
         """A batch of any library, or its moments, which tell nothing of its range and samples. Empty ones are none.
 
-        ``mask`` has a 1 on the channel axis, as in a `Call`.
+        ``mask`` broadcasts to the batch, as in a `Call`.
         """
-        positions = None if mask is None else backend_for(mask).namespace(mask).squeeze(mask, axis=axis)
-        moments = moments_on_host(batch, axis, self.num_features, positions)
-        if not moments.count:
+        moments = moments_on_host(batch, axis, self.num_features, mask)
+        if not np.any(moments.count):
             return
         self._parts.append(moments)
         if isinstance(batch, Moments):
@@ -69,7 +69,7 @@ class Observed:
         mean = np.array([m.mean + (nothing if m.shift is None else m.shift) for m in self._parts])
         m2 = np.array([m.m2 for m in self._parts])
         finite = np.isfinite(mean) & np.isfinite(m2)
-        count = np.where(finite, np.array([m.count for m in self._parts])[:, None], 0)
+        count = np.where(finite, [np.broadcast_to(m.count, self.num_features) for m in self._parts], 0)
         return Batches(count, np.where(finite, mean, 0.0), np.where(finite, m2, 0.0), np.array(self._samples))
 
     @cached_property

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 
 from anybn._population import Participants, Population, with_progress
@@ -58,7 +59,7 @@ def _in_one_pass(layers: list[Any], run_all: Callable[[str], Iterator[None]], pa
             pass
     participants.agree_on_layer(0)
     populations = {layer: participants.merged(population) for layer, population in seen.items()}
-    reached = {layer: population for layer, population in populations.items() if population.moments.count}
+    reached = {layer: population for layer, population in populations.items() if np.any(population.moments.count)}
     if not reached:
         raise ValueError("no batch reached a batch norm of the model: give some, which nobody has read before")
     for layer, population in reached.items():

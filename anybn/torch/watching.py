@@ -36,10 +36,15 @@ def observed(layers: list[Any], observe: Callable[[Any, torch.Tensor], None]) ->
     def hook(layer: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         observe(layer, args[0] if args else options["input"])
 
-    with ExitStack() as stack:
+    try:
         for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
         yield
+    finally:  # not by handles: an interrupt can come before one is kept
+        for layer in layers:
+            for key in [key for key, found in layer._forward_pre_hooks.items() if found is hook]:
+                del layer._forward_pre_hooks[key]
+                layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 @contextmanager

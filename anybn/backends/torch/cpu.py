@@ -61,7 +61,7 @@ def gradients(
     dx = _tensor(dx, call.x.dtype)
     dresidual = dy if wants_residual else None
     if dresidual is not None and active is not None:
-        dresidual = torch.where(active, dy, torch.zeros((), dtype=dy.dtype))
+        dresidual = torch.where(active, dy, dy.new_zeros(()))
     return Gradients(dx, *_parameter_gradients(call, dweight, dbias), dresidual)
 
 
