@@ -1,11 +1,14 @@
 """README.md and the pages of docs/: their Python, run as it stands there."""
 
 import contextlib
+import importlib.util
 import io
 import re
 from pathlib import Path
 
 import pytest
+
+import anybn
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -13,9 +16,15 @@ LIBRARIES = ("torch", "jax", "dask", "keras", "flax", "equinox", "mlx", "cupy", 
 PRINTED = re.compile(r"^ *print\(.*\)  # (.*)$", re.M)
 
 
+def has_cupy():
+    """Whether there is CuPy, and a GPU for it."""
+    return importlib.util.find_spec("cupy") is not None and anybn.backends()["cupy"].usable
+
+
 def blocks_of(page, *, without=()):
-    """The Python blocks of a page, but for those that import a library of these."""
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    """The Python blocks of a page, but for examples with prompts, and what imports a library of these."""
+    blocks = re.findall(r"```python\n(?!>>> )(.*?)```", page.read_text(), re.S)
+    blocks += re.findall(r"```python cupy\n(.*?)```", page.read_text(), re.S) if has_cupy() else []
     left_out = re.compile(rf"^(import|from) ({'|'.join(without)})\b", re.M) if without else None
     return [block for block in blocks if left_out is None or not left_out.search(block)]
 

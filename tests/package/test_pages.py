@@ -4,14 +4,14 @@ import importlib.util
 
 import numpy as np
 import pytest
-from pages import DOCS, run
+from pages import DOCS, blocks_of, run
 
 import anybn
 from anybn.interop import CONVENTIONS
 
 #: Pages whose code has tests of its own.
-OWN = {"jax.md"}
-PAGES = sorted(path.name for path in DOCS.glob("*.md") if "```python\n" in path.read_text() and path.name not in OWN)
+OWN = {"jax.md", "testing.md"}
+PAGES = sorted(path.name for path in DOCS.glob("*.md") if blocks_of(path) and path.name not in OWN)
 
 
 @pytest.mark.filterwarnings("ignore")
