@@ -1,7 +1,7 @@
 """The pictures of README.md and of the site, into docs/images.
 
-    python benchmarks/pictures.py            # those that show what is computed
-    python benchmarks/pictures.py --commands # those of `python -m anybn demo` and `bench` too, some minutes
+    python benchmarks/pictures.py
+    python benchmarks/pictures.py --demo   # that of `python -m anybn demo` too, some minutes
 
 It takes torch, and for the error against the mean also Flax, Keras and JAX, where they are installed.
 """
@@ -17,8 +17,12 @@ import numpy as np
 import torch
 from accuracy import columns
 from matplotlib.figure import Figure
+from readme import read
 
 import anybn
+from anybn.cli.bench import draw
+from anybn.cli.comparison import FIRST, ROWS, Case
+from anybn.cli.timing import Timing
 from anybn.conformance import inputs, oracle
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -96,15 +100,27 @@ def diagnosis() -> None:
     save(anybn.diagnose(model, batches).plot(), "diagnose")
 
 
+def bench() -> None:
+    """What `anybn bench` draws, of the times in benchmarks/results/speed.jsonl, which a quiet machine took."""
+    timings: dict[Case, dict[str, Timing]] = {}
+    for row in read("speed.jsonl"):
+        if row["op"] == "forward" and row["layout"] in (FIRST, ROWS):
+            of = timings.setdefault(Case(row["op"], row["layout"], tuple(row["shape"])), {})
+            for name, key in ("copy", "copy_us"), ("fresh copy", "fresh_copy_us"), (row["library"], "ours_us"):
+                of[name] = Timing(row[key] / 1e6, 0.0)
+            of["torch.nn"] = Timing(row["torch_us"] / 1e6, 0.0)
+    draw(IMAGES / "bench.png", timings)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commands", action="store_true", help="draw those of the commands too")
+    parser.add_argument("--demo", action="store_true", help="train for the demo's picture too")
     options = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
-    for draw in (story, diagnosis, mean):
-        draw()
-    for name in ("demo", "bench") if options.commands else ():
-        subprocess.run([sys.executable, "-m", "anybn", name, "--png", IMAGES / f"{name}.png"], check=True)
+    for make in (story, diagnosis, bench, mean):
+        make()
+    if options.demo:
+        subprocess.run([sys.executable, "-m", "anybn", "demo", "--png", IMAGES / "demo.png"], check=True)
 
 
 if __name__ == "__main__":
