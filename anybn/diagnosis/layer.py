@@ -83,6 +83,8 @@ class LayerDiagnosis:
         dead: channels whose y varies by less than 0.001 with the statistics of the population, or, with a fused relu
             and no residual, is 0.
         saturated: other channels whose y, likewise, has one sign: a relu behind it does nothing, or passes nothing.
+        training_gap: the gap, taken over the training batches if there are any; so it is about the training alone.
+        corrected_gap: training_gap, if the start were taken out of the running statistics.
         unlike: the variance of batch means, in that of means of random samples; above 1, batches are not random.
     """
 
@@ -123,9 +125,10 @@ def measured(name: str, kept: Kept, seen: Observed, training: Observed | None) -
     if training is not None:
         source = training
         shift = distance(whole.mean, whole.var, training.population(kept.ddof), population, eps)
-    momentum = 1 / max(kept.updates, 1) if kept.momentum is None else kept.momentum
-    leftover = float((1 - momentum) ** kept.updates) if kept.momentum is not None else float(kept.updates == 0)
-    averaged = 1 / max(kept.updates, 1) if kept.momentum is None else momentum / (2 - momentum)
+    if kept.momentum is None:  # the plain average
+        leftover, averaged = float(kept.updates == 0), 1 / max(kept.updates, 1)
+    else:
+        leftover, averaged = float((1 - kept.momentum) ** kept.updates), kept.momentum / (2 - kept.momentum)
     followed = source.population(kept.ddof)
     with np.errstate(all="ignore"):
         started = Pair(running.mean / (1 - leftover), np.maximum(running.var - leftover, 0) / (1 - leftover))

@@ -58,7 +58,7 @@ class Observed:
             self._samples.append(0)
         else:
             self._ranges.append(_range(batch, axis, mask))
-            self._samples.append(batch.shape[0])
+            self._samples.append(batch.shape[1 if axis % batch.ndim == 0 else 0])
 
     def __len__(self) -> int:
         return len(self._parts)
