@@ -20,6 +20,10 @@ class Docstrings(griffe.Extension):
 
     def _visit(self, obj: Any) -> None:
         if obj.docstring is not None:
+            owner = obj if obj.is_class else obj.parent
+            methods = owner.members if owner is not None and owner.is_class else {}
+            self.links = {name: f"anybn.{name}" for name in self.public}
+            self.links |= {name: member.path for name, member in methods.items() if not name.startswith("_")}
             obj.docstring.value = self._prepared(obj.docstring.value)
         for member in obj.members.values():
             if not member.is_alias:
@@ -35,6 +39,7 @@ class Docstrings(griffe.Extension):
 
     def _linked(self, text: str) -> str:
         def link(match: re.Match[str]) -> str:
-            return f"[{match[0]}][anybn.{match[1]}]" if match[1] in self.public else match[0]
+            target = self.links.get(match[1])
+            return match[0] if target is None else f"[{match[0]}][{target}]"
 
         return NAME.sub(link, text)
