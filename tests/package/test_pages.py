@@ -95,8 +95,8 @@ def test_the_table_of_conventions_is_theirs():
         of = {quantity.replace("hidden", "running"): key for key, quantity in reversed(rules.names.items())}
         arrays = [f"`{of[q]}`" if q in of else "-" for q in ("weight", "bias", "running_mean", "running_var")]
         (eps, default_eps), (momentum, default) = rules.eps, rules.momentum
-        wanted = [*arrays, f"`{eps}`, {default_eps:g}", f"`{momentum}`, {'-' if default is None else f'{default:g}'}"]
-        assert table[name][:6] == wanted
+        settings = [f"`{eps}={default_eps:g}`", f"`{momentum}`" if default is None else f"`{momentum}={default:g}`"]
+        assert table[name][:6] == [*arrays, *settings]
         assert table[name][6:] == ["the old" if rules.decay else "the new", str(rules.ddof)]
 
 
