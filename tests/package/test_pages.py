@@ -10,7 +10,7 @@ import anybn
 from anybn.interop import CONVENTIONS
 
 #: Pages whose code has tests of its own.
-OWN = {"jax.md", "testing.md"}
+OWN = {"jax.md", "testing.md", "torch.md"}
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if blocks_of(path) and path.name not in OWN)
 
 
