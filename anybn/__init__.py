@@ -16,6 +16,7 @@ from anybn._statistics import denormalize, moments
 from anybn.backends._transfer import asarray
 from anybn.backends.registry import BackendInfo, register_backend, unregister_backend, use_backend
 from anybn.core.call import Gradients
+from anybn.diagnosis import diagnose
 from anybn.errors import BackendNotInstalled, CheckpointError, MemberError, NonFiniteError, StateError
 from anybn.interop import fold
 from anybn.kernels.cpu.threads import get_num_threads, set_num_threads
@@ -61,6 +62,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_vjp",
     "denormalize",
+    "diagnose",
     "fold",
     "get_num_threads",
     "group_norm",

@@ -259,6 +259,7 @@ class BackendInfo:
 
     @property
     def usable(self) -> bool:
+        """Whether there is a device, and no problem."""
         return bool(self.devices) and not self.problem
 
 

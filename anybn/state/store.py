@@ -15,7 +15,7 @@ from anybn import _checks, _lock
 from anybn._moments import Moments
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for, backend_named
-from anybn.core.call import Array, Statistics, Update, dtype_name
+from anybn.core.call import Array, Call, Statistics, Update, dtype_name
 from anybn.state.arrays import (
     RUNNING,
     Arrays,
@@ -44,6 +44,8 @@ class Batch(NamedTuple):
     """the same beside x"""
     running: tuple[Array, Array] | None = None
     """the running statistics that the backend has made of these in the same pass"""
+    call: Call | None = None
+    """the call itself, for who watches it"""
 
 
 class Store:
