@@ -307,7 +307,7 @@ def finish(checked: Checked, statistics: Statistics, running: tuple[Array, Array
     if not commits:
         store.adopt(backend, call.x, before, placed)
         return
-    batch = Batch(backend, call.x, statistics, nonfinite == "propagate", before, placed, running)
+    batch = Batch(backend, call.x, statistics, nonfinite == "propagate", before, placed, running, call)
     block = store.block
     if block is None or not block.add(batch):
         store.learn(batch)

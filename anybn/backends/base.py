@@ -89,6 +89,7 @@ class Backend:
         return ""
 
     def namespace(self, x: Array) -> Any:
+        """The functions of the Array API for x."""
         return array_api_compat.array_namespace(x)
 
     def device_of(self, x: Array) -> Any:
@@ -122,9 +123,11 @@ class Backend:
         return [default] if info is None or default is None else info().devices()
 
     def version(self) -> str:
+        """The library's version, for ``anybn.backends()``."""
         return str(getattr(importlib.import_module(self.libraries[0]), "__version__", "unknown"))
 
     def has_float64(self, device: Any) -> bool:
+        """Whether arrays on this device can be float64."""
         info = getattr(self.module(), "__array_namespace_info__", None)
         if info is None:
             return hasattr(self.module(), "float64")
@@ -251,6 +254,7 @@ class Backend:
     sum: Callable[[Any, Array, tuple[int, ...]], Array] = staticmethod(formulas.blocked_sum)
 
     def working_dtype(self, x: Array) -> Any:
+        """What statistics and arithmetic are in: float64 where x's device has it, else float32."""
         return self.dtype("float64" if self.has_float64(self.device_of(x)) else "float32")
 
     def statistics(self, call: Call) -> Statistics:

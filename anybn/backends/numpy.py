@@ -186,7 +186,11 @@ def kernels() -> ModuleType:
     else `chunked`; imported with the first array for it."""
     if importlib.util.find_spec("numba") is None:
         return chunked
-    if threads.undisturbed(functools.partial(importlib.import_module, "numba")).config.DISABLE_JIT:
+    return threads.undisturbed(_import_operations)
+
+
+def _import_operations() -> ModuleType:
+    if importlib.import_module("numba").config.DISABLE_JIT:
         return chunked
     return importlib.import_module("anybn.kernels.cpu.operations")
 

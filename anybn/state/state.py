@@ -10,7 +10,7 @@ import numpy as np
 
 from anybn import _pytree, _settings
 from anybn.backends.base import Backend
-from anybn.backends.registry import backend_for, libraries, resolve_target
+from anybn.backends.registry import backend_for, libraries, resolve_target, unwrapped
 from anybn.checkpoints import translation
 from anybn.checkpoints.conventions import ConventionName
 from anybn.core.call import Array, root_module
@@ -172,7 +172,7 @@ class BatchNormState(Settings):
         self._store.fill({"num_batches_tracked": value})
 
     def _set(self, name: str, value: Array) -> None:
-        present = getattr(self._arrays, name)
+        value, present = unwrapped(value), getattr(self._arrays, name)
         if present is None:
             option = "track_running_stats"
             if name in ("weight", "bias"):

@@ -15,7 +15,7 @@ from anybn import _checks, _lock
 from anybn._moments import Moments
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for, backend_named
-from anybn.core.call import Array, Statistics, Update, dtype_name
+from anybn.core.call import Array, Call, Statistics, Update, dtype_name
 from anybn.state.arrays import (
     RUNNING,
     Arrays,
@@ -44,6 +44,8 @@ class Batch(NamedTuple):
     """the same beside x"""
     running: tuple[Array, Array] | None = None
     """the running statistics that the backend has made of these in the same pass"""
+    call: Call | None = None
+    """the call itself, for who watches it"""
 
 
 class Store:
@@ -64,6 +66,9 @@ class Store:
     """the arrays of a copy that nobody has been given, so that no optimizer can hold them"""
     block: Any
     """the open block of `anybn.accumulate`, which takes what would be learnt; or None"""
+
+    #: So it may not keep what means something only within a traced call that it was not passed to.
+    outlives_calls = True
 
     SETTINGS = ("num_features", "eps", "momentum", "ddof", "dtype")
 
@@ -168,7 +173,8 @@ class Store:
             running = backend.update(update, batch.statistics)
         mean, var = map(backend.frozen, running)
         arrays = Arrays(arrays.weight, arrays.bias, mean, var, batches, arrays.exact)
-        require_storable(backend, arrays, old)
+        if self.outlives_calls:
+            require_storable(backend, arrays, old)
         return arrays
 
     def _learnt_on_the_host(self, batch: Batch, arrays: Arrays, batches: int | Array) -> Arrays:
