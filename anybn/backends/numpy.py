@@ -123,12 +123,12 @@ class NumPyBackend(Backend):
         if not chosen:
             return super().gradients(call, statistics, dy, active, wants_residual)
         over = None if call.group is None else functools.partial(exchange.sums, self, call.group.group)
-        dx, dweight, dbias, _ = chosen.gradients(_in_bits(call), statistics, _bits(dy), active, over)
-        dresidual = dy if wants_residual else None
-        for keep in (active, call.mask):
-            if dresidual is not None and keep is not None:
-                dresidual = np.where(keep, dresidual, np.zeros((), dy.dtype))
+        dx, dweight, dbias, dresidual = chosen.gradients(
+            _in_bits(call), statistics, _bits(dy), active, wants_residual, over
+        )
         dx, weight = dx.view(call.x.dtype), call.weight
+        if wants_residual:
+            dresidual = dresidual.view(dy.dtype)
         if weight is None:
             return Gradients(dx, None, None, dresidual)
         dweight, dbias = (formulas.rounded_to(array_api_compat.numpy, a, weight.dtype) for a in (dweight, dbias))

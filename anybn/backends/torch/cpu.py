@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,19 @@ from anybn.core.formulas import Over
 #: As kernels see them: 16-bit numbers as their bits.
 DTYPES = {getattr(torch, name): np.dtype(bits) for name, (_, bits, _) in _settings.DTYPES.items()}
 _SEEN = DTYPES | {torch.bool: np.dtype(bool)}
+
+
+@functools.cache
+def steps() -> Any:
+    """`anybn.kernels.cpu.step`, or None without Numba; imported with the first small tensor."""
+    return importlib.import_module("anybn.kernels.cpu.step") if kernels().__name__.endswith(".operations") else None
+
+
+@functools.cache
+def examples() -> dict[torch.dtype, np.ndarray]:
+    """Empty arrays of the dtypes that the compiled steps know on this processor, by which they tell dtypes apart."""
+    return {dtype: np.empty(0, seen) for dtype, seen in DTYPES.items() if kernels().supports(np.dtype(seen))}
+
 
 NO_MEMORY = "has no memory: its storage was freed, as FSDP does between the passes; gather it first"
 
@@ -56,16 +71,52 @@ def gradients(
     wants_residual: bool,
     over: Over | None = None,
 ) -> Gradients:
+    """See `anybn.core.formulas.gradients`; active may be y itself, after a relu."""
     views, weight = Call(_view(call.x), call.spec, _numbers(call.weight)), call.weight
-    dx, dweight, dbias, _ = kernels().gradients(views, _views(statistics), _view(dy), _view(active), over)
-    dx = _tensor(dx, call.x.dtype)
-    dresidual = dy if wants_residual else None
-    if dresidual is not None and active is not None:
-        dresidual = torch.where(active, dy, torch.zeros((), dtype=dy.dtype))
+    masked = wants_residual and active is not None
+    dx, dweight, dbias, found = kernels().gradients(views, _views(statistics), _view(dy), _view(active), masked, over)
+    dx, dresidual = _tensor(dx, call.x.dtype), dy if wants_residual else None
+    if masked:
+        dresidual = _tensor(found, dy.dtype)
     if weight is None:
         return Gradients(dx, None, None, dresidual)
     dweight, dbias = (torch.from_numpy(a).to(weight.dtype) for a in (dweight, dbias))
     return Gradients(dx, dweight, dbias, dresidual)
+
+
+def gradients_in_one_step(
+    call: Call, statistics: np.ndarray, dy: torch.Tensor, y: torch.Tensor | None, wants_residual: bool
+) -> Gradients | None:
+    """`gradients` where a compiled step went forward, whose rows of statistics these are; None if dy lies otherwise."""
+    x, spec, weight = call[:3]
+    plain = all(_is_plain(a, x) for a in (x, dy, x if y is None else y))
+    if not plain or not (weight is None or _is_plain(weight, weight)):
+        return None
+    example, of_batch = examples()[x.dtype], len(statistics) > 2
+    dx, dresidual, dweight, dbias = torch.empty_like(x), dy if wants_residual else None, None, None
+    if y is not None and wants_residual:
+        dresidual = torch.empty_like(x)
+    if weight is not None:
+        dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    tensors = (dy, x, y, dx, None if dresidual is dy else dresidual, weight, dweight, dbias)
+    addresses = [0 if a is None else a.data_ptr() for a in tensors]
+    parameter_example = example if weight is None else examples()[weight.dtype]
+    sizes, plan = (x.numel(), x.shape[1], of_batch), steps().plans(x.shape, example.itemsize)[2]
+    steps().backward(example, parameter_example, *addresses, *sizes, spec.eps, statistics, *plan)
+    return Gradients(dx, dweight, dbias, dresidual)
+
+
+def _is_plain(a: torch.Tensor, like: torch.Tensor) -> bool:
+    """Whether a's values lie one after the other in memory of its own, as many and of the dtype as like's."""
+    return (
+        (type(a) is torch.Tensor or type(a) is torch.nn.Parameter)
+        and a.dtype is like.dtype
+        and a.shape == like.shape
+        and a.is_contiguous()
+        and a.is_cpu
+        and not a.is_neg()
+        and a.data_ptr() != 0
+    )
 
 
 def takes_rows(call: Call) -> bool:
