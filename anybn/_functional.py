@@ -133,9 +133,9 @@ def batch_norm_vjp(
     Takes and raises what `batch_norm` does. The library's own automatic differentiation does not see this call.
 
     Returns:
-        (y, pullback): ``pullback(dy)``, with dy like y, gives ``Gradients(x, weight, bias, residual)``; weight and bias
-        are None without affine, residual without one. It uses this call's statistics, whatever the state does later,
-        may be called again, and reads x: do not write to x before.
+        (y, pullback): ``pullback(dy)``, with dy like y, gives ``Gradients(x, weight, bias, residual)``, each None where
+        there is no such array. It uses this call's statistics, whatever the state does later, may be called again, and
+        reads x: do not write to x before.
 
     >>> import numpy as np, anybn
     >>> x = np.array([[1.0, 5.0], [3.0, 9.0], [8.0, 1.0]])
@@ -267,12 +267,8 @@ def check(
     spec = Spec(index, state.eps, activation == "relu")
     members = update = None
     if group is not None and uses_batch:
-        given: dict[str, Any] = {
-            "eps": state.eps,
-            "momentum": state.momentum,
-            "ddof": state.ddof,
-            "affine": state.affine,
-        }
+        names = "eps", "momentum", "ddof", "affine", "scale", "bias"
+        given = {name: value for name, value in state._settings().items() if name in names}
         given |= {"channels": x.shape[index], "dtype": dtype_name(x.dtype), "axis": index, "training": training}
         members = exchange.Members(group, exchange.settings(**given, relu=spec.relu, nonfinite=nonfinite))
     elif uses_batch and commits:

@@ -18,7 +18,7 @@ class BatchNorm:
 
     Args:
         num_features: C, the number of channels.
-        eps, momentum, affine, track_running_stats, ddof, dtype: the state's, see `BatchNormState`.
+        eps, momentum, affine, scale, bias, track_running_stats, ddof, dtype: the state's, see `BatchNormState`.
         axis: the channel axis; -1 for channels last.
         activation: None or "relu".
         group: see `batch_norm`.
@@ -55,6 +55,8 @@ class BatchNorm:
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        scale: bool = True,
+        bias: bool = True,
         track_running_stats: bool = True,
         ddof: int = 1,
         dtype: Any = None,
@@ -68,6 +70,8 @@ class BatchNorm:
             eps=eps,
             momentum=momentum,
             affine=affine,
+            scale=scale,
+            bias=bias,
             track_running_stats=track_running_stats,
             ddof=ddof,
             dtype=dtype,
@@ -141,11 +145,12 @@ def _shared(state: BatchNormState, settings: BatchNormState) -> BatchNormState:
     """state, if the settings given beside it do not contradict it."""
     if not isinstance(state, BatchNormState):
         raise TypeError(f"state is a {type(state).__name__}; it must be an anybn.BatchNormState")
-    defaults = BatchNormState(settings.num_features)
-    for name in ("num_features", "eps", "momentum", "affine", "track_running_stats", "ddof", "dtype"):
-        given, held = getattr(settings, name), getattr(state, name)
-        if given != held and (name == "num_features" or given != getattr(defaults, name)):
-            raise ValueError(f"{name} is {given!r} but the state has {held!r}: the state's settings hold, drop {name}")
+    defaults, held = BatchNormState(settings.num_features)._settings(), state._settings()
+    for name, given in settings._settings().items():
+        if given != held[name] and (name == "num_features" or given != defaults[name]):
+            raise ValueError(
+                f"{name} is {given!r} but the state has {held[name]!r}: the state's settings hold, drop {name}"
+            )
     return state
 
 

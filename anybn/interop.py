@@ -103,10 +103,11 @@ def settings(state: BatchNormState, convention: ConventionName) -> dict[str, Any
     """
     quantities_of(state._settings(), convention)  # raises where it has none
     rules = CONVENTIONS[convention]
+    switches = [a is not None for a in (state.weight, state.bias)]
     return {
         **({rules.size: state.num_features} if rules.size else {}),
         **rules.own_settings(state.eps, state.momentum),
-        **dict.fromkeys(rules.affine, state.affine),
+        **dict(zip(rules.affine, switches if len(rules.affine) == 2 else [state.affine], strict=False)),
         **({rules.track: state.track_running_stats} if rules.track else {}),
         **rules.constants,
     }

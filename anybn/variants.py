@@ -117,26 +117,26 @@ def batch_norm_vjp(
         done = _run(x, state, options, axis, mask, residual, activation, nonfinite)
         active = done.y > 0 if done.checked.call.spec.relu else None
     call, ghosts = done.checked.call, done.ghosts
-    xp, weight, shape = backend.namespace(x), call.weight, _checks.shape_of(x)
+    xp, shape = backend.namespace(x), _checks.shape_of(x)
 
     def pullback(dy: Array) -> Gradients:
         """Gradients(x, weight, bias, residual) for the gradient dy of y."""
         _checks.as_it_was("x", x, shape)
-        _checks.state_arrays((weight,), shape[call.spec.axis])
+        _checks.state_arrays((call.weight,), shape[call.spec.axis])
         _checks.like_x("dy", _checks.floating_array("dy", dy, backend_for(dy, "dy")), x, backend)
         with backend.no_grad():
             parts, dparts, active_parts, mask_parts = (ghosts.split(xp, a) for a in (x, dy, active, call.mask))
-            of_parts = Call(parts, call.spec._replace(axis=ghosts.axis), done.weight, mask=mask_parts)
+            of_parts = Call(parts, call.spec._replace(axis=ghosts.axis), *done.parameters, mask=mask_parts)
             grads = backend.gradients(of_parts, done.statistics, dparts, active_parts, residual is not None)
             dx, dresidual = (ghosts.joined(xp, a) for a in (grads.x, grads.residual))
-            if weight is None or not train_weights:
+            if not train_weights:
                 return Gradients(dx, None, None, dresidual)
             dweight, dbias = grads.weight, grads.bias
             if done.correction is not None:  # of the weight that was used, weight * r, and the bias, bias + weight * d
                 r, d = done.correction
                 dweight = dweight * r + dbias * d
-            dweight, dbias = (formulas.rounded_to(xp, ghosts.total(xp, a), weight.dtype) for a in (dweight, dbias))
-        return Gradients(dx, dweight, dbias, dresidual)
+            sums = (None if a is None else ghosts.total(xp, a) for a in (dweight, dbias))
+            return Gradients(dx, *formulas.parameter_gradients(xp, call, *sums), dresidual)
 
     return done.y, pullback
 
@@ -239,8 +239,8 @@ class _Done(NamedTuple):
     ghosts: _Ghosts
     y: Array
     statistics: Statistics
-    """and weight that y was made with, per channel of every virtual batch;"""
-    weight: Array | None
+    """and weight and bias that y was made with, per channel of every virtual batch;"""
+    parameters: tuple[Array | None, Array | None]
     correction: tuple[Array, Array] | None
     """r and d of batch renormalization, per channel of every virtual batch."""
 
@@ -281,7 +281,7 @@ def _run(
             with backend.no_grad():
                 learnt = backend.statistics(Call(backend.detached(x), spec, mask=call.mask))
         finish(checked, learnt)
-        return _Done(checked, ghosts._replace(virtual=1, axis=spec.axis), y, running, weight, None)
+        return _Done(checked, ghosts._replace(virtual=1, axis=spec.axis), y, running, (weight, bias), None)
     correction = None
     parts, mask_parts = ghosts.split(xp, x), ghosts.split(xp, call.mask)
     if mask_parts is not None and ghosts.virtual > 1:
@@ -296,13 +296,14 @@ def _run(
             of_parts = backend.statistics(Call(backend.detached(parts), ghost_spec, mask=mask_parts))
             correction = _correction(xp, ghosts, of_parts, checked.placed, spec.eps, _limits(renorm))
         r, d = correction
-        bias = d if weight is None else weight * d + bias
+        shifted = d if weight is None else weight * d
+        bias = shifted if bias is None else shifted + bias
         weight = r if weight is None else weight * r
     y, used, _ = backend.train(Call(parts, ghost_spec, weight, bias, ghosts.split(xp, residual), mask_parts))
     with backend.no_grad(), np.errstate(all="ignore"):
         learnt = ghosts.merged(xp, Statistics(*map(backend.detached, used)))
     finish(checked, learnt)
-    return _Done(checked, ghosts, ghosts.joined(xp, y), used, weight, correction)
+    return _Done(checked, ghosts, ghosts.joined(xp, y), used, (weight, bias), correction)
 
 
 def _ghosts(x: Array, axis: int, virtual_batch_size: int | None) -> _Ghosts:

@@ -198,7 +198,10 @@ class Backend:
     def gradients(
         self, call: Call, statistics: Statistics, dy: Array, active: Array | None, wants_residual: bool
     ) -> Gradients:
-        """See `anybn.core.formulas.gradients`; in a group, through the statistics of all members."""
+        """See `anybn.core.formulas.gradients`; in a group, through the statistics of all members.
+
+        ``call.weight`` and ``call.bias`` say which gradients are wanted, in which dtypes; bias's values are not read.
+        """
         over = None if call.group is None else partial(exchange.sums, self, call.group.group)
         xp = self.namespace(call.x)
         with np.errstate(all="ignore"):

@@ -128,9 +128,8 @@ class DaskBackend(Backend):
             dy, x, active, mask = reread(channel, dy, x, active, mask)
         dx = _blockwise(_dx_of_chunk, x, axis, x.dtype, dy, x, active, mask, *channel, spec=spec)
         dresidual = _blockwise(_dresidual_of_chunk, x, axis, x.dtype, dy, active, mask) if wants_residual else None
-        if weight is None:
-            return Gradients(dx, None, None, dresidual)
-        return Gradients(dx, dweight.astype(weight.dtype), dbias.astype(weight.dtype), dresidual)
+        of_parameters = formulas.parameter_gradients(self.namespace(x), call, dweight, dbias)
+        return Gradients(dx, *of_parameters, dresidual)
 
 
 #: What is known of the channels of a chunk: `Moments`, whose mean is ``mean + shift``; and the sums of the gradient.

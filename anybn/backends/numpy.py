@@ -126,13 +126,8 @@ class NumPyBackend(Backend):
         dx, dweight, dbias, dresidual = chosen.gradients(
             _in_bits(call), statistics, _bits(dy), active, wants_residual, over
         )
-        dx, weight = dx.view(call.x.dtype), call.weight
-        if wants_residual:
-            dresidual = dresidual.view(dy.dtype)
-        if weight is None:
-            return Gradients(dx, None, None, dresidual)
-        dweight, dbias = (formulas.rounded_to(array_api_compat.numpy, a, weight.dtype) for a in (dweight, dbias))
-        return Gradients(dx, dweight, dbias, dresidual)
+        of_parameters = formulas.parameter_gradients(array_api_compat.numpy, call, dweight, dbias)
+        return Gradients(dx.view(call.x.dtype), *of_parameters, dresidual.view(dy.dtype) if wants_residual else None)
 
     def gradient_sums(
         self, call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None
@@ -169,11 +164,8 @@ class NumPyBackend(Backend):
         if not ((chosen := self._kernels_for(call)) and chosen.row_kernels):
             return super().row_gradients(call, statistics, dy)
         grads = chosen.row_kernels.gradients(_in_bits(call), statistics, _bits(dy))
-        dweight, dbias = (
-            None if parameter is None else formulas.rounded_to(array_api_compat.numpy, a, parameter.dtype)
-            for a, parameter in ((grads.weight, call.weight), (grads.bias, call.bias))
-        )
-        return Gradients(grads.x.view(call.x.dtype), dweight, dbias, None)
+        of_parameters = formulas.parameter_gradients(array_api_compat.numpy, call, grads.weight, grads.bias)
+        return Gradients(grads.x.view(call.x.dtype), *of_parameters, None)
 
 
 @functools.cache

@@ -30,6 +30,7 @@ class Convention:
         decay: its momentum is the weight of the old, ``running = momentum * running + (1 - momentum) * batch``.
         ddof: running_var averages ``m2 / (count - ddof)``.
         affine: the settings that switch weight and bias on: one for both, one for each, none where both always exist.
+        apart: there may be a weight without a bias, and a bias without a weight.
         track: the setting that switches the running statistics on, or "" where they always exist.
         cumulative: momentum may be None, for the average over all batches.
         size: the setting that is the number of channels, or "" where the input tells it.
@@ -46,6 +47,7 @@ class Convention:
     decay: bool
     ddof: int
     affine: tuple[str, ...] = ()
+    apart: bool = False
     track: str = ""
     cumulative: bool = False
     size: str = ""
@@ -114,6 +116,7 @@ _TORCH = Convention(
     decay=False,
     ddof=1,
     affine=("affine",),
+    apart=True,
     track="track_running_stats",
     cumulative=True,
     size="num_features",
@@ -125,6 +128,7 @@ _FLAX = Convention(
     decay=True,
     ddof=0,
     affine=("use_scale", "use_bias"),
+    apart=True,
     size="num_features",
     collections=("params", "batch_stats"),
 )
@@ -182,6 +186,7 @@ CONVENTIONS: dict[ConventionName, Convention] = {
         decay=True,
         ddof=0,
         affine=("scale", "center"),
+        apart=True,
         collections=("trainable_variables", "non_trainable_variables"),
     ),
     "flax": _FLAX,
@@ -212,6 +217,7 @@ CONVENTIONS: dict[ConventionName, Convention] = {
         decay=True,
         ddof=0,
         affine=("create_scale", "create_offset"),
+        apart=True,
         keeps_rank=True,
         collections=("params", "state"),
     ),
@@ -228,6 +234,7 @@ CONVENTIONS: dict[ConventionName, Convention] = {
         decay=True,
         ddof=1,
         affine=("use_gamma", "use_beta"),
+        apart=True,
         size="size",
     ),
     "onnx": Convention(
@@ -240,6 +247,7 @@ CONVENTIONS: dict[ConventionName, Convention] = {
     "mlx": replace(
         _TORCH,
         names={name: name for name in ("weight", "bias", "running_mean", "running_var")},
+        apart=False,
         cumulative=False,
     ),
     "equinox": _EQUINOX,

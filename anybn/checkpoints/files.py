@@ -28,10 +28,14 @@ _READ_AS: dict[str, Callable[[Any], Any]] = {
     "eps": _settings.eps,
     "momentum": _settings.momentum,
     "affine": partial(_settings.flag, "affine"),
+    "scale": partial(_settings.flag, "scale"),
+    "bias": partial(_settings.flag, "bias"),
     "track_running_stats": partial(_settings.flag, "track_running_stats"),
     "ddof": _settings.ddof,
     "dtype": partial(_settings.choice, "dtype", choices=_settings.FLOATING),
 }
+#: Written where they are False only, since files of version 1 were read by what did not know them.
+_LATER = "scale", "bias"
 
 
 def safetensors_library() -> Any:
@@ -78,7 +82,7 @@ def save(path: str | os.PathLike[str], settings: Mapping[str, Any], arrays: Mapp
     for name in ("running_mean", "running_var"):
         if name in tensors and (problem := _checks.impossible_statistics(name, tensors[name])):
             raise CheckpointError(f"nothing was saved, since load would refuse it: {problem}")
-    text = json.dumps(settings)
+    text = json.dumps({name: value for name, value in settings.items() if not (name in _LATER and value)})
     metadata = {"format": _FORMAT, "version": str(_VERSION), "settings": text, "sha256": _checksum(tensors, text)}
     content = library.numpy.save(tensors, metadata)
     path = Path(path)
@@ -181,6 +185,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _settings_in(text: str) -> dict[str, Any]:
     settings = json.loads(text)
+    if type(settings) is dict:
+        settings = dict.fromkeys(_LATER, True) | settings
     if type(settings) is not dict or settings.keys() != _READ_AS.keys():
         raise ValueError(f"its settings are {settings!r:.200}; they must be {', '.join(_READ_AS)}, and no others")
     return {name: check(settings[name]) for name, check in _READ_AS.items()}

@@ -39,9 +39,17 @@ def quantities_of(settings: Mapping[str, Any], convention: str) -> dict[str, str
 
 
 def _quantities_of(settings: Mapping[str, Any], rules: Convention) -> dict[str, str]:
-    left_out = set() if settings["affine"] or rules.always_affine else {"weight", "bias"}
+    left_out = {"weight", "bias"} - _parameters(settings)
+    if rules.always_affine or (len(left_out) == 1 and not rules.apart):
+        left_out = set()
     left_out |= set() if settings["track_running_stats"] else {*_RUNNING, "num_batches_tracked"}
     return {name: quantity for name, quantity in rules.names.items() if quantity not in left_out}
+
+
+def _parameters(settings: Mapping[str, Any]) -> set[str]:
+    """Of weight and bias those that are there."""
+    switches = {"weight": "scale", "bias": "bias"}
+    return {name for name, switch in switches.items() if settings["affine"] and settings[switch]}
 
 
 # -- to a framework --------------------------------------------------------------------------------------------
@@ -67,7 +75,7 @@ def encode(settings: Mapping[str, Any], arrays: Mapping[str, Any], convention: s
             value = value * _debiasing(complement(settings["momentum"]), counter)
         elif value is not None:
             value = backend_for(value).copy(value)
-        else:  # of affine=False, or ignored
+        else:  # switched off, or ignored
             dtype = backend_for(np.empty(0)).dtype(settings["dtype"])
             constant = np.full(settings["num_features"], 0 if quantity == "bias" else 1, dtype)
             value = backend_for(like).from_numpy(constant, backend_for(like).device_of(like))
@@ -125,6 +133,8 @@ def decode_layer(layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
     settings |= {
         "num_features": _num_features(layer),
         "affine": bool(affine) or rules.always_affine,
+        "scale": True,
+        "bias": True,
         "track_running_stats": not rules.track or any(q.startswith("running") for q in quantities),
         "dtype": _widest_dtype(affine),
     }
@@ -209,12 +219,15 @@ def _values(layer: Layer, settings: Mapping[str, Any], required: set[str]) -> di
             name = rules.name_of(field)
             problems.append(problem if name == field else f"{name}: {problem}")
     constants = {"weight": 1.0, "bias": 0.0}
-    if not settings["affine"] and any(np.any(values.pop(name, one) != one) for name, one in constants.items()):
-        problems.append("weight is not 1 or bias is not 0, but the state has affine=False")
+    for name in [name for name in constants if name not in _parameters(settings)]:
+        if np.any(values.pop(name, constants[name]) != constants[name]):
+            option = "affine" if not settings["affine"] else "scale" if name == "weight" else "bias"
+            problems.append(f"{name} is not {constants[name]:g}, but the state has {option}=False")
+        del constants[name]
     if problems:
         raise CheckpointError(f"nothing was loaded: {'; '.join(problems)}")
-    if settings["affine"]:  # last: nothing of this size is made before an array has been seen to have it
-        values = {name: np.full(settings["num_features"], one) for name, one in constants.items()} | values
+    # Last: nothing of this size is made before an array has been seen to have it.
+    values = {name: np.full(settings["num_features"], one) for name, one in constants.items()} | values
     if not settings["track_running_stats"]:
         del values["num_batches_tracked"]
     return values

@@ -21,7 +21,8 @@ def check(
     masked: bool = False,
     with_residual: bool = False,
     relu: bool = False,
-    affine: bool = True,
+    scale: bool = True,
+    bias: bool = True,
     parameter_dtype: str = "float32",
     automatic: bool = False,
 ) -> None:
@@ -32,10 +33,12 @@ def check(
     dy = inputs.cast(rng.standard_normal(values.shape), dtype)
     residual = inputs.cast(rng.standard_normal(values.shape), dtype) if with_residual else None
     mask = rng.random((n, *spatial)) < 0.7 if masked else None
-    weight, bias = (inputs.cast(a, parameter_dtype) for a in (rng.uniform(0.5, 2, (c,)), rng.standard_normal((c,))))
-    state = anybn.BatchNormState(c, affine=affine, dtype=parameter_dtype)
-    if affine:
-        state.weight, state.bias = weight, bias
+    factor, offset = (inputs.cast(a, parameter_dtype) for a in (rng.uniform(0.5, 2, (c,)), rng.standard_normal((c,))))
+    state = anybn.BatchNormState(c, scale=scale, bias=bias, dtype=parameter_dtype)
+    if scale:
+        state.weight = factor
+    if bias:
+        state.bias = offset
     running_mean: Any = np.zeros(c) if training else rng.standard_normal(c)
     running_var: Any = np.ones(c) if training else rng.uniform(0.5, 2, c)
     state.running_mean, state.running_var = running_mean, running_var
@@ -66,8 +69,8 @@ def check(
         values,
         mean,
         var,
-        weight=weight if affine else None,
-        bias=bias if affine else None,
+        weight=factor if scale else None,
+        bias=offset if bias else None,
         residual=residual,
         relu=relu,
         mask=mask,
@@ -78,7 +81,7 @@ def check(
         mean,
         var,
         count=statistics.count if training else None,
-        weight=weight if affine else None,
+        weight=factor if scale else None,
         active=expected_y > 0 if relu else None,
         mask=mask,
     )
@@ -86,7 +89,7 @@ def check(
     # subtracted to get it: the slope weight * rstd for dx, the terms of the sums for dweight and dbias.
     wide = target.has_float64 and dtype != "float64"
     limit = bar(target, dtype)
-    largest_term = 1 if wide else np.abs(weight).max() * 5 + np.abs(bias).max()
+    largest_term = 1 if wide else np.abs(factor).max() * 5 + np.abs(offset).max()
     assert oracle.error(target.numpy(y), inputs.in_layout(expected_y, layout), dtype, largest_term) <= limit
     assert grads.x.dtype == x.dtype
     size = 1 if wide else np.maximum(1, inputs.in_layout(expected.x_size, layout))
@@ -95,35 +98,34 @@ def check(
         assert oracle.error(target.numpy(grads.residual), inputs.in_layout(expected.residual, layout), dtype) <= limit
     else:
         assert grads.residual is None
-    if affine:
-        wide = target.has_float64 and parameter_dtype != "float64"
-        sizes = (1, 1) if wide else (expected.weight_size, expected.bias_size)
-        assert grads.weight is not None
-        assert grads.bias is not None
-        limit = bar(target, parameter_dtype)
-        assert grads.weight is not None
-        assert grads.weight.dtype == target.backend.dtype(parameter_dtype)
-        assert oracle.error(target.numpy(grads.weight), expected.weight, parameter_dtype, sizes[0]) <= limit
-        assert oracle.error(target.numpy(grads.bias), expected.bias, parameter_dtype, sizes[1]) <= limit
-    else:
-        assert grads.weight is None
-        assert grads.bias is None
+    wide = target.has_float64 and parameter_dtype != "float64"
+    limit = bar(target, parameter_dtype)
+    for there, found, wanted, size in (
+        (scale, grads.weight, expected.weight, expected.weight_size),
+        (bias, grads.bias, expected.bias, expected.bias_size),
+    ):
+        assert (found is not None) == there
+        if there:
+            assert found.dtype == target.backend.dtype(parameter_dtype)
+            assert oracle.error(target.numpy(found), wanted, parameter_dtype, 1 if wide else size) <= limit
 
 
 def differentiated(
     target: Target, state: anybn.BatchNormState, options: dict[str, Any], x: Any, dy: Any, residual: Any
 ) -> tuple[Any, anybn.Gradients]:
     """y and its gradients with respect to all that is there, by the library itself."""
-    names = ["x"] + (["weight", "bias"] if state.affine else []) + ([] if residual is None else ["residual"])
     there = state.copy().to(x)
     arrays = {"x": x, "weight": there.weight, "bias": there.bias, "residual": residual}
+    names = [name for name, array in arrays.items() if array is not None]
 
     def normalized(*given: Any) -> Any:
         named = dict(zip(names, given, strict=True))
-        own = anybn.BatchNormState(state.num_features, affine=state.affine, dtype=state.dtype, like=named["x"])
+        own = anybn.BatchNormState(
+            state.num_features, scale="weight" in names, bias="bias" in names, dtype=state.dtype, like=named["x"]
+        )
         own.running_mean, own.running_var = there.running_mean, there.running_var
-        if state.affine:
-            own.weight, own.bias = named["weight"], named["bias"]
+        for name in {"weight", "bias"}.intersection(names):
+            setattr(own, name, named[name])
         return anybn.batch_norm(named["x"], own, residual=named.get("residual"), **options)
 
     y, *grads = target.differentiated(normalized, dy, *(arrays[name] for name in names))
@@ -146,7 +148,8 @@ def test_automatic_differentiation(
             masked=masked,
             with_residual=with_residual,
             relu=relu,
-            affine=affine,
+            scale=affine,
+            bias=affine,
             automatic=True,
         )
 
@@ -187,7 +190,28 @@ def test_options(target: Target, training: bool, masked: bool, with_residual: bo
             masked=masked,
             with_residual=with_residual,
             relu=relu,
-            affine=affine,
+            scale=affine,
+            bias=affine,
+        )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("scale", "bias"), [(True, False), (False, True)])
+def test_weight_or_bias_alone(target: Target, scale: bool, bias: bool, training: bool) -> None:
+    parameter_dtype = "float64" if target.has_float64 else "float32"  # no other than float32's default may stand in
+    for automatic, masked in itertools.product([False, True], repeat=2):
+        check(
+            target,
+            inputs.normal((6, 3, 5, 4)) + 2,
+            "float32",
+            training=training,
+            masked=masked,
+            with_residual=True,
+            relu=True,
+            scale=scale,
+            bias=bias,
+            parameter_dtype=parameter_dtype,
+            automatic=automatic,
         )
 
 

@@ -197,7 +197,7 @@ def gradients(
     where the last two terms are how x acts through the batch statistics, absent when ``statistics.count`` is None; over
     a group of processes their sums are those of all members, which ``over`` makes of this one's. dbias and dweight stay
     its own, like every gradient of a replicated parameter. ``active`` is ``y > 0`` under relu. The gradient of the
-    residual is dy behind the relu; None unless wanted.
+    residual is dy behind the relu; None unless wanted. Those of weight and bias are there if these are.
     """
     x, spec, weight, mask = call.x, call.spec, call.weight, call.mask
     axis, ndim, axes, working = spec.axis, x.ndim, reduced_axes(x.ndim, spec.axis), statistics.mean.dtype
@@ -220,9 +220,16 @@ def gradients(
             dx = xp.where(mask, dx, xp.zeros_like(dx))
     dx = rounded_to(xp, dx * along(xp, scale_of(xp, statistics, weight, spec.eps), axis, ndim), x.dtype)
     dresidual = rounded_to(xp, dy, x.dtype) if wants_residual else None
-    if weight is None:
-        return Gradients(dx, None, None, dresidual)
-    return Gradients(dx, rounded_to(xp, dweight, weight.dtype), rounded_to(xp, dbias, weight.dtype), dresidual)
+    return Gradients(dx, *parameter_gradients(xp, call, dweight, dbias), dresidual)
+
+
+def parameter_gradients(xp: Any, call: Call, dweight: Array, dbias: Array) -> tuple[Array | None, Array | None]:
+    """dweight and dbias in the dtypes of the call's weight and bias; None for what it does not have."""
+    weight, bias = call.weight, call.bias
+    return (
+        None if weight is None else rounded_to(xp, dweight, weight.dtype),
+        None if bias is None else rounded_to(xp, dbias, bias.dtype),
+    )
 
 
 def updated_running_statistics(xp: Any, update: Update, statistics: Statistics) -> tuple[Array, Array]:

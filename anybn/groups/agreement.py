@@ -21,6 +21,8 @@ class Settings(NamedTuple):
     axis: float
     training: float
     affine: float
+    scale: float
+    bias: float
     relu: float
     nonfinite: float
 
@@ -30,6 +32,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": FLOATING,
     "training": (False, True),
     "affine": (False, True),
+    "scale": (False, True),
+    "bias": (False, True),
     "relu": (False, True),
     "nonfinite": ("skip", "raise", "propagate"),
 }

@@ -27,6 +27,8 @@ class BatchNormState:
         momentum: in ``running = (1 - momentum) * running + momentum * batch``, within [0, 1]; Keras's momentum is 1
             minus this. None: the cumulative average over every batch so far.
         affine: False leaves out weight and bias.
+        scale: False leaves out weight alone, as Keras and Flax can.
+        bias: False leaves out bias alone, as torch, Keras and Flax can.
         track_running_stats: False leaves out the running statistics; evaluation then uses the batch's own.
         ddof: ``running_var`` averages ``sum((x - mean)**2) / (count - ddof)``; 1 is torch's convention, 0 that of
             Keras, Flax and ONNX. Normalization always divides by count.
@@ -34,7 +36,7 @@ class BatchNormState:
         like: an array to start beside, or a target as in `to`. The default is NumPy.
 
     Attributes:
-        weight, bias: ``(C,)`` in dtype, starting at 1 and 0; None without affine.
+        weight, bias: ``(C,)`` in dtype, starting at 1 and 0; None where they are left out.
         running_mean, running_var: ``(C,)`` in float64 where library and device have it, else float32, starting at 0
             and 1; None without track_running_stats. They cost C values, and float32 means lose digits.
         num_batches_tracked: training batches so far, an int.
@@ -68,12 +70,14 @@ class BatchNormState:
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        scale: bool = True,
+        bias: bool = True,
         track_running_stats: bool = True,
         ddof: int = 1,
         dtype: Any = None,
         like: Any = None,
     ):
-        affine = _settings.flag("affine", affine)
+        affine, scale, bias = map(_settings.flag, ("affine", "scale", "bias"), (affine, scale, bias))
         track_running_stats = _settings.flag("track_running_stats", track_running_stats)
         settings = (
             _settings.num_features(num_features),
@@ -84,8 +88,8 @@ class BatchNormState:
         )
         c, parameter_dtype = settings[0], _settings.numpy_dtype(settings[-1])
         arrays = Arrays(
-            np.ones(c, parameter_dtype) if affine else None,
-            np.zeros(c, parameter_dtype) if affine else None,
+            np.ones(c, parameter_dtype) if affine and scale else None,
+            np.zeros(c, parameter_dtype) if affine and bias else None,
             read_only(np.zeros(c)) if track_running_stats else None,
             read_only(np.ones(c)) if track_running_stats else None,
             0,
@@ -118,7 +122,9 @@ class BatchNormState:
 
     @property
     def affine(self) -> bool:
-        return self._arrays.weight is not None
+        """Whether there is a weight or a bias."""
+        weight, bias, *_ = self._arrays
+        return weight is not None or bias is not None
 
     @property
     def track_running_stats(self) -> bool:
@@ -200,7 +206,9 @@ class BatchNormState:
     def _set(self, name: str, value: Array) -> None:
         present = getattr(self._arrays, name)
         if present is None:
-            option = "affine" if name in ("weight", "bias") else "track_running_stats"
+            option = "track_running_stats"
+            if name in ("weight", "bias"):
+                option = ("scale" if name == "weight" else "bias") if self.affine else "affine"
             raise ValueError(f"{name} cannot be set, this state has {option}=False: make one with {option}=True")
         if value is not present:
             self._store.put(name, value)
@@ -314,13 +322,26 @@ class BatchNormState:
 
     def _settings(self) -> dict[str, Any]:
         """By the names under which a new state takes them."""
-        names = "num_features", "eps", "momentum", "affine", "track_running_stats", "ddof", "dtype"
-        return {name: getattr(self, name) for name in names}
+        weight, bias, running_mean, _, _ = self._arrays
+        affine = weight is not None or bias is not None
+        return {
+            "num_features": self.num_features,
+            "eps": self.eps,
+            "momentum": self.momentum,
+            "affine": affine,
+            "scale": weight is not None or not affine,
+            "bias": bias is not None or not affine,
+            "track_running_stats": running_mean is not None,
+            "ddof": self.ddof,
+            "dtype": self.dtype,
+        }
 
     def __repr__(self) -> str:
         settings = [str(self.num_features), f"eps={self.eps}", f"momentum={self.momentum}"]
-        defaults = {"affine": True, "track_running_stats": True, "ddof": 1, "dtype": "float32"}
-        settings += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v]
+        defaults: dict[str, Any] = dict.fromkeys(("affine", "scale", "bias", "track_running_stats"), True)
+        defaults |= {"ddof": 1, "dtype": "float32"}
+        held = self._settings()
+        settings += [f"{name}={held[name]!r}" for name, default in defaults.items() if held[name] != default]
         where = ""
         for array in self._arrays.held().values():
             try:

@@ -144,7 +144,7 @@ class _Recorded(_SingleLevelFunction):
         computed: tuple[Any, ...],
     ) -> torch.Tensor:
         y, rows, *ctx.call = computed
-        ctx.has_bias = bias is not None
+        ctx.bias = bias  # whose values the backward pass does not read: they may change
         ctx.save_for_backward(x, weight, rows, y if ctx.call[1].relu else None)
         return y
 
@@ -154,10 +154,10 @@ class _Recorded(_SingleLevelFunction):
         kernels, kind, eps, of_batch = ctx.call
         wants_residual = ctx.needs_input_grad[3]
         if torch.is_grad_enabled():  # recorded in its turn
-            call = Call(x, Spec(1, eps, kind.relu), weight)
+            call = Call(x, Spec(1, eps, kind.relu), weight, ctx.bias)
             statistics = _statistics(rows, x, kind.shape[0] * kind.shape[2])
             grads = differentiated(TorchBackend(), call, statistics, dy, None if y is None else y > 0, wants_residual)
-            return grads.x, grads.weight, grads.bias if ctx.has_bias else None, grads.residual, None
+            return *grads, None
         given = dy
         if type(dy) is not torch.Tensor or dy.stride() != x.stride() or dy.is_neg():
             dy = torch.empty_like(x).copy_(dy)
@@ -165,7 +165,7 @@ class _Recorded(_SingleLevelFunction):
             dx = torch.empty_like(x)
             dresidual = torch.empty_like(x) if wants_residual and y is not None else None
             dweight = dbias = None
-            if weight is not None or ctx.has_bias:
+            if weight is not None or ctx.bias is not None:
                 dtype = getattr(torch, kind.parameter_dtype)
                 dweight, dbias = (torch.empty(kind.shape[1], dtype=dtype, device=x.device) for _ in range(2))
             pointers = [x.data_ptr(), 0, dy.data_ptr(), 0, _address(y), dx.data_ptr(), _address(dresidual)]
@@ -174,7 +174,7 @@ class _Recorded(_SingleLevelFunction):
             launch.queue(kernels.gpu(x), backward, pointers, eps, 0.0)
         if wants_residual and y is None:
             dresidual = given
-        return dx, None if weight is None else dweight, dbias if ctx.has_bias else None, dresidual, None
+        return dx, None if weight is None else dweight, None if ctx.bias is None else dbias, dresidual, None
 
 
 def _statistics(rows: torch.Tensor, x: torch.Tensor, count: int) -> Statistics:

@@ -43,10 +43,7 @@ class ModuleStore(Store):
     def copy(self) -> Store:
         with _lock.commits:
             copied = super().copy()
-        arrays = copied.arrays
-        if arrays.weight is not None and arrays.bias is None:  # torch can leave out one of them
-            arrays = arrays._replace(bias=torch.zeros_like(arrays.weight))
-        copied.arrays = arrays._replace(num_batches_tracked=int(arrays.num_batches_tracked))
+        copied.arrays = copied.arrays._replace(num_batches_tracked=int(copied.arrays.num_batches_tracked))
         return copied
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -78,8 +75,9 @@ class ModuleStore(Store):
 
     @property
     def dtype(self) -> str:  # type: ignore[override]
-        weight = self._module.weight
-        return "float32" if weight is None else dtype_name(weight.dtype)
+        weight, bias = self._module.weight, self._module.bias
+        parameter = bias if weight is None else weight
+        return "float32" if parameter is None else dtype_name(parameter.dtype)
 
     @property
     def arrays(self) -> Arrays:  # type: ignore[override]

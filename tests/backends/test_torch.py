@@ -227,3 +227,30 @@ def test_operations_have_types_for_annotations():
 
     for operation in (ops.train, ops.evaluate, ops.backward, ops.commit):
         assert not any(isinstance(a, str) for a in operation._init_fn.__annotations__.values())
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("absent", ["weight", "bias"])
+def test_modules_with_a_weight_or_a_bias_alone(absent, small):
+    """In a compiled step, in kernels, under torch.compile: as with a weight of 1 or a bias of 0."""
+    import anybn.torch
+
+    shape = (8, 4) if small else (64, 4, 200)
+    whole, module = (anybn.torch.BatchNorm1d(4, activation="relu") for _ in range(2))
+    setattr(module, absent, None)
+    assert getattr(module.state.copy(), absent) is None
+    x = torch.from_numpy(inputs.normal(shape)).float()
+    compiled = torch.compile(module, backend="aot_eager")
+    for normalize in (module, compiled):
+        for mode in (True, False):
+            results = []
+            for called, bn in ((whole, whole), (normalize, module)):
+                bn.train(mode)
+                bn.zero_grad()
+                leaf = x.clone().requires_grad_()
+                y = called(leaf)
+                (y * x).sum().backward()
+                results.append([y.detach(), leaf.grad, *(p.grad for n, p in bn.named_parameters() if n != absent)])
+            for a, b in zip(*results, strict=True):
+                assert torch.equal(a, b)
+    torch._dynamo.reset()

@@ -13,11 +13,14 @@ torch = pytest.importorskip("torch", reason="torch: not installed, pip install t
 F = torch.nn.functional
 
 
-def state_of(channels, affine):
-    state = anybn.BatchNormState(channels, affine=affine, dtype="float64")
+def state_of(channels, scale=True, bias=True):
+    state = anybn.BatchNormState(channels, scale=scale, bias=bias, dtype="float64")
     anybn.batch_norm(inputs.normal((50, channels)) * 3 + 1, state, training=True)
-    if affine:
-        state.weight, state.bias = inputs.normal((2, channels), 1)
+    weight_and_bias = inputs.normal((2, channels), 1)
+    if scale:
+        state.weight = weight_and_bias[0]
+    if bias:
+        state.bias = weight_and_bias[1]
     return state.to("torch")
 
 
@@ -37,12 +40,12 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("scale", "bias"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
-def test_folded_layers(name, with_bias, affine):
+def test_folded_layers(name, with_bias, scale, bias):
     layer, weight_shape, x_shape, channel_axis, groups = LAYERS[name]
-    state = state_of(6, affine)
+    state = state_of(6, scale, bias)
     weight, x = (torch.from_numpy(inputs.normal(shape, 2)) for shape in (weight_shape, x_shape))
     bias = torch.from_numpy(inputs.normal((6,), 3)) if with_bias else None
     expected = anybn.batch_norm(layer(x, weight, bias), state)
@@ -103,7 +106,7 @@ def test_torchs_own_modules(name, with_bias, affine):
 @pytest.mark.parametrize(("dtype", "ulps"), [("float16", 0.501), ("float32", 0.500001), ("float64", 3)])
 def test_folded_weights_are_rounded_once(dtype, ulps):
     """float64 has nothing wider behind it: a square root, a division and two products. float16 goes through float32."""
-    state = state_of(6, True).to("numpy")
+    state = state_of(6).to("numpy")
     weight, bias = inputs.normal((6, 400), 2).astype(dtype), inputs.normal((6,), 3).astype(dtype)
     wide = np.longdouble
     scale = state.weight.astype(wide) / np.sqrt(state.running_var.astype(wide) + wide(state.eps))
@@ -118,7 +121,7 @@ def test_folded_weights_are_rounded_once(dtype, ulps):
 
 
 def test_channels_last_order_of_axes():
-    state = state_of(6, True).to("numpy")
+    state = state_of(6).to("numpy")
     weight, x = inputs.normal((4, 6), 2), inputs.normal((5, 4), 3)
     for groups in (1, 2):  # a convolution of groups has all of its output channels on this axis
         folded, bias = anybn.fold(state, weight, channel_axis=-1, groups=groups)
@@ -140,7 +143,7 @@ def test_kerass_own_layers(name):
     }[name]
     x = inputs.normal((3, 4) if name == "Dense" else (3, 5, 5, 4), 2).astype(np.float32)
     channels = layer(x).shape[-1]
-    state = state_of(channels, True).to("numpy")
+    state = state_of(channels).to("numpy")
     expected = anybn.batch_norm(np.asarray(layer(x)), state, axis=-1)
     kernel, bias = (np.asarray(w) for w in layer.weights)
     folded, bias = anybn.fold(
@@ -152,7 +155,7 @@ def test_kerass_own_layers(name):
 
 
 def test_results_keep_weights_dtype():
-    weight, bias = anybn.fold(state_of(6, True), torch.ones(6, 4, dtype=torch.float16))
+    weight, bias = anybn.fold(state_of(6), torch.ones(6, 4, dtype=torch.float16))
     assert weight.dtype == bias.dtype == torch.float16
 
 
@@ -170,6 +173,6 @@ def test_results_keep_weights_dtype():
 )
 def test_shapes_that_do_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message):
-        anybn.fold(state_of(6, True), **arguments)
+        anybn.fold(state_of(6), **arguments)
     with pytest.raises(ValueError, match="state has track_running_stats=False, so there are no constants to fold"):
         anybn.fold(anybn.BatchNormState(6, track_running_stats=False), np.ones((6, 2)))

@@ -79,7 +79,11 @@ def growth_of(path):
 
 def test_a_forged_file_can_be_right(tmp_path, library):
     state = anybn.BatchNormState.load(forged(tmp_path / "bn.safetensors", SETTINGS))
-    assert (state.num_features, state.num_batches_tracked, state._settings()) == (3, 7, SETTINGS)
+    assert (state.num_features, state.num_batches_tracked, state._settings()) == (
+        3,
+        7,
+        SETTINGS | {"scale": True, "bias": True},
+    )
 
 
 def test_a_file_imports_nothing(tmp_path, library, monkeypatch):
@@ -106,6 +110,9 @@ def test_a_file_imports_nothing(tmp_path, library, monkeypatch):
         {"momentum": float("inf")},
         {"affine": 1},
         {"affine": False},
+        {"scale": False},
+        {"scale": 1},
+        {"bias": None},
         {"track_running_stats": False},
         {"ddof": [1]},
         {"dtype": None},

@@ -59,6 +59,7 @@ DISAGREEMENTS = {
     "dtype": "dtype is 'float32' on member{s} {others} and 'float64' on member {last}",
     "channels": "channels is 8 on member{s} {others} and 5 on member {last}",
     "affine": "affine is True on member{s} {others} and False on member {last}",
+    "bias": "bias is True on member{s} {others} and False on member {last}",
     "axis": "axis is 1 on member{s} {others} and 3 on member {last}",
 }
 
@@ -68,7 +69,12 @@ def test_disagreement(member, what):
     last = member.size - 1
     channels, x, settings, options = 8, member.part(images()), {}, {}
     if member.rank == last:
-        settings = {"eps": {"eps": 1e-3}, "momentum": {"momentum": None}, "affine": {"affine": False}}.get(what, {})
+        settings = {
+            "eps": {"eps": 1e-3},
+            "momentum": {"momentum": None},
+            "affine": {"affine": False},
+            "bias": {"bias": False},
+        }.get(what, {})
         options = {"relu": {"activation": "relu"}, "axis": {"axis": -1}}.get(what, {})
         if what == "dtype":
             x = x.astype(np.float64)

@@ -72,6 +72,20 @@ def test_sharing_a_state():
         anybn.BatchNorm(3, state={})
 
 
+@pytest.mark.parametrize(("options", "absent"), [({"bias": False}, "bias"), ({"scale": False}, "weight")])
+def test_a_weight_or_a_bias_alone(options, absent):
+    bn = anybn.BatchNorm1d(3, **options)
+    assert getattr(bn.state, absent) is None
+    assert anybn.BatchNorm(3, state=bn.state, **options).state is bn.state
+    (option,) = options
+    with pytest.raises(ValueError, match=f"{option} is False but the state has True"):
+        anybn.BatchNorm(3, state=anybn.BatchNormState(3), **options)
+    assert f"{option}=False" in repr(bn)
+    x = inputs.normal((8, 3)) * 2 + 1
+    statistics = oracle.statistics(x)
+    assert oracle.error(bn(x), oracle.normalize(x, statistics.mean, statistics.var()), "float64") <= 4
+
+
 def test_repr():
     bn = anybn.BatchNorm2d(8, momentum=None, activation="relu", affine=False)
     assert repr(bn) == (

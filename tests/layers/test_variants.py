@@ -136,3 +136,22 @@ def test_renorm_limits():
     assert variants.renorm_limits(22_500)[0] == pytest.approx(2.0)
     with pytest.raises(ValueError, match="d_end is 5000 and start 5000"):
         variants.renorm_limits(0, d_end=5_000)
+
+
+@pytest.mark.parametrize("absent", ["weight", "bias"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_weight_or_a_bias_alone(name, absent):
+    """As with a weight of 1 or a bias of 0; no gradient but for what is there."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, *SHAPE)).astype(np.float32)
+    whole, state = anybn.BatchNormState(3), anybn.BatchNormState(3, scale=absent != "weight", bias=absent != "bias")
+    present = {"weight": "bias", "bias": "weight"}[absent]
+    for s in (whole, state):
+        setattr(s, present, np.array([0.5, 1.5, -2.0], np.float32))
+    expected, expected_pullback = variants.batch_norm_vjp(x, whole, **OPTIONS[name])
+    y, pullback = variants.batch_norm_vjp(x, state, **OPTIONS[name])
+    assert np.array_equal(y, expected)
+    grads, expected_grads = pullback(dy), expected_pullback(dy)
+    assert np.array_equal(grads.x, expected_grads.x)
+    assert np.array_equal(getattr(grads, present), getattr(expected_grads, present))
+    assert getattr(grads, absent) is None

@@ -69,6 +69,49 @@ def test_what_is_switched_off_stays_off():
             setattr(state, name, np.ones(3))
 
 
+@pytest.mark.parametrize("absent", ["weight", "bias"])
+def test_a_weight_or_a_bias_alone(absent):
+    options = {"scale": False} if absent == "weight" else {"bias": False}
+    state, (option,) = trained(**options), options
+    present = {"weight": "bias", "bias": "weight"}[absent]
+    assert getattr(state, absent) is None
+    assert getattr(state, present).shape == (3,)
+    assert state.affine
+    assert repr(state) == f"BatchNormState(3, eps=1e-05, momentum=0.1, {option}=False) on numpy, 2 batches tracked"
+    with pytest.raises(ValueError, match=f"{absent} cannot be set, this state has {option}=False: make one with"):
+        setattr(state, absent, np.ones(3))
+    saved = state.state_dict()
+    assert absent not in saved
+    assert present in saved
+    twin = anybn.BatchNormState(3, **options)
+    twin.load_state_dict(saved)
+    assert inputs.state_values(twin) == inputs.state_values(state)
+    with pytest.raises(anybn.CheckpointError, match=f"extra key '{absent}'"):
+        twin.load_state_dict(anybn.BatchNormState(3).state_dict())
+    with pytest.raises(anybn.CheckpointError, match=f"missing key '{absent}'"):
+        anybn.BatchNormState(3).load_state_dict(saved)
+
+
+def test_neither_weight_nor_bias_is_not_affine():
+    state = anybn.BatchNormState(3, scale=False, bias=False)
+    assert not state.affine
+    assert repr(state) == repr(anybn.BatchNormState(3, affine=False))
+
+
+def test_conventions_of_a_weight_or_a_bias_alone():
+    """Left out where the framework can; where it cannot, the constant that changes nothing."""
+    state = anybn.BatchNormState(3, scale=False, dtype="float64")
+    state.bias = np.array([1.0, -2.0, 3.0])
+    assert list(state.state_dict("keras")) == ["beta", "moving_mean", "moving_variance"]
+    assert np.array_equal(state.state_dict("onnx")["scale"], np.ones(3))
+    for convention in ("keras", "onnx", "mlx"):
+        twin = anybn.BatchNormState(3, scale=False, dtype="float64")
+        twin.load_state_dict(state.state_dict(convention), convention)
+        assert inputs.state_values(twin) == inputs.state_values(state)
+    with pytest.raises(anybn.CheckpointError, match="weight is not 1, but the state has scale=False"):
+        twin.load_state_dict(state.state_dict("onnx") | {"scale": np.array([1.0, 1.0, 2.0])}, "onnx")
+
+
 def test_initial_values_and_dtypes():
     state = anybn.BatchNormState(2, dtype=np.float16)
     for name, value, dtype in (
@@ -141,6 +184,8 @@ def path(tmp_path):
         {},
         {"momentum": None, "ddof": 0, "eps": 1e-3},
         {"affine": False},
+        {"scale": False},
+        {"bias": False},
         {"track_running_stats": False},
         {"affine": False, "track_running_stats": False},
         {"dtype": "float16"},

@@ -91,22 +91,22 @@ class Recorded(_SingleLevelFunction):
         # y comes in a tuple: so autograd takes it for this function's own, which may be written to in place.
         y, ctx.statistics = computed
         ctx.save_for_backward(x, weight, mask, y if spec.relu else None)
-        ctx.call = backend, spec, group
+        ctx.call = backend, spec, group, bias  # whose values the backward pass does not read: they may change
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, mask, y = ctx.saved_tensors
-        statistics, wants, (backend, spec, group) = ctx.statistics, ctx.needs_input_grad, ctx.call
-        call, grads = Call(x, spec, weight, None, None, mask, group), None
+        statistics, wants, (backend, spec, group, bias) = ctx.statistics, ctx.needs_input_grad, ctx.call
+        call, grads = Call(x, spec, weight, bias, None, mask, group), None
         if isinstance(statistics, np.ndarray):
             if not torch.is_grad_enabled() and not has_no_memory(dy):
                 grads = cpu.gradients_in_one_step(call, statistics, dy, y, wants[3])
-        if grads is None:
-            if isinstance(statistics, np.ndarray):
+            if grads is None:
                 statistics = _statistics_of_rows(statistics, x)
+        if grads is None:
             grads = differentiated(backend, call, statistics, dy, y, wants[3])
-        return grads.x, grads.weight, grads.bias if wants[2] else None, grads.residual, None, None, None, None, None
+        return grads.x, grads.weight, grads.bias, grads.residual, None, None, None, None, None
 
 
 def _statistics_of_rows(rows: np.ndarray, x: torch.Tensor) -> Statistics:

@@ -72,36 +72,46 @@ def gradients(
     over: Over | None = None,
 ) -> Gradients:
     """See `anybn.core.formulas.gradients`; active may be y itself, after a relu."""
-    views, weight = Call(_view(call.x), call.spec, _numbers(call.weight)), call.weight
-    masked = wants_residual and active is not None
+    views, masked = Call(_view(call.x), call.spec, _numbers(call.weight)), wants_residual and active is not None
     dx, dweight, dbias, found = kernels().gradients(views, _views(statistics), _view(dy), _view(active), masked, over)
     dx, dresidual = _tensor(dx, call.x.dtype), dy if wants_residual else None
     if masked:
         dresidual = _tensor(found, dy.dtype)
-    if weight is None:
-        return Gradients(dx, None, None, dresidual)
-    dweight, dbias = (torch.from_numpy(a).to(weight.dtype) for a in (dweight, dbias))
-    return Gradients(dx, dweight, dbias, dresidual)
+    return Gradients(dx, *_parameter_gradients(call, dweight, dbias), dresidual)
+
+
+def _parameter_gradients(call: Call, dweight: Any, dbias: Any) -> tuple[Any, Any]:
+    weight, bias = call.weight, call.bias
+    return (
+        None if weight is None else torch.from_numpy(dweight).to(weight.dtype),
+        None if bias is None else torch.from_numpy(dbias).to(bias.dtype),
+    )
 
 
 def gradients_in_one_step(
     call: Call, statistics: np.ndarray, dy: torch.Tensor, y: torch.Tensor | None, wants_residual: bool
 ) -> Gradients | None:
     """`gradients` where a compiled step went forward, whose rows of statistics these are; None if dy lies otherwise."""
-    x, spec, weight = call[:3]
-    plain = all(_is_plain(a, x) for a in (x, dy, x if y is None else y))
-    if not plain or not (weight is None or _is_plain(weight, weight)):
+    x, spec, weight, bias = call[:4]
+    if not (_is_plain(x, x) and _is_plain(dy, x) and (y is None or _is_plain(y, x))):
         return None
-    example, of_batch = examples()[x.dtype], len(statistics) > 2
+    parameter = bias if weight is None else weight
+    example = parameter_example = examples()[x.dtype]
     dx, dresidual, dweight, dbias = torch.empty_like(x), dy if wants_residual else None, None, None
     if y is not None and wants_residual:
         dresidual = torch.empty_like(x)
-    if weight is not None:
-        dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    if parameter is not None:
+        if not (_is_plain(parameter, parameter) and parameter.shape == (x.shape[1],)):
+            return None
+        parameter_example = examples()[parameter.dtype]
+        dweight = None if weight is None else torch.empty_like(weight)
+        if bias is not None:
+            if not _is_plain(bias, parameter):
+                return None
+            dbias = torch.empty_like(bias)
     tensors = (dy, x, y, dx, None if dresidual is dy else dresidual, weight, dweight, dbias)
     addresses = [0 if a is None else a.data_ptr() for a in tensors]
-    parameter_example = example if weight is None else examples()[weight.dtype]
-    sizes, plan = (x.numel(), x.shape[1], of_batch), steps().plans(x.shape, example.itemsize)[2]
+    sizes, plan = (x.numel(), x.shape[1], len(statistics) > 2), steps().plans(x.shape, example.itemsize)[2]
     steps().backward(example, parameter_example, *addresses, *sizes, spec.eps, statistics, *plan)
     return Gradients(dx, dweight, dbias, dresidual)
 
@@ -132,11 +142,7 @@ def normalize_rows(call: Call) -> tuple[torch.Tensor, Statistics]:
 
 def row_gradients(call: Call, statistics: Statistics, dy: torch.Tensor) -> Gradients:
     grads = kernels().row_kernels.gradients(_in_views(call), _views(statistics), _view(dy))
-    dweight, dbias = (
-        None if parameter is None else torch.from_numpy(a).to(parameter.dtype)
-        for a, parameter in ((grads.weight, call.weight), (grads.bias, call.bias))
-    )
-    return Gradients(_tensor(grads.x, call.x.dtype), dweight, dbias, None)
+    return Gradients(_tensor(grads.x, call.x.dtype), *_parameter_gradients(call, grads.weight, grads.bias), None)
 
 
 class _Memory(ctypes.c_char * (1 << 62)):  # type: ignore[misc] # an array type is a class

@@ -45,9 +45,9 @@ def updated_running_statistics(update: Update, statistics: Statistics) -> tuple[
 def gradients(
     call: Call, statistics: Statistics, dy: torch.Tensor, active: torch.Tensor | None, wants_residual: bool
 ) -> Gradients:
-    x, spec, weight = call[:3]
+    x, spec, weight, bias = call[:4]
     dy = dy if active is None else torch.where(active, dy, 0)
-    dtype, affine = _channel_dtype(x), weight is not None
+    dtype = _channel_dtype(x)
     mean, var = statistics.mean.to(dtype), statistics.var.to(dtype)
     rstd = torch.rsqrt(statistics.var + spec.eps).to(dtype)
     dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
@@ -60,12 +60,11 @@ def gradients(
         rstd,
         statistics.count is not None,
         spec.eps,
-        [True, affine, affine],
+        [True, weight is not None, bias is not None],
     )
     dx, dresidual = dx.movedim(1, spec.axis), dy if wants_residual else None
-    if weight is None:
-        return Gradients(dx, None, None, dresidual)
-    return Gradients(dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dresidual)
+    dweight = None if weight is None else dweight.to(weight.dtype)
+    return Gradients(dx, dweight, None if bias is None else dbias.to(bias.dtype), dresidual)
 
 
 def _channel_dtype(x: torch.Tensor) -> torch.dtype:

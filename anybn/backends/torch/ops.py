@@ -70,16 +70,18 @@ def backward(
     x: Tensor,
     rows: Tensor,
     weight: Tensor | None,
+    like_bias: Tensor | None,
     y: Tensor | None,
     of_batch: bool,
     axis: int,
     eps: float,
     wants_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias, dresidual); empty are those of a weight that is None and of a residual that is not asked
-    for, which is to be asked for behind a relu only. y is given behind one; of_batch: the statistics are x's own."""
+    """(dx, dweight, dbias, dresidual); empty are those of a weight or bias that is None and of a residual that is not
+    asked for, which is to be asked for behind a relu only. like_bias: anything of bias's dtype. y is given behind a
+    relu; of_batch: the statistics are x's own."""
     count = x.numel() // x.shape[axis] if of_batch else None
-    call = Call(x, Spec(axis, eps, y is not None), weight)
+    call = Call(x, Spec(axis, eps, y is not None), weight, like_bias)
     dx, *others = _TORCH.gradients(call, _statistics(x, rows, count), dy, y, wants_residual)
     dweight, dbias, dresidual = (rows.new_empty(0) if a is None else a for a in others)
     if wants_residual and dresidual.stride() != dx.stride():  # it may lie like dy
@@ -93,6 +95,7 @@ def _(
     x: Tensor,
     rows: Tensor,
     weight: Any,
+    like_bias: Any,
     y: Any,
     of_batch: Any,
     axis: Any,
@@ -100,9 +103,8 @@ def _(
     wants_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = rows.new_empty(0)
-    like = none if weight is None else weight
-    dresidual = x if wants_residual else none
-    return torch.empty_like(x), torch.empty_like(like), torch.empty_like(like), torch.empty_like(dresidual)
+    dweight, dbias = (none if a is None else a.new_empty(rows.shape[1]) for a in (weight, like_bias))
+    return torch.empty_like(x), dweight, dbias, torch.empty_like(x if wants_residual else none)
 
 
 @torch.library.custom_op("anybn::commit", mutates_args=("running_mean", "running_var", "batches"))
@@ -129,25 +131,32 @@ def _(*_: Any) -> None:
 def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, _, ctx.axis, ctx.eps, relu = inputs
     y, rows = output
-    ctx.has_bias, ctx.of_batch = bias is not None, True
-    ctx.save_for_backward(x, rows, weight, y if relu else None)
+    ctx.of_batch = True
+    ctx.save_for_backward(x, rows, weight, _like(bias), y if relu else None)
 
 
 def _setup_evaluate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mean, var, weight, bias, _, ctx.axis, ctx.eps, relu = inputs
     zeros = torch.zeros_like(mean)
-    ctx.has_bias, ctx.of_batch = bias is not None, False
-    ctx.save_for_backward(x, torch.stack((mean, zeros, var, zeros)), weight, output if relu else None)
+    ctx.of_batch = False
+    ctx.save_for_backward(x, torch.stack((mean, zeros, var, zeros)), weight, _like(bias), output if relu else None)
+
+
+def _like(bias: Tensor | None) -> Tensor | None:
+    """Something of bias's dtype: its values may change before the backward pass, which does not read them."""
+    return None if bias is None else bias.new_empty(0)
 
 
 def _gradients(ctx: Any, dy: Tensor, of_residual: bool) -> tuple[Tensor | None, ...]:
     """Of x, weight, bias and, if that is wanted, residual."""
-    x, rows, weight, y = ctx.saved_tensors
+    x, rows, weight, like_bias, y = ctx.saved_tensors
     wants_residual = of_residual and y is not None
-    dx, dweight, dbias, dresidual = backward(dy, x, rows, weight, y, ctx.of_batch, ctx.axis, ctx.eps, wants_residual)
+    dx, dweight, dbias, dresidual = backward(
+        dy, x, rows, weight, like_bias, y, ctx.of_batch, ctx.axis, ctx.eps, wants_residual
+    )
     if y is None or not of_residual:
         dresidual = dy if of_residual else None
-    return dx, dweight if weight is not None else None, dbias if ctx.has_bias else None, dresidual
+    return dx, None if weight is None else dweight, None if like_bias is None else dbias, dresidual
 
 
 def _backward_of_train(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:

@@ -100,19 +100,21 @@ class CudaArrays:
     def gradients(
         self, call: Call, statistics: Statistics, dy: Array, active: Array | None, wants_residual: bool
     ) -> Gradients:
-        x, spec, weight = call[:3]
+        x, spec, weight, bias = call[:4]
         with self.on(x):
             given = dy
             how, x, (dy, active) = self._arranged(x, spec.axis, dy, active)
             dx = self.beside(x)
             dresidual = self.beside(x) if wants_residual and active is not None else None
+            parameter = bias if weight is None else weight
             dweight = dbias = None
-            if weight is not None:
-                dweight, dbias = self.per_channel(x, 2, how.channels, weight.dtype)
+            if parameter is not None:  # kernels give both
+                dweight, dbias = self.per_channel(x, 2, how.channels, parameter.dtype)
             arrays = {"dy": dy, "x": x, "y": dx, "active": active, "dresidual": dresidual, "weight": weight}
             arrays |= {"dweight": dweight, "dbias": dbias, **_known(statistics)}
             self._call("backward", x, how[1:], arrays, eps=spec.eps, training=statistics.count is not None)
-            return Gradients(dx, dweight, dbias, given if wants_residual and dresidual is None else dresidual)
+            dresidual = given if wants_residual and dresidual is None else dresidual
+            return Gradients(dx, None if weight is None else dweight, None if bias is None else dbias, dresidual)
 
     def updated_running_statistics(self, update: Update, statistics: Statistics) -> tuple[Array, Array]:
         """By a launch of its own. The count is an int."""
@@ -193,7 +195,7 @@ class CudaArrays:
     ) -> None:
         """`_cuda.call` with arrays for pointers. What is only read per channel is copied if it has gaps, or, as
         statistics, another dtype."""
-        held, dtypes = [], {"weight": "float32", "running_mean": "float64"}
+        held, parameter_dtype, running_dtype = [], "float32", "float64"
         for name, a in arrays.items():
             if a is None:
                 continue
@@ -201,11 +203,13 @@ class CudaArrays:
                 a = self.vector(a, "float64")
             elif name in ("weight", "bias"):
                 a = self.vector(a)
-            if name in dtypes:
-                dtypes[name] = dtype_name(a.dtype)
+            if name in ("weight", "bias", "dweight"):
+                parameter_dtype = dtype_name(a.dtype)
+            elif name == "running_mean":
+                running_dtype = dtype_name(a.dtype)
             fields[name] = self.pointer(a)
             held.append(a)
-        parameters = {"parameter_dtype": dtypes["weight"], "running_dtype": dtypes["running_mean"]}
+        parameters = {"parameter_dtype": parameter_dtype, "running_dtype": running_dtype}
         _cuda.call(op, self.gpu(x), shape, dtype_name(x.dtype), **parameters, **fields)
 
 
