@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 from anybn import distributed as distributed  # which users write as anybn.distributed
 from anybn._accumulate import accumulate
-from anybn._functional import batch_norm, batch_norm_vjp, moments
+from anybn._functional import batch_norm, batch_norm_vjp
 from anybn._layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from anybn._networks import load_batch_norms
+from anybn._moments import Moments
+from anybn._networks import load_batch_norms, save_batch_norms
 from anybn._recalibrate import recalibrate
+from anybn._statistics import denormalize, moments
 from anybn.backends.registry import BackendInfo, register_backend, unregister_backend, use_backend
 from anybn.core.call import Gradients
-from anybn.core.moments import Moments
 from anybn.errors import BackendNotInstalled, CheckpointError, MemberError, NonFiniteError, StateError
 from anybn.interop import fold
 from anybn.kernels.cpu.threads import get_num_threads, set_num_threads
@@ -55,6 +56,7 @@ __all__ = [
     "backends",
     "batch_norm",
     "batch_norm_vjp",
+    "denormalize",
     "fold",
     "get_num_threads",
     "group_norm",
@@ -65,6 +67,7 @@ __all__ = [
     "recalibrate",
     "register_backend",
     "rms_norm",
+    "save_batch_norms",
     "set_num_threads",
     "unregister_backend",
     "use_backend",

@@ -1,10 +1,9 @@
-"""batch_norm, batch_norm_vjp and moments: check, dispatch, commit."""
+"""batch_norm and batch_norm_vjp: check, dispatch, commit."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
 from anybn.core import formulas
 from anybn.core.call import Array, ArrayT, Call, Gradients, Spec, Statistics, dtype_name, root_module
-from anybn.core.moments import Moments
 from anybn.groups import engines, exchange
 from anybn.state.arrays import Arrays
 from anybn.state.state import BatchNormState
@@ -173,38 +171,6 @@ def batch_norm_vjp(
     return y, pullback
 
 
-def moments(x: Array, *, axis: int = 1, mask: Array | None = None) -> Moments:
-    """Count, mean and summed squared deviations of each channel of x, to merge with those of other data.
-
-    Args:
-        x: ``(N, C, *spatial)`` as in `batch_norm`, possibly empty.
-        axis: the channel axis.
-        mask: bool, x's shape without the channel axis or broadcastable to it; only True positions count.
-
-    Raises TypeError or ValueError for arguments outside of the above.
-
-    >>> import numpy as np, anybn
-    >>> m = anybn.moments(np.array([[1.0, 5.0], [3.0, 9.0]]))
-    >>> m.count, m.mean, m.m2, m.var(ddof=1)
-    (2, array([2., 7.]), array([2., 8.]), array([2., 8.]))
-    """
-    backend = backend_for(x)
-    index = _checks.batch(x, backend, axis, None)
-    if mask is not None:
-        mask = _checks.mask(mask, x, index, backend)
-    if 0 in x.shape:
-        zeros = zeros_beside(backend, x, x.shape[index])
-        return Moments(0, zeros, zeros)
-    statistics = backend.statistics(Call(x, Spec(index, 0.0), mask=mask))
-    mean, shift, count = statistics.mean, statistics.shift, cast(Any, statistics.count)
-    if shift is not None:
-        mean = statistics.mean + shift
-        shift = shift - (mean - statistics.mean)
-    if getattr(count, "ndim", 0):
-        count = count[0]
-    return Moments(count if backend.is_traced(x) else int(count), mean, statistics.m2, shift)
-
-
 def zeros_beside(backend: Backend, x: Array, size: int) -> Array:
     device = backend.device_of(x)
     return backend.from_numpy(np.zeros(size, "float64" if backend.has_float64(device) else "float32"), device)
@@ -299,7 +265,7 @@ def notify_failure(x: Array, state: Any, training: bool, group: Any, error: Exce
 
 def _count(backend: Backend, x: Array, axis: int, mask: Array | None) -> int:
     if mask is None:
-        return math.prod(x.shape) // x.shape[axis]
+        return _checks.size_of(x) // x.shape[axis]
     return int(formulas.value_count(backend.namespace(x), x, axis, mask, backend.working_dtype(x)))
 
 

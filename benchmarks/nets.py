@@ -5,9 +5,9 @@
     python benchmarks/nets.py --net resnet18 --format last --rounds 5
 
 The contestants are a net of torch's (``torch``), the same one after `anybn.torch.convert` (``converted``), and after it
-with ``fuse=`` (``fused``); with ``--compile`` the first two under ``torch.compile``, and the net without its batch norms
-(``identity``). Batch norm's share of a step is the step minus identity's. timm has the nets but the last two, which are
-written here: an MLP over ``(N, C)`` and a net of 3-D convolutions.
+with ``fuse=`` (``fused``); with ``--compile`` the first two under ``torch.compile``; and the net without its batch
+norms (``identity``). Batch norm's share of a step is the step minus identity's. timm has the nets but the last two,
+which are written here: an MLP over ``(N, C)`` and a net of 3-D convolutions.
 
 Before anything is timed, the converted nets' outputs and the gradients of all parameters are compared with those of the
 original in float64. They may be off by ten times what torch's own net is in float32: the convolutions' rounding decides

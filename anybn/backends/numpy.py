@@ -12,11 +12,11 @@ import array_api_compat.numpy
 import numpy as np
 
 from anybn._settings import DTYPES, numpy_dtype
-from anybn.backends.base import Backend
+from anybn.backends.base import Backend, beside_values
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Statistics, Update
 from anybn.groups import exchange
-from anybn.kernels.cpu import chunked
+from anybn.kernels.cpu import chunked, threads
 
 
 class NumPyBackend(Backend):
@@ -25,13 +25,19 @@ class NumPyBackend(Backend):
 
     @property
     def how(self) -> str:  # type: ignore[override]
-        if importlib.util.find_spec("numba") is None:
+        if kernels() is chunked:
             return "in blocks that fit the cache"
         problem = importlib.import_module("anybn.kernels.cpu.cached").problem
         return f"fused Numba kernels{problem and ', '}{problem}"
 
     def owns(self, array_type: type) -> bool:
-        return issubclass(array_type, np.ndarray) and not issubclass(array_type, (np.ma.MaskedArray, np.matrix))
+        if array_type is np.ndarray:
+            return True
+        return (
+            issubclass(array_type, np.ndarray)
+            and not issubclass(array_type, np.matrix)
+            and not beside_values(array_type)
+        )
 
     def holds(self, array: Array, device: Any) -> bool:
         return type(array) is np.ndarray or self.owns(type(array))
@@ -170,8 +176,11 @@ class NumPyBackend(Backend):
 
 @functools.cache
 def kernels() -> ModuleType:
-    """`anybn.kernels.cpu.operations` where Numba is installed, else `chunked`; imported with the first array for it."""
+    """`anybn.kernels.cpu.operations` where Numba is installed and compiles (it does not with ``NUMBA_DISABLE_JIT=1``),
+    else `chunked`; imported with the first array for it."""
     if importlib.util.find_spec("numba") is None:
+        return chunked
+    if threads.undisturbed(functools.partial(importlib.import_module, "numba")).config.DISABLE_JIT:
         return chunked
     return importlib.import_module("anybn.kernels.cpu.operations")
 

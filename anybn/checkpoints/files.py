@@ -71,7 +71,7 @@ def checkpoint_errors(problem: str) -> Iterator[None]:
 
 def save(path: str | os.PathLike[str], settings: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
     """See `BatchNormState.save`. arrays: by the state's names, None for one that is switched off."""
-    library = safetensors_library()
+    safetensors_library()
     with checkpoint_errors("nothing was saved: num_batches_tracked is more than int64 holds"):
         count = np.asarray(int(arrays["num_batches_tracked"]), np.int64)
     tensors = {
@@ -83,8 +83,13 @@ def save(path: str | os.PathLike[str], settings: Mapping[str, Any], arrays: Mapp
         if name in tensors and (problem := _checks.impossible_statistics(name, tensors[name])):
             raise CheckpointError(f"nothing was saved, since load would refuse it: {problem}")
     text = json.dumps({name: value for name, value in settings.items() if not (name in _LATER and value)})
-    metadata = {"format": _FORMAT, "version": str(_VERSION), "settings": text, "sha256": _checksum(tensors, text)}
-    content = library.numpy.save(tensors, metadata)
+    write(path, _FORMAT, tensors, text)
+
+
+def write(path: str | os.PathLike[str], format: str, tensors: dict[str, np.ndarray], text: str) -> None:
+    """A file of this format: arrays, a text, and a checksum over both."""
+    metadata = {"format": format, "version": str(_VERSION), "settings": text, "sha256": _checksum(tensors, text)}
+    content = safetensors_library().numpy.save(tensors, metadata)
     path = Path(path)
     if path.exists() and not path.is_file():  # a pipe or a device, which takes bytes and must stay what it is
         path.write_bytes(content)
@@ -93,12 +98,19 @@ def save(path: str | os.PathLike[str], settings: Mapping[str, Any], arrays: Mapp
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Whole or not at all: a reader never meets half a file, and the old one survives a full disk."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.part")  # not of path's name, which may be as long as names may be
-    try:
+    with replacing(path) as temporary:
         if not _written_without_name(temporary, content):
             with temporary.open("xb") as file:
                 _write_through(file, content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path for what is to be at path, whole or not at all: a reader never meets half a file, and the old one survives
+    a full disk."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")  # not of path's name, which may be as long as names may be
+    try:
+        yield temporary
         if path.exists():
             temporary.chmod(path.stat().st_mode)
         temporary.replace(path)
@@ -143,31 +155,7 @@ def holds_a_state(metadata: Mapping[str, str]) -> bool:
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(settings, values in NumPy by field) of a state, all of them checked, see `BatchNormState.load`."""
-    library = safetensors_library()
-    path = Path(path)
-    with path.open("rb") as file:
-        start = file.read(4)
-    problem = f"{path} is truncated, damaged or no safetensors file"
-    if start == b"PK\x03\x04" or start[:1] == b"\x80":  # or a safetensors file whose header has such a length
-        problem = (
-            f"{path} is a pickle or a zip (torch or npz), which may run code when read: read it with "
-            "torch.load(path, weights_only=True) or np.load(path), then give the arrays to load_state_dict"
-        )
-    with checkpoint_errors(problem), library.safe_open(path, framework="numpy") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
-            raise CheckpointError(
-                f"{path} was not written by BatchNormState.save: read its arrays with safetensors and give one "
-                "layer's to load_state_dict"
-            )
-        if metadata.get("version") != str(_VERSION):
-            raise CheckpointError(
-                f"{path} has version {metadata.get('version')!r}, this anybn reads {_VERSION}: upgrade anybn"
-            )
-        tensors = arrays_of(file, file.keys())
-    text = metadata.get("settings", "{}")
-    if metadata.get("sha256") != _checksum(tensors, text):
-        raise CheckpointError(f"{path} is damaged: its contents do not have the checksum that was written with them")
+    tensors, text = read(path, _FORMAT, "BatchNormState.save")
     try:
         settings = _settings_in(text)
         count = {}
@@ -181,6 +169,36 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{path} holds no valid state ({error or type(error).__name__}): it was not made by BatchNormState.save, "
             "so read its arrays with safetensors and give them to load_state_dict"
         ) from error
+
+
+def read(path: str | os.PathLike[str], format: str, writer: str) -> tuple[dict[str, np.ndarray], str]:
+    """(arrays, text) of a file of this format, as writer wrote them."""
+    library = safetensors_library()
+    path = Path(path)
+    with path.open("rb") as file:
+        start = file.read(4)
+    problem = f"{path} is truncated, damaged or no safetensors file"
+    if start == b"PK\x03\x04" or start[:1] == b"\x80":  # or a safetensors file whose header has such a length
+        problem = (
+            f"{path} is a pickle or a zip (torch or npz), which may run code when read: read it with "
+            "torch.load(path, weights_only=True) or np.load(path), then give the arrays to load_state_dict"
+        )
+    with checkpoint_errors(problem), library.safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != format:
+            raise CheckpointError(
+                f"{path} was not written by {writer}: read its arrays with safetensors and give one layer's to "
+                "load_state_dict"
+            )
+        if metadata.get("version") != str(_VERSION):
+            raise CheckpointError(
+                f"{path} has version {metadata.get('version')!r}, this anybn reads {_VERSION}: upgrade anybn"
+            )
+        tensors = arrays_of(file, file.keys())
+    text = metadata.get("settings", "{}")
+    if metadata.get("sha256") != _checksum(tensors, text):
+        raise CheckpointError(f"{path} is damaged: its contents do not have the checksum that was written with them")
+    return tensors, text
 
 
 def _settings_in(text: str) -> dict[str, Any]:

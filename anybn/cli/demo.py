@@ -153,7 +153,7 @@ def draw(path: Path, kind: str, switched: Run, alone: Run, plain: Run) -> None:
     draw_curves(right, [(run, run.losses) for run in (switched, alone, plain)])
     right.set(title="Loss on the training set", ylabel="cross entropy", yscale="log")
     left.legend(loc="lower right")
-    figure.savefig(path, format="png", dpi=150)
+    figure.savefig(path, format=path.suffix[1:].lower(), dpi=150)
 
 
 def draw_curves(axes: Axes, curves: list[tuple[Run, list[float]]]) -> None:
@@ -201,8 +201,8 @@ def available_guest() -> str:
     raise BackendNotInstalled(f"the demo switches to a second array library: {installation_of(GUESTS[0])}")
 
 
-def run(*, epochs: int, seed: int, layers: str, png: Path, switch_to: str | None) -> bool:
-    """Train, print, draw; True if both checks hold."""
+def run(*, epochs: int, seed: int, layers: str, png: Path, switch_to: str | None) -> dict[str, Any]:
+    """Train, print, draw; what came of it, with "passed" if both checks hold."""
     guest = switch_to or available_guest()
     if guest.partition(":")[0] == "jax":
         import jax
@@ -242,4 +242,10 @@ def run(*, epochs: int, seed: int, layers: str, png: Path, switch_to: str | None
     )
     draw(png, layers, switched, alone, plain)
     print(f"learning curves: {png}")
-    return same_state and same_outputs
+    return {
+        "passed": same_state and same_outputs,
+        "difference": difference,
+        "same_outputs": same_outputs,
+        "picture": str(png),
+        "runs": [{k: v for k, v in vars(run).items() if k != "net"} for run in (switched, alone, plain)],
+    }

@@ -62,7 +62,7 @@ class Target:
             pytest.skip(f"{self.name} has no float64")
         try:
             self.array(np.zeros(2), dtype)
-        except (AttributeError, ImportError, TypeError) as error:
+        except (AttributeError, ImportError, TypeError, ValueError) as error:
             pytest.skip(f"{self.name} has no {dtype}: {error}")
 
 

@@ -11,13 +11,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from anybn import _checks, _lock, _settings
+from anybn._moments import Moments
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
 from anybn.core.call import Array, Statistics, Update, dtype_name
-from anybn.core.moments import Moments
 from anybn.state.arrays import Arrays, dtype_of, placed, require_storable, storable
 
 
@@ -220,7 +218,7 @@ class Block:
             detached = (backend.detached(a) for a in (s.count, s.mean, s.m2, s.shift))
             moments = Moments(*detached)  # type: ignore[arg-type]
             if self.latest is not None and self.moments is not None:
-                moments = self._moments_beside(batch, self.latest, self.moments) + moments
+                moments = self.moments.to(moments.mean) + moments
                 batch = batch._replace(propagate=batch.propagate or self.latest.propagate)
             self.latest, self.moments = batch, moments
             return True
@@ -233,23 +231,6 @@ class Block:
         with backend.no_grad():
             statistics = Statistics(moments.count, moments.mean, moments.shift, moments.var(), moments.m2)
         return store.changes(Batch(backend, x, statistics, self.latest.propagate, *store.placed_beside(backend, x)))
-
-    @staticmethod
-    def _moments_beside(batch: Batch, latest: Batch, moments: Moments) -> Moments:
-        """The moments so far, beside an x that may be of another library."""
-        backend, device = batch.backend, batch.backend.device_of(batch.x)
-        if backend.holds(moments.mean, device):
-            return moments
-        to_numpy = latest.backend.to_numpy
-        count = moments.count if isinstance(moments.count, int) else int(to_numpy(moments.count).flat[0])
-        mean, m2, shift = (
-            np.zeros(1) if a is None else to_numpy(a).astype("float64")
-            for a in (moments.mean, moments.m2, moments.shift)
-        )
-        dtype = "float64" if backend.has_float64(device) else "float32"
-        there = mean.astype(dtype)
-        rest = shift + (mean - there)
-        return Moments(count, *(backend.from_numpy(a.astype(dtype), device) for a in (there, m2, rest)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of what the block belongs to is not in the block."""

@@ -22,7 +22,12 @@ so, and has not run on one.
 BatchNorm1d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
 """
 
+from anybn.torch import torchs_tools
+from anybn.torch.classes import register
 from anybn.torch.convert import convert, revert
+from anybn.torch.fold import fold
 from anybn.torch.module import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "revert"]
+torchs_tools.tell()
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "fold", "register", "revert"]

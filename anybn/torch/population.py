@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 
 from anybn._population import Participants, Population, with_progress
@@ -79,7 +80,7 @@ def _in_one_pass(layers: list[Any], run_all: Callable[[str], Iterator[None]], pa
             pass
     participants.agree_on_layer(0)
     populations = {layer: participants.merged(population) for layer, population in seen.items()}
-    reached = {layer: population for layer, population in populations.items() if population.moments.count}
+    reached = {layer: population for layer, population in populations.items() if np.any(population.moments.count)}
     if not reached:
         raise ValueError("no batch reached a batch norm of the model: give some, which nobody has read before")
     for layer, population in reached.items():
@@ -143,10 +144,15 @@ def _observed(layers: list[Any], observe: Callable[[Any, torch.Tensor], None]) -
     def hook(layer: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         observe(layer, args[0] if args else options["input"])
 
-    with ExitStack() as stack:
+    try:
         for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
         yield
+    finally:  # not by handles: an interrupt can come before one is kept
+        for layer in layers:
+            for key in [key for key, found in layer._forward_pre_hooks.items() if found is hook]:
+                del layer._forward_pre_hooks[key]
+                layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 @contextmanager

@@ -132,7 +132,7 @@ class ModuleStore(Store):
 
     def _update(self, batch: Batch) -> tuple[Update, Statistics, torch.Tensor | None]:
         module = self._module
-        statistics = Statistics(*(_as_tensor(batch.backend, s) for s in batch.statistics))
+        statistics = Statistics(*(as_tensor(batch.backend, s) for s in batch.statistics))
         update = Update(module.running_mean, module.running_var, self.momentum, self.ddof, batch.propagate)
         return update, statistics, module.num_batches_tracked
 
@@ -144,7 +144,7 @@ class ModuleStore(Store):
                 f"{name} requires grad, and a copy of it would not be trained: set it on the module itself, or pass "
                 f"{name}.detach()"
             )
-        self._write({name: _as_tensor(backend, value)})
+        self._write({name: as_tensor(backend, value)})
 
     def fill(self, values: dict[str, Any]) -> None:
         numpy = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
@@ -185,10 +185,10 @@ def _filling(name: str, value: Any, target: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"{name} is {value}; the module keeps it in {dtype_name(target.dtype)}: it must be {most} or less"
         )
-    return torch.tensor(value, dtype=target.dtype)
+    return torch.tensor(value, dtype=target.dtype, device=target.device)
 
 
-def _as_tensor(backend: Backend, value: Any) -> Any:
+def as_tensor(backend: Backend, value: Any) -> Any:
     """An array of any library as a tensor, a constant for automatic differentiation; what is none as it is."""
     if value is None or isinstance(value, int):
         return value

@@ -1,7 +1,5 @@
-"""Kernels shared by threads: every number once, failures after everybody has stopped, an interpreter that ends."""
+"""Kernels shared by threads, of torch and of our own: every number once, failures after everybody has stopped."""
 
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -11,81 +9,146 @@ import anybn
 
 sharing = pytest.importorskip("anybn.kernels.cpu.sharing", reason="numba: not installed, pip install 'anybn[fast]'")
 
+from numba import types  # noqa: E402
+from numba.core.caching import NullCache  # noqa: E402
 
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = anybn.get_num_threads()
-    yield
-    anybn.set_num_threads(before)
+from anybn.kernels.cpu import openmp  # noqa: E402
+from anybn.kernels.cpu.primitives import fetch_add, look, sched_yield  # noqa: E402
+from anybn.kernels.cpu.values import KERNEL  # noqa: E402
+
+pthread_self = types.ExternalFunction("pthread_self", types.int64())
 
 
-def counting(tickets, offers, seen, done, of_thread):
-    """A kernel in Python: what it does to its numbers, it does under the interpreter's lock."""
-    first, last = sharing.begin(tickets, offers, seen)
+def shared(kernel):
+    """Not kept on disk, where only changes to the package are noticed."""
+    made = sharing.shared(**KERNEL)(kernel)
+    made._cache = NullCache()
+    return made
+
+
+@shared
+def count(tickets, done, claims):
+    first, last = sharing.begin(tickets)
     while first < last:
         for number in range(first, last):
             done[number] += 1
-        of_thread.append(threading.get_ident())
-        first, last = sharing.proceed(tickets, offers, seen, last - first)
+        fetch_add(claims, 0, 1)
+        first, last = sharing.proceed(tickets, last - first)
 
 
-@pytest.mark.parametrize(("count", "step"), [(1, 1), (7, 1), (100, 3), (5, 9)])
+@shared
+def meet(tickets, arrived, threads):
+    """Each number waits for all, so each needs a thread; not for ever."""
+    first, last = sharing.begin(tickets)
+    while first < last:
+        threads[first] = pthread_self()
+        fetch_add(arrived, 0, 1)
+        for _ in range(10_000_000):
+            if look(arrived, 0) >= len(threads):
+                break
+            sched_yield()
+        first, last = sharing.proceed(tickets, last - first)
+
+
+@shared
+def fail(tickets, done, caller, caller_fails, begun):
+    """Either the caller or the others fail, when the other side is in the middle of something."""
+    fails = (pthread_self() == caller) == caller_fails
+    first, last = sharing.begin(tickets)
+    while first < last:
+        fetch_add(begun, int(fails), 1)
+        while look(begun, int(not fails)) == 0:
+            sched_yield()
+        if fails:
+            raise MemoryError
+        fetch_add(done, 0, 1)
+        first, last = sharing.proceed(tickets, last - first)
+
+
+@pytest.fixture(params=["torch's", "own"])
+def team(request, monkeypatch):
+    """How to set the number of threads, of each kind."""
+    before = anybn.get_num_threads()
+    if request.param == "own":
+        monkeypatch.setattr(openmp, "team", lambda: None)
+        monkeypatch.setattr(sharing, "get_num_threads", lambda: chosen)
+        chosen = before
+
+        def choose(count):
+            nonlocal chosen
+            chosen = count
+
+        yield choose
+        return
+    torch = pytest.importorskip("torch", reason="torch: not installed")
+    if openmp.team() is None:
+        pytest.skip("torch has no OpenMP threads that can be shared here")
+    before_torch = torch.get_num_threads()
+
+    def choose(count):
+        torch.set_num_threads(count)
+        anybn.set_num_threads(count)
+
+    yield choose
+    torch.set_num_threads(before_torch)
+    anybn.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("numbers", "step"), [(1, 1), (7, 1), (100, 3), (5, 9)])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_every_number_once(threads, count, step):
-    anybn.set_num_threads(threads)
+def test_every_number_once(team, threads, numbers, step):
+    team(threads)
     for _ in range(50):
-        done, of_thread = np.zeros(count, int), []
-        sharing.share(counting, count, step, done, of_thread)
+        done, claims = np.zeros(numbers, int), np.zeros(1, int)
+        sharing.share(count, numbers, step, done, claims)
         assert (done == 1).all()
-        assert len(of_thread) == -(-count // step)
+        assert claims[0] == -(-numbers // step)
 
 
-def test_helpers_help():
-    anybn.set_num_threads(3)
-    arrived = threading.Barrier(3, timeout=30)
-
-    def kernel(tickets, offers, seen):
-        first, last = sharing.begin(tickets, offers, seen)
-        while first < last:
-            arrived.wait()  # for three threads, each with one number
-            first, last = sharing.proceed(tickets, offers, seen, last - first)
-
-    sharing.share(kernel, 3, 1)
+def test_others_help(team):
+    team(3)
+    arrived, threads = np.zeros(1, int), np.zeros(3, int)
+    sharing.share(meet, 3, 1, arrived, threads)
+    assert len(set(threads.tolist())) == 3
+    assert threading.get_ident() in threads
 
 
-@pytest.mark.parametrize("who", ["caller", "helper"])
-def test_a_failure_comes_after_everybody_has_stopped(who):
-    anybn.set_num_threads(2)
-    ended, begun = [], threading.Event()
+def test_a_team_of_more_than_are_wanted():
+    torch = pytest.importorskip("torch", reason="torch: not installed")
+    before = torch.get_num_threads(), anybn.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        anybn.set_num_threads(2)
+        for _ in range(50):
+            threads = np.zeros(100, int)
+            sharing.share(meet, 100, 1, np.full(1, 100), threads)
+            assert len(set(threads.tolist())) <= 2
+    finally:
+        torch.set_num_threads(before[0])
+        anybn.set_num_threads(before[1])
 
-    def kernel(tickets, offers, seen):
-        fails = (seen == sharing.CALLER) == (who == "caller")
-        first, last = sharing.begin(tickets, offers, seen)
-        while first < last:
-            if fails:
-                begun.wait(30)  # until the other one is in the middle of something
-                raise MemoryError(who)
-            begun.set()
-            ended.append(first)
-            first, last = sharing.proceed(tickets, offers, seen, last - first)
 
-    with pytest.raises(MemoryError, match=who):
-        sharing.share(kernel, 10_000, 1)
-    count = len(ended)
-    done = np.zeros(4, int)
-    sharing.share(counting, 4, 1, done, [])  # the helper lives
+@pytest.mark.parametrize("caller_fails", [True, False])
+def test_a_failure_comes_after_everybody_has_stopped(team, caller_fails):
+    team(2)
+    for _ in range(20):
+        done, begun = np.zeros(1, int), np.zeros(2, int)
+        with pytest.raises(MemoryError, match="no memory left"):
+            sharing.share(fail, 1000, 1, done, threading.get_ident(), caller_fails, begun)
+        assert done[0] == 999
+    done, claims = np.zeros(4, int), np.zeros(1, int)
+    sharing.share(count, 4, 1, done, claims)  # they are still there
     assert (done == 1).all()
-    assert len(ended) == count
 
 
-def test_callers_at_the_same_time_share_helpers():
-    anybn.set_num_threads(3)
+def test_callers_at_the_same_time(team):
+    team(3)
     results = []
 
     def call():
         for _ in range(100):
-            done = np.zeros(20, int)
-            sharing.share(counting, 20, 1, done, [])
+            done, claims = np.zeros(20, int), np.zeros(1, int)
+            sharing.share(count, 20, 1, done, claims)
             results.append((done == 1).all())
 
     callers = [threading.Thread(target=call) for _ in range(4)]
@@ -95,14 +158,3 @@ def test_callers_at_the_same_time_share_helpers():
         caller.join()
     assert len(results) == 400
     assert all(results)
-
-
-@pytest.mark.parametrize("pause", [0, 0.1], ids=["awake", "asleep"])
-def test_the_interpreter_ends_while_helpers_are(pause):
-    code = (
-        "import time, numpy as np, anybn; anybn.set_num_threads(3)\n"
-        "anybn.batch_norm(np.ones((4, 1 << 18), 'float32'), anybn.BatchNormState(1 << 18), training=True)\n"
-        f"time.sleep({pause})\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert (run.returncode, run.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""numba.njit with compiled code on disk, in files that say what they were made from.
+"""numba.njit, compiled where neither signal nor fork comes between, and kept on disk in files that say what from.
 
 Nothing that can happen to these files is an error: what cannot be read is compiled, what cannot be written stays in
 memory.
@@ -6,7 +6,9 @@ memory.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -21,8 +23,11 @@ import numpy as np
 from llvmlite.binding import llvm_version_info
 from numba import njit
 from numba.core.caching import FunctionCache
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
+
+from anybn.kernels.cpu.threads import undisturbed
 
 #: Why compiled code is not kept, in words for a user; or "".
 problem = ""
@@ -79,8 +84,39 @@ class _Files(FunctionCache):
                     old.unlink()
 
 
+#: Numba's and LLVM's, in the order in which Numba takes them.
+_locks: tuple[Any, ...] = (global_compiler_lock._lock, llvmlite.binding.ffi.lib._lock._lock)
+#: Seconds that a fork waits for them at most: who has them may need what the forking thread holds.
+_PATIENCE = 60
+
+
+def _before_fork() -> None:
+    """No thread compiles while the process forks: a child would have locks that nobody opens, and half a kernel."""
+    for lock in _locks:
+        lock.acquire(timeout=_PATIENCE)
+
+
+def _after_fork(in_child: bool) -> None:
+    for lock in _locks:
+        if lock._is_owned():
+            lock.release()
+        elif in_child:
+            lock._at_fork_reinit()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=functools.partial(_after_fork, False),
+        after_in_child=functools.partial(_after_fork, True),
+    )
+
+
 class _Kernel(CPUDispatcher):
     """What `cached` makes of a function."""
+
+    def compile(self, sig: Any) -> Any:
+        return undisturbed(functools.partial(super().compile, sig))
 
     def enable_caching(self) -> None:
         global problem

@@ -16,7 +16,7 @@ from numba import njit
 
 from anybn.kernels.cpu.cached import cached
 from anybn.kernels.cpu.plan import ROW_BLOCK
-from anybn.kernels.cpu.sharing import begin, proceed
+from anybn.kernels.cpu.sharing import begin, proceed, shared
 from anybn.kernels.cpu.values import (
     EXACT,
     KERNEL,
@@ -238,15 +238,15 @@ def spread_all(mean, shift, third, fourth, inner, k0, columns):
 # -- tasks: panels ---------------------------------------------------------------------------------------------
 
 
-@cached(**KERNEL)
-def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, statistics, width, inner, panel):
+@shared(**KERNEL)
+def train(tickets, x, y, residual, floor, eps, weight, bias, statistics, width, inner, panel):
     """Panels of whole channels from statistics to y."""
     mean, shift, scale = statistics[MEAN], shift_in(statistics, x), statistics[SCALE]
     channels, rows = len(mean), -(-len(x) // width)
     count = len(x) // channels
     sums, columns = np.empty((2, channels)), np.empty((4, panel))
     shifts = if_given(shift, columns[1])
-    first, last = begin(tickets, offers, seen)
+    first, last = begin(tickets)
     while first < last:
         for p in range(first, last):
             k0, k1 = p * panel, min((p + 1) * panel, width)
@@ -264,19 +264,18 @@ def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, stati
                 finish_statistics(c, count, sums[0, c], sums[1, c], eps, weight, statistics, shift)
             spread_all(mean, shift, scale, bias, inner, k0, columns)
             write_y(x, y, residual, floor, columns[0], shifts, columns[2], columns[3], width, 0, rows, k0, k1)
-        first, last = proceed(tickets, offers, seen, last - first)
+        first, last = proceed(tickets, last - first)
 
 
-@cached(**KERNEL)
+@shared(**KERNEL)
 def backward(
-    tickets, offers, seen, dy, x, active, dx, dresidual, count, eps, weight, mean, shift, var, gradients, width, inner,
-    panel,
+    tickets, dy, x, active, dx, dresidual, count, eps, weight, mean, shift, var, gradients, width, inner, panel
 ):  # fmt: skip
     """The gradient of panels; count is 0 where the statistics are constants."""
     channels, rows = len(mean), -(-len(x) // width)
     sums, columns = np.empty((2, channels)), np.empty((5, panel))
     shifts = if_given(shift, columns[1])
-    first, last = begin(tickets, offers, seen)
+    first, last = begin(tickets)
     while first < last:
         for p in range(first, last):
             k0, k1 = p * panel, min((p + 1) * panel, width)
@@ -287,7 +286,7 @@ def backward(
                 finish_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, gradients)
             spread_gradients(mean, shift, gradients, inner, k0, columns)
             write_dx(dy, x, active, dx, dresidual, columns, shifts, width, 0, rows, k0, k1)
-        first, last = proceed(tickets, offers, seen, last - first)
+        first, last = proceed(tickets, last - first)
 
 
 # -- parts: stripes --------------------------------------------------------------------------------------------
@@ -301,12 +300,12 @@ def stripe_of(number, x, width, panel, stripe):
     return p, s * stripe, min((s + 1) * stripe, rows), p * panel, min((p + 1) * panel, width)
 
 
-@cached(**KERNEL)
-def sum_parts(tickets, offers, seen, x, origin, partial, width, inner, panel, stripe):
+@shared(**KERNEL)
+def sum_parts(tickets, x, origin, partial, width, inner, panel, stripe):
     """`stripe_sums` of stripes, each at its place in ``partial``, ``(2, stripes, C)``."""
     sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
     spread_for = -1
-    first, last = begin(tickets, offers, seen)
+    first, last = begin(tickets)
     while first < last:
         for number in range(first, last):
             p, r0, r1, k0, k1 = stripe_of(number, x, width, panel, stripe)
@@ -317,15 +316,15 @@ def sum_parts(tickets, offers, seen, x, origin, partial, width, inner, panel, st
             c0, c1 = channels_of(k0, k1, width, inner, len(origin))
             for c in range(c0, c1):
                 partial[0, r0 // stripe, c], partial[1, r0 // stripe, c] = sums[0, c], sums[1, c]
-        first, last = proceed(tickets, offers, seen, last - first)
+        first, last = proceed(tickets, last - first)
 
 
-@cached(**KERNEL)
-def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, width, inner, panel, stripe):
+@shared(**KERNEL)
+def gradient_sum_parts(tickets, dy, x, active, origin, partial, width, inner, panel, stripe):
     """`stripe_gradient_sums` of stripes, each at its place in ``partial``, ``(2, stripes, C)``."""
     sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
     spread_for = -1
-    first, last = begin(tickets, offers, seen)
+    first, last = begin(tickets)
     while first < last:
         for number in range(first, last):
             p, r0, r1, k0, k1 = stripe_of(number, x, width, panel, stripe)
@@ -336,16 +335,16 @@ def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, wi
             c0, c1 = channels_of(k0, k1, width, inner, len(origin))
             for c in range(c0, c1):
                 partial[0, r0 // stripe, c], partial[1, r0 // stripe, c] = sums[0, c], sums[1, c]
-        first, last = proceed(tickets, offers, seen, last - first)
+        first, last = proceed(tickets, last - first)
 
 
-@cached(**KERNEL)
+@shared(**KERNEL)
 def normalize_parts(
-    tickets, offers, seen, x, y, residual, floor, eps, weight, bias, mean, shift, var, width, inner, panel, stripe
+    tickets, x, y, residual, floor, eps, weight, bias, mean, shift, var, width, inner, panel, stripe
 ):  # fmt: skip
     scale, columns, spread_for = scales_of(var, eps, weight), np.empty((4, panel)), -1
     shifts = if_given(shift, columns[1])
-    first, last = begin(tickets, offers, seen)
+    first, last = begin(tickets)
     while first < last:
         for number in range(first, last):
             p, r0, r1, k0, k1 = stripe_of(number, x, width, panel, stripe)
@@ -353,16 +352,14 @@ def normalize_parts(
                 spread_all(mean, shift, scale, bias, inner, k0, columns)
                 spread_for = p
             write_y(x, y, residual, floor, columns[0], shifts, columns[2], columns[3], width, r0, r1, k0, k1)
-        first, last = proceed(tickets, offers, seen, last - first)
+        first, last = proceed(tickets, last - first)
 
 
-@cached(**KERNEL)
-def gradient_parts(
-    tickets, offers, seen, dy, x, active, dx, dresidual, mean, shift, gradients, width, inner, panel, stripe
-):
+@shared(**KERNEL)
+def gradient_parts(tickets, dy, x, active, dx, dresidual, mean, shift, gradients, width, inner, panel, stripe):
     columns, spread_for = np.empty((5, panel)), -1
     shifts = if_given(shift, columns[1])
-    first, last = begin(tickets, offers, seen)
+    first, last = begin(tickets)
     while first < last:
         for number in range(first, last):
             p, r0, r1, k0, k1 = stripe_of(number, x, width, panel, stripe)
@@ -370,7 +367,7 @@ def gradient_parts(
                 spread_gradients(mean, shift, gradients, inner, k0, columns)
                 spread_for = p
             write_dx(dy, x, active, dx, dresidual, columns, shifts, width, r0, r1, k0, k1)
-        first, last = proceed(tickets, offers, seen, last - first)
+        first, last = proceed(tickets, last - first)
 
 
 @cached(**KERNEL)

@@ -12,11 +12,10 @@ import numpy as np
 from numba import njit
 
 from anybn.core.call import Call, Gradients, Statistics
-from anybn.kernels.cpu.cached import cached
 from anybn.kernels.cpu.columns import merge_parts
 from anybn.kernels.cpu.plan import ROW_BLOCK, RUN_BLOCK, RowPlan, has_few_long_rows, row_plan_of
 from anybn.kernels.cpu.runs import run_gradient_sums, run_sums
-from anybn.kernels.cpu.sharing import begin, proceed, share
+from anybn.kernels.cpu.sharing import begin, proceed, share, shared
 from anybn.kernels.cpu.values import (
     EXACT,
     KERNEL,
@@ -119,11 +118,11 @@ def gradient_by_runs(drow, row, out, mean, shift, mean_dy, slope, rstd, weight, 
 # -- tasks -----------------------------------------------------------------------------------------------------
 
 
-@cached(**KERNEL)
-def forward(tickets, offers, seen, x, y, values, centered, eps, weight, bias, length, statistics):
+@shared(**KERNEL)
+def forward(tickets, x, y, values, centered, eps, weight, bias, length, statistics):
     """Rows from statistics to y. Not centered, the mean is 0 whatever the values."""
     mean, shift, per_row = statistics[MEAN], shift_in(statistics, x), values // length
-    first, last = begin(tickets, offers, seen)
+    first, last = begin(tickets)
     while first < last:
         for r in range(first, last):
             start, stop = r * values, (r + 1) * values
@@ -139,18 +138,18 @@ def forward(tickets, offers, seen, x, y, values, centered, eps, weight, bias, le
                 normalize_values(row, out, m, s, rstd, weight[p : p + per_row], bias[p : p + per_row])
             else:
                 normalize_runs(row, out, m, s, rstd, weight[p : p + per_row], bias[p : p + per_row], length)
-        first, last = proceed(tickets, offers, seen, last - first)
+        first, last = proceed(tickets, last - first)
 
 
-@cached(**KERNEL)
+@shared(**KERNEL)
 def backward(
-    tickets, offers, seen, dy, x, dx, values, centered, eps, weight, length, mean, shift, var, partial, samples
+    tickets, dy, x, dx, values, centered, eps, weight, length, mean, shift, var, partial, samples
 ):  # fmt: skip
     """dx of the rows that share parameters in so many samples, and their sums in ``partial``, ``(2, parts, P)``."""
     per_row = values // length
     sharing = len(weight) // per_row
     dweight, dbias, lost = np.empty(per_row), np.empty(per_row), np.empty((2, per_row))
-    first, last = begin(tickets, offers, seen)
+    first, last = begin(tickets)
     while first < last:
         for number in range(first, last):
             part, p = number // sharing, number % sharing * per_row
@@ -178,7 +177,7 @@ def backward(
                     add_compensated(dbiases, lost[1], dbias)
                     fill(dweight, 0.0)
                     fill(dbias, 0.0)
-        first, last = proceed(tickets, offers, seen, last - first)
+        first, last = proceed(tickets, last - first)
 
 
 # -- the operations --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from numba import njit
 
 from anybn.kernels.cpu.cached import cached
 from anybn.kernels.cpu.plan import RUN_BLOCK
-from anybn.kernels.cpu.sharing import begin, proceed
+from anybn.kernels.cpu.sharing import begin, proceed, shared
 from anybn.kernels.cpu.values import (
     EXACT,
     KERNEL,
@@ -151,13 +151,13 @@ def write_dx(dy, x, active, dx, dresidual, mean, shift, gradients, length, segme
 # -- tasks: groups of channels ---------------------------------------------------------------------------------
 
 
-@cached(**KERNEL)
-def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, statistics, length, group):
+@shared(**KERNEL)
+def train(tickets, x, y, residual, floor, eps, weight, bias, statistics, length, group):
     """Groups of channels from statistics to y."""
     mean, shift, scale = statistics[MEAN], shift_in(statistics, x), statistics[SCALE]
     channels = len(mean)
     count, sums = len(x) // channels, np.empty((4, channels))
-    first, last = begin(tickets, offers, seen)
+    first, last = begin(tickets)
     while first < last:
         for c0 in range(first * group, min(last * group, channels), group):
             c1 = min(c0 + group, channels)
@@ -172,17 +172,15 @@ def train(tickets, offers, seen, x, y, residual, floor, eps, weight, bias, stati
                 finish_statistics(c, count, sums[0, c], sums[1, c], eps, weight, statistics, shift)
             for run in range(0, len(x) // length, channels):
                 write_y(x, y, residual, floor, mean, shift, scale, bias, length, 1, run + c0, run + c1)
-        first, last = proceed(tickets, offers, seen, last - first)
+        first, last = proceed(tickets, last - first)
 
 
-@cached(**KERNEL)
-def backward(
-    tickets, offers, seen, dy, x, active, dx, dresidual, count, eps, weight, mean, shift, var, gradients, length, group
-):  # fmt: skip
+@shared(**KERNEL)
+def backward(tickets, dy, x, active, dx, dresidual, count, eps, weight, mean, shift, var, gradients, length, group):
     """The gradient of groups of channels; count is 0 where the statistics are constants."""
     channels = len(mean)
     sums = np.empty((4, channels))
-    first, last = begin(tickets, offers, seen)
+    first, last = begin(tickets)
     while first < last:
         for c0 in range(first * group, min(last * group, channels), group):
             c1 = min(c0 + group, channels)
@@ -191,54 +189,52 @@ def backward(
                 finish_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, gradients)
             for run in range(0, len(x) // length, channels):
                 write_dx(dy, x, active, dx, dresidual, mean, shift, gradients, length, 1, run + c0, run + c1)
-        first, last = proceed(tickets, offers, seen, last - first)
+        first, last = proceed(tickets, last - first)
 
 
 # -- parts: segments -------------------------------------------------------------------------------------------
 
 
-@cached(**KERNEL)
-def sum_parts(tickets, offers, seen, x, origin, partial, length, segments):
+@shared(**KERNEL)
+def sum_parts(tickets, x, origin, partial, length, segments):
     """`run_sums` of segments, each at its place in ``partial``, ``(2, N, C, segments)``."""
     s1, s2 = partial[0].reshape(-1), partial[1].reshape(-1)
-    first, last = begin(tickets, offers, seen)
+    first, last = begin(tickets)
     while first < last:
         for number in range(first, last):
             start, stop = segment(number, length, segments)
             s1[number], s2[number] = run_sums(x, start, stop, origin[number // segments % len(origin)])
-        first, last = proceed(tickets, offers, seen, last - first)
+        first, last = proceed(tickets, last - first)
 
 
-@cached(**KERNEL)
-def gradient_sum_parts(tickets, offers, seen, dy, x, active, origin, partial, length, segments):
+@shared(**KERNEL)
+def gradient_sum_parts(tickets, dy, x, active, origin, partial, length, segments):
     """`run_gradient_sums` of segments, each at its place in ``partial``, ``(2, N, C, segments)``."""
     s1, s2 = partial[0].reshape(-1), partial[1].reshape(-1)
-    first, last = begin(tickets, offers, seen)
+    first, last = begin(tickets)
     while first < last:
         for number in range(first, last):
             start, stop = segment(number, length, segments)
             c = number // segments % len(origin)
             s1[number], s2[number] = run_gradient_sums(dy, x, active, start, stop, origin[c])
-        first, last = proceed(tickets, offers, seen, last - first)
+        first, last = proceed(tickets, last - first)
 
 
-@cached(**KERNEL)
-def normalize_parts(
-    tickets, offers, seen, x, y, residual, floor, eps, weight, bias, mean, shift, var, length, segments
-):
+@shared(**KERNEL)
+def normalize_parts(tickets, x, y, residual, floor, eps, weight, bias, mean, shift, var, length, segments):
     scale = scales_of(var, eps, weight)
-    first, last = begin(tickets, offers, seen)
+    first, last = begin(tickets)
     while first < last:
         write_y(x, y, residual, floor, mean, shift, scale, bias, length, segments, first, last)
-        first, last = proceed(tickets, offers, seen, last - first)
+        first, last = proceed(tickets, last - first)
 
 
-@cached(**KERNEL)
-def gradient_parts(tickets, offers, seen, dy, x, active, dx, dresidual, mean, shift, gradients, length, segments):
-    first, last = begin(tickets, offers, seen)
+@shared(**KERNEL)
+def gradient_parts(tickets, dy, x, active, dx, dresidual, mean, shift, gradients, length, segments):
+    first, last = begin(tickets)
     while first < last:
         write_dx(dy, x, active, dx, dresidual, mean, shift, gradients, length, segments, first, last)
-        first, last = proceed(tickets, offers, seen, last - first)
+        first, last = proceed(tickets, last - first)
 
 
 @cached(**KERNEL)

@@ -14,37 +14,17 @@ import functools
 import math
 
 import numpy as np
-from numba import carray, types
-from numba.extending import intrinsic
+from numba import carray
 
 from anybn.kernels.cpu import columns
 from anybn.kernels.cpu.cached import cached
 from anybn.kernels.cpu.plan import plan_of
-from anybn.kernels.cpu.sharing import CALLER, COUNT, STEP
+from anybn.kernels.cpu.primitives import integers, pointer
+from anybn.kernels.cpu.sharing import alone
 from anybn.kernels.cpu.values import DBIAS, DWEIGHT, M2, MEAN, SHIFT, VAR, load, shift_in, store, update_running
 from anybn.kernels.layout import Layout
 
 _COMPILED = {"nogil": True, "error_model": "numpy"}
-
-
-@intrinsic
-def pointer(typing_context, like, address):
-    """The address as a pointer to like's dtype."""
-
-    def inttoptr(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[1], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like.dtype)(like, address), inttoptr
-
-
-@intrinsic
-def integers(typing_context, address):
-    """The address as a pointer to int64."""
-
-    def inttoptr(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.int64)(types.int64), inttoptr
 
 
 @cached(**_COMPILED)
@@ -74,14 +54,6 @@ def parameter(like, address, count, default):
         for c in range(count):
             values[c] = load(given[c])
     return values
-
-
-@cached(**_COMPILED)
-def one_claim(count):
-    """Tickets of a call that is one thread's."""
-    tickets = np.zeros(4, np.int64)
-    tickets[STEP] = tickets[COUNT] = count
-    return tickets
 
 
 @cached(**_COMPILED)
@@ -116,14 +88,12 @@ def train(
         return False
     w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
     x_in, y_in = carray(pointer(like_x, x), (size,)), carray(pointer(like_x, y), (size,))
-    tickets, offers = one_claim(tasks), np.zeros(1, np.int64)
+    tickets = alone(tasks)
     if residual == 0:
-        columns.train(tickets, offers, CALLER, x_in, y_in, None, floor, eps, w, b, statistics, width, inner, panel)
+        columns.train(tickets, x_in, y_in, None, floor, eps, w, b, statistics, width, inner, panel)
     else:
         residual_in = carray(pointer(like_x, residual), (size,))
-        columns.train(
-            tickets, offers, CALLER, x_in, y_in, residual_in, floor, eps, w, b, statistics, width, inner, panel
-        )
+        columns.train(tickets, x_in, y_in, residual_in, floor, eps, w, b, statistics, width, inner, panel)
     if running_mean != 0:
         tracked = carray(integers(batches), (1,))
         tracked[0] += 1
@@ -165,14 +135,22 @@ def evaluate(
         copies[0, c], copies[1, c] = mean[c], var[c]
     w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
     x_in, y_in = carray(pointer(like_x, x), (size,)), carray(pointer(like_x, y), (size,))
-    tickets, offers, split = one_claim(parts), np.zeros(1, np.int64), (width, inner, panel, stripe)
+    tickets, split = alone(parts), (width, inner, panel, stripe)
     given = (floor, eps, w, b, copies[0], None, copies[1])
     if residual == 0:
-        columns.normalize_parts(tickets, offers, CALLER, x_in, y_in, None, *given, *split)
+        columns.normalize_parts(tickets, x_in, y_in, None, *given, *split)
     else:
         residual_in = carray(pointer(like_x, residual), (size,))
-        columns.normalize_parts(tickets, offers, CALLER, x_in, y_in, residual_in, *given, *split)
+        columns.normalize_parts(tickets, x_in, y_in, residual_in, *given, *split)
     return True
+
+
+@cached(**_COMPILED)
+def store_all(like, address, values):
+    if address != 0:
+        out = carray(pointer(like, address), (len(values),))
+        for c in range(len(values)):
+            store(out, c, values[c])
 
 
 @cached(**_COMPILED)
@@ -210,27 +188,19 @@ def backward(
     w, gradients = parameter(like_weight, weight, channels, 1.0), np.empty((5, channels))
     dy_in, x_in = carray(pointer(like_x, dy), (size,)), carray(pointer(like_x, x), (size,))
     dx_in = carray(pointer(like_x, dx), (size,))
-    tickets, offers = one_claim(tasks), np.zeros(1, np.int64)
+    tickets = alone(tasks)
     count = size // channels if of_batch else 0
     given = (count, eps, w, rows[MEAN], shift_in(rows, x_in), rows[VAR], gradients, width, inner, panel)
     if y == 0:
-        columns.backward(tickets, offers, CALLER, dy_in, x_in, None, dx_in, None, *given)
+        columns.backward(tickets, dy_in, x_in, None, dx_in, None, *given)
     elif dresidual == 0:
         y_in = carray(pointer(like_x, y), (size,))
-        columns.backward(tickets, offers, CALLER, dy_in, x_in, y_in, dx_in, None, *given)
+        columns.backward(tickets, dy_in, x_in, y_in, dx_in, None, *given)
     else:
         y_in, dresidual_in = carray(pointer(like_x, y), (size,)), carray(pointer(like_x, dresidual), (size,))
-        columns.backward(tickets, offers, CALLER, dy_in, x_in, y_in, dx_in, dresidual_in, *given)
+        columns.backward(tickets, dy_in, x_in, y_in, dx_in, dresidual_in, *given)
     store_all(like_weight, dweight, gradients[DWEIGHT])
     store_all(like_weight, dbias, gradients[DBIAS])
-
-
-@cached(**_COMPILED)
-def store_all(like, address, values):
-    if address != 0:
-        out = carray(pointer(like, address), (len(values),))
-        for c in range(len(values)):
-            store(out, c, values[c])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,42 +1,39 @@
-"""How many threads a call uses; and those that NumPy's blocks run on, a pool that all calls of the process share.
-
-Compiled kernels have threads of their own: see `sharing`. No OpenMP, which hangs in a forked child, and no
-``parallel=True``, whose layer dies under concurrent callers.
-"""
+"""How many threads a call uses; and those that NumPy's blocks run on. Compiled kernels have others: see `sharing`."""
 
 from __future__ import annotations
 
+import _thread
+import ctypes
 import os
+import platform
+import sys
 import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
+from itertools import repeat
+from operator import call
+from typing import Any
 
 from anybn import _settings
-from anybn._lock import after_fork
 
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
 _num_threads: int | None = None
-
-
-@after_fork
-def _forget_pool() -> None:
-    global _lock, _pool
-    _lock, _pool = threading.Lock(), None
 
 
 def get_num_threads() -> int:
     """The number of threads that one call uses at most.
 
     What `set_num_threads` was given, else the environment variable ANYBN_NUM_THREADS, else the number of CPUs that the
-    process may use.
+    process may use; where torch is loaded, no more than ``torch.get_num_threads()``.
     """
     global _num_threads
     if _num_threads is None:
         given = os.environ.get("ANYBN_NUM_THREADS", "")
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         _num_threads = max(1, int(given)) if given.isdecimal() else available
-    return _num_threads
+    of_torch = getattr(sys.modules.get("torch"), "get_num_threads", None)
+    return _num_threads if of_torch is None else min(_num_threads, of_torch())
 
 
 def set_num_threads(count: int) -> None:
@@ -51,47 +48,104 @@ def set_num_threads(count: int) -> None:
     1
     >>> anybn.set_num_threads(before)
     """
-    global _num_threads, _pool
-    count = _settings.positive("count", count)
-    with _lock:
-        _num_threads, _pool = count, None  # a call under way keeps the old pool until it is done
+    global _num_threads
+    _num_threads = _settings.positive("count", count)
 
 
-def _shared_pool(workers: int) -> ThreadPoolExecutor:
-    global _pool
-    with _lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(workers, thread_name_prefix="anybn")
-        return _pool
+# -- a task that no signal interrupts --------------------------------------------------------------------------
+
+_here = threading.local()
+
+
+def undisturbed(task: Callable[[], Any]) -> Any:
+    """What it returns or raises, from a thread of its own: KeyboardInterrupt strikes in the main thread alone.
+
+    It would leave Numba half done, being compiled or imported, to fail, hang or crash ever after. Who is interrupted
+    leaves the thread to finish.
+    """
+    if hasattr(_here, "undisturbed") or sys.is_finalizing():  # a thread that starts now would wait for ever
+        return task()
+    outcome: Future[Any] = Future()
+
+    def complete() -> None:
+        _here.undisturbed = True
+        try:
+            outcome.set_result(task())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    try:
+        threading.Thread(target=complete, name="anybn compiles").start()
+    except RuntimeError:  # there are no more threads to be had
+        return task()
+    return outcome.result()
+
+
+# -- tasks in Python -------------------------------------------------------------------------------------------
+
+_c: Any = ctypes.CDLL(None) if os.name == "posix" else None
+#: Whether C's functions for the floating-point environment (rounding, whether small numbers are flushed to 0, as by
+#: ``torch.set_flush_denormal``) are at hand, and it is no longer than `ENVIRONMENT` times 8 bytes.
+HAS_ENVIRONMENT = (
+    os.name == "posix" and platform.machine() in ("x86_64", "amd64", "aarch64", "arm64") and hasattr(_c, "fegetenv")
+)
+ENVIRONMENT = 8
+
+# Python's own locks for C: unlike those of `threading`, no signal ends the wait for them.
+_python = ctypes.CDLL(None, handle=ctypes.pythonapi._handle)
+_new_lock, _acquire, _release, _free = (
+    _python[f"PyThread_{name}"] for name in ("allocate_lock", "acquire_lock", "release_lock", "free_lock")
+)
+_new_lock.restype = ctypes.c_void_p
+_acquire.argtypes = (ctypes.c_void_p, ctypes.c_int)
+_release.argtypes = _free.argtypes = (ctypes.c_void_p,)
 
 
 def run(task: Callable[[int], None], count: int) -> None:
-    """``task(0), ..., task(count - 1)``, each once, on the caller's thread and the pool's; in no particular order.
+    """``task(0), ..., task(count - 1)``, each once, on the caller's thread and others; in no particular order.
 
     Returns, or raises what a task raised, after every task that was started has ended: none writes to an array
-    afterwards.
+    afterwards. Threads are made for the call, in 0.1 ms: so there are none to be found dead in a forked child, when the
+    interpreter ends, or after somebody has killed them.
     """
     helpers = min(get_num_threads(), count) - 1
-    if helpers < 1:
-        for i in range(count):
-            task(i)
-        return
     remaining = iter(range(count))  # next() is one step under the GIL: each number goes to one thread
+    failures: list[BaseException] = []
+    environment = (ctypes.c_int64 * ENVIRONMENT)()
+    if HAS_ENVIRONMENT:
+        _c.fegetenv(environment)
 
     def work() -> None:
         for i in remaining:
             task(i)
 
-    pool = _shared_pool(get_num_threads() - 1)
-    futures = [pool.submit(work) for _ in range(helpers)]
+    def help(ended: int) -> None:
+        try:
+            if HAS_ENVIRONMENT:
+                _c.fesetenv(environment)
+            work()
+        except BaseException as failure:
+            failures.append(failure)
+            deque(remaining, 0)
+        finally:
+            _release(ended)
+
+    # A thread that starts while the interpreter ends would wait for it for ever.
+    ended = [] if sys.is_finalizing() else [_new_lock() for _ in range(helpers)]
+    wait: Callable[[], object] = partial(deque, map(_acquire, ended, repeat(1)), 0)
     try:
+        for lock in ended:
+            try:  # calls of C functions, which no signal comes between
+                deque(map(call, (partial(_acquire, lock, 1), partial(_thread.start_new_thread, help, (lock,)))), 0)
+            except RuntimeError:  # there are no more threads to be had
+                _release(lock)
+                break
         work()
     except BaseException:
-        for _ in remaining:
-            pass
+        deque(remaining, 0)
         raise
     finally:
-        failures = [future.exception() for future in futures if not future.cancel()]
-    for failure in failures:
-        if failure is not None:
-            raise failure
+        wait()
+    deque(map(_free, ended), 0)
+    if failures:
+        raise failures[0]

@@ -22,8 +22,8 @@ import platform
 
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
 from anybn.kernels.cpu.cached import cached
@@ -47,8 +47,12 @@ DWEIGHT, DBIAS, MEAN_DY, SLOPE = range(4)
 
 @functools.cache
 def converts_half() -> bool:
-    """Whether the processor has instructions for it; LLVM would call functions that are not there."""
-    return platform.machine() in ("aarch64", "arm64") or bool(get_host_cpu_features().get("f16c", False))
+    """Whether LLVM has instructions for it; else it would call functions that are not there, and the process end.
+
+    Numba may compile for less than the processor can, by ``NUMBA_CPU_NAME``.
+    """
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return platform.machine() in ("aarch64", "arm64") or "+f16c" in features
 
 
 @intrinsic

@@ -1,0 +1,172 @@
+"""What kernels need of the machine and Numba does not have: atomic steps, addresses, and other compiled code's.
+
+Addresses are int64. Where several threads meet, they meet in arrays of int64, of which no step is taken but by these
+functions.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import os
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.compiler import compile_internal
+from numba.core.targetconfig import ConfigStack
+from numba.extending import intrinsic
+
+from anybn.kernels.cpu.threads import HAS_ENVIRONMENT
+
+_VOID, _POINTER, _I32 = ir.VoidType(), ir.IntType(8).as_pointer(), ir.IntType(32)
+#: What OpenMP calls on every thread.
+_FUNCTION = ir.FunctionType(_VOID, [_POINTER])
+#: ``GOMP_parallel(function, data, num_threads, flags)``
+_PARALLEL = ir.FunctionType(_VOID, [_FUNCTION.as_pointer(), _POINTER, _I32, _I32])
+
+sched_yield = types.ExternalFunction("sched_yield", types.int32()) if hasattr(os, "sched_yield") else njit(lambda: 0)
+
+
+def _element(context, builder, kind, array, index):
+    return cgutils.get_item_pointer(context, builder, kind, context.make_array(kind)(context, builder, array), [index])
+
+
+@intrinsic
+def fetch_add(_, array, index, amount):
+    """``array[index] += amount`` in one step that no other thread comes between; what it was before."""
+
+    def generate(context, builder, signature, arguments):
+        place = _element(context, builder, signature.args[0], *arguments[:2])
+        return builder.atomic_rmw("add", place, arguments[2], "seq_cst")
+
+    return types.int64(array, types.intp, types.int64), generate
+
+
+@intrinsic
+def swap_if(_, array, index, expected, new):
+    """``array[index] = new`` in one such step, if it was as expected; whether it was."""
+
+    def generate(context, builder, signature, arguments):
+        place = _element(context, builder, signature.args[0], *arguments[:2])
+        return builder.extract_value(builder.cmpxchg(place, *arguments[2:], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(array, types.intp, types.int64, types.int64), generate
+
+
+@intrinsic
+def look(_, array, index):
+    """``array[index]`` as another thread has left it, with all that it wrote before."""
+
+    def generate(context, builder, signature, arguments):
+        place = _element(context, builder, signature.args[0], *arguments)
+        return builder.load_atomic(place, "seq_cst", align=8)
+
+    return types.int64(array, types.intp), generate
+
+
+@intrinsic
+def pointer(typing_context, like, address):
+    """The address as a pointer to like's dtype."""
+
+    def inttoptr(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[1], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(like, address), inttoptr
+
+
+@intrinsic
+def integers(typing_context, address):
+    """The address as a pointer to int64."""
+
+    def inttoptr(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int64)(types.int64), inttoptr
+
+
+@intrinsic
+def invoke(_, function, data):
+    """``function(data)``, of addresses."""
+
+    def generate(context, builder, signature, arguments):
+        called = builder.inttoptr(arguments[0], _FUNCTION.as_pointer())
+        builder.call(called, [builder.inttoptr(arguments[1], _POINTER)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def invoke_parallel(_, parallel, function, data):
+    """``parallel(function, data, 0, 0)``, of the address of OpenMP's entry, on as many threads as it thinks right."""
+
+    def generate(context, builder, signature, arguments):
+        entry = builder.inttoptr(arguments[0], _PARALLEL.as_pointer())
+        called = builder.inttoptr(arguments[1], _FUNCTION.as_pointer())
+        zero = ir.Constant(_I32, 0)
+        builder.call(entry, [called, builder.inttoptr(arguments[2], _POINTER), zero, zero])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+def _call_of_environment(builder, name, place):
+    if HAS_ENVIRONMENT:
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, [_POINTER]), name)
+        builder.call(function, [builder.bitcast(place, _POINTER)])
+
+
+@intrinsic
+def save_environment(_, array, index):
+    """The thread's floating-point environment (rounding, whether small numbers are flushed to 0) into the array."""
+
+    def generate(context, builder, signature, arguments):
+        _call_of_environment(builder, "fegetenv", _element(context, builder, signature.args[0], *arguments))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
+def restore_environment(_, array, index):
+    """The thread gets the environment that `save_environment` wrote."""
+
+    def generate(context, builder, signature, arguments):
+        _call_of_environment(builder, "fesetenv", _element(context, builder, signature.args[0], *arguments))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
+def outlined(_, called, arguments):
+    """Addresses of a function and of data with which `invoke` makes it ``called(*arguments)``; what it raises is lost.
+
+    The data lie on the stack of the function that this stands in, and end with it. Both functions become one library:
+    Numba would optimize one of its own, and again what it is linked to.
+    """
+    argument_types = tuple(arguments.types)
+
+    def generate(context, builder, signature, values):
+        flags = ConfigStack().top().copy()
+        flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+        library, source = context.active_code_library, called.dispatcher.py_func
+        compiled = compile_internal(
+            context.typing_context, context, library, source, argument_types, types.none, flags, locals={}
+        )
+        target = context.declare_function(builder.module, compiled.fndesc)
+        data = cgutils.alloca_once_value(builder, values[1])
+        name = f"{compiled.fndesc.mangled_name}.outlined"
+        function = ir.Function(builder.module, _FUNCTION, builder.module.get_unique_name(name))
+        function.linkage = "internal"
+        inside = ir.IRBuilder(function.append_basic_block("entry"))
+        packed = inside.load(inside.bitcast(function.args[0], data.type))
+        given = cgutils.unpack_tuple(inside, packed, len(argument_types))
+        context.call_conv.call_function(inside, target, types.none, compiled.fndesc.argtypes, given)
+        inside.ret_void()
+        i64 = ir.IntType(64)
+        return context.make_tuple(
+            builder, signature.return_type, [builder.ptrtoint(function, i64), builder.ptrtoint(data, i64)]
+        )
+
+    return types.UniTuple(types.int64, 2)(called, arguments), generate
