@@ -133,13 +133,11 @@ class NumPyBackend(Backend):
         if not chosen:
             return super().gradients(call, statistics, dy, active, wants_residual)
         over = None if call.group is None else functools.partial(exchange.sums, self, call.group.group)
-        dx, dweight, dbias, _ = chosen.gradients(_in_bits(call), statistics, _bits(dy), active, over)
-        dresidual = dy if wants_residual else None
-        for keep in (active, call.mask):
-            if dresidual is not None and keep is not None:
-                dresidual = np.where(keep, dresidual, np.zeros((), dy.dtype))
+        dx, dweight, dbias, dresidual = chosen.gradients(
+            _in_bits(call), statistics, _bits(dy), active, wants_residual, over
+        )
         of_parameters = formulas.parameter_gradients(array_api_compat.numpy, call, dweight, dbias)
-        return Gradients(dx.view(call.x.dtype), *of_parameters, dresidual)
+        return Gradients(dx.view(call.x.dtype), *of_parameters, dresidual.view(dy.dtype) if wants_residual else None)
 
     def gradient_sums(
         self, call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None

@@ -290,8 +290,12 @@ class TorchBackend(Backend):
         active: torch.Tensor | None,
         wants_residual: bool,
     ) -> Gradients:
+        """See `Backend.gradients`; active may also be y itself, which kernels for the CPU read as it is."""
         recorded = self.records(dy, call.x, call.weight) or dispatches(dy) or has_no_memory(dy)
-        if recorded or not (chosen := self._kernels_for(call)):
+        chosen = None if recorded else self._kernels_for(call)
+        if active is not None and active.dtype is not torch.bool and chosen is not cpu:
+            active = active > 0
+        if not chosen:
             return super().gradients(call, statistics, dy, active, wants_residual)
         if call.group is None:
             return chosen.gradients(call, statistics, dy, active, wants_residual)
