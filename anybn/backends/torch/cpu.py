@@ -24,8 +24,13 @@ def supports(x: torch.Tensor) -> bool:
     return x.dtype in DTYPES and not x.is_neg() and bool(kernels().supports(DTYPES[x.dtype]))
 
 
+def takes_mask(call: Call) -> bool:
+    """Whether there are kernels for the call's mask."""
+    return bool(kernels().takes(Call(_view(call.x), call.spec, mask=_view(call.mask))))
+
+
 def batch_statistics(call: Call) -> Statistics:
-    return _from_views(kernels().batch_statistics(Call(_view(call.x), call.spec)))
+    return _from_views(kernels().batch_statistics(Call(_view(call.x), call.spec, mask=_view(call.mask))))
 
 
 def train(call: Call) -> tuple[torch.Tensor, Statistics, None]:
@@ -56,12 +61,13 @@ def gradients(
     wants_residual: bool,
     over: Over | None = None,
 ) -> Gradients:
-    views = Call(_view(call.x), call.spec, _numbers(call.weight))
+    views = Call(_view(call.x), call.spec, _numbers(call.weight), mask=_view(call.mask))
     dx, dweight, dbias, _ = kernels().gradients(views, _views(statistics), _view(dy), _view(active), over)
     dx = _tensor(dx, call.x.dtype)
     dresidual = dy if wants_residual else None
-    if dresidual is not None and active is not None:
-        dresidual = torch.where(active, dy, dy.new_zeros(()))
+    for keep in (active, call.mask):
+        if dresidual is not None and keep is not None:
+            dresidual = torch.where(keep, dresidual, dy.new_zeros(()))
     return Gradients(dx, *_parameter_gradients(call, dweight, dbias), dresidual)
 
 
@@ -138,9 +144,9 @@ def _tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 def _in_views(call: Call) -> Call:
     """The call as kernels take it; without out where that is lazily negated, whose memory has the other sign."""
-    x, spec, weight, bias, residual, _, _, _, out = call
+    x, spec, weight, bias, residual, mask, _, _, out = call
     target = None if out is None or out.is_neg() else _view(out)
-    return Call(_view(x), spec, _numbers(weight), _numbers(bias), _view(residual), None, None, None, target)
+    return Call(_view(x), spec, _numbers(weight), _numbers(bias), _view(residual), _view(mask), None, None, target)
 
 
 def _delivered(y: np.ndarray, call: Call) -> torch.Tensor:
