@@ -107,8 +107,7 @@ def settings(state: BatchNormState, convention: ConventionName) -> dict[str, Any
     switches = [a is not None for a in (state.weight, state.bias)]
     if rules.bias and switches == [False, True]:
         raise ValueError(
-            f"state has scale=False, but {convention}'s layers with a bias have a weight: make a state with a weight "
-            "of 1"
+            f"state has scale=False, but {convention}'s layers with a bias have a weight: make a state with one of 1"
         )
     return {
         **({rules.size: state.num_features} if rules.size else {}),

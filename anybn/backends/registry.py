@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from anybn.backends._needs import pip_line
@@ -180,6 +181,7 @@ def unwrapped(x: Any) -> Any:
 
 def _find(x: Any, cls: type, argument: str) -> Backend:
     _read_entry_points()
+    wrapper = next((a for base in cls.__mro__ if (a := _WRAPPERS.get(f"{base.__module__}.{base.__qualname__}"))), "")
     what = f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
     if lost := beside_values(cls):
         raise TypeError(f"{argument} is a {what}, {lost}")
@@ -192,13 +194,15 @@ def _find(x: Any, cls: type, argument: str) -> Backend:
             return own
         break  # the library has types that are not its plain arrays: NumPy's scalars and masked arrays
     else:
-        if hasattr(x, "__array_namespace__") and "sparse" not in roots:
+        if hasattr(x, "__array_namespace__") and unwrapped(x) is x and "sparse" not in roots:
             namespace = x.__array_namespace__()
             root = getattr(namespace, "__name__", "").partition(".")[0]  # "jax" where the type is jaxlib's
             if (own := _built_in(root)) is not None and own.owns(cls):
                 return own
             return _core_over(namespace, roots[0])
-    if isinstance(x, (list, tuple, int, float, complex)) or cls.__module__ == "numpy":
+    if wrapper:
+        advice = f"pass the array in it, which gradients reach: {argument}.{wrapper}" + "()" * wrapper.startswith("get")
+    elif isinstance(x, (list, tuple, int, float, complex)) or cls.__module__ == "numpy":
         advice = "wrap it with np.asarray"
     elif root_module(cls) in ("scipy", "sparse"):
         advice = "zeros do not stay zeros, so make it dense: x.toarray() or x.todense()"
@@ -255,6 +259,7 @@ class BackendInfo:
 
     @property
     def usable(self) -> bool:
+        """Whether there is a device, and no problem."""
         return bool(self.devices) and not self.problem
 
 
@@ -296,11 +301,24 @@ def known_backends() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*libraries(), *_registered)))
 
 
+def _backend_of_namespace(xp: Any) -> Backend:
+    """The backend for the arrays that a namespace makes: ``numpy``, ``jax.numpy``, ``array_api_compat.torch``."""
+    library = xp.__name__.rpartition("array_api_compat.")[2].partition(".")[0]
+    _read_entry_points()
+    for backend in reversed(_registered.values()):
+        if library in backend.libraries:
+            return backend
+    return _built_in(library) or _core_over(xp, library)
+
+
 def resolve_target(target: Any) -> tuple[Backend, Any]:
-    """``"torch:cuda:0"`` or an array -> (backend, device)."""
+    """``"torch:cuda:0"``, a namespace or an array -> (backend, device)."""
     if isinstance(target, str):
         name, _, device = target.partition(":")
         backend = backend_named(name)
         return backend, backend.device(device)
+    if isinstance(target, ModuleType) and hasattr(target, "asarray"):
+        backend = _backend_of_namespace(target)
+        return backend, backend.device("")
     backend = backend_for(target, "target")
     return backend, backend.device_of(target)
