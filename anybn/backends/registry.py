@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from anybn._lock import undisturbed
 from anybn.backends._needs import pip_line
 from anybn.backends.array_api import ArrayAPIBackend
 from anybn.backends.base import Backend
@@ -81,25 +82,30 @@ def unregister_backend(name: str) -> None:
 
 
 def _read_entry_points() -> None:
-    global _entry_points_read
     if not _entry_points_read:
-        from importlib.metadata import entry_points  # 15 ms, a third of what NumPy takes
+        undisturbed(_register_entry_points)
 
-        _entry_points_read = True
-        for entry_point in entry_points(group="anybn.backends"):
-            if entry_point.name not in _registered:
-                register_backend(entry_point.load())
+
+def _register_entry_points() -> None:
+    global _entry_points_read
+    from importlib.metadata import entry_points  # 15 ms, a third of what NumPy takes
+
+    _entry_points_read = True
+    for entry_point in entry_points(group="anybn.backends"):
+        if entry_point.name not in _registered:
+            register_backend(entry_point.load())
 
 
 def _built_in(name: str) -> Backend | None:
     """The backend that a file in this folder has under this name: "torch-native" lies in that of torch."""
     library = name.partition("-")[0]
     if name not in _loaded and library in libraries():
-        for cls in tuple(vars(importlib.import_module(f"anybn.backends.{library}")).values()):
+        module = undisturbed(functools.partial(importlib.import_module, f"anybn.backends.{library}"))
+        for cls in tuple(vars(module).values()):
             if isinstance(cls, type) and issubclass(cls, Backend) and vars(cls).get("name") == name:
                 _loaded[name] = cls()
                 if cls.companion:
-                    importlib.import_module(cls.companion)
+                    undisturbed(functools.partial(importlib.import_module, cls.companion))
     return _loaded.get(name)
 
 

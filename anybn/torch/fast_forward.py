@@ -25,7 +25,6 @@ from anybn.backends.torch.autograd import Recorded, op_by_op_here
 from anybn.backends.torch.cuda import TorchArrays
 from anybn.core.call import Call, Spec, Statistics, Update
 from anybn.kernels.cpu.plan import ONE_CLAIM
-from anybn.kernels.cpu.threads import undisturbed
 from anybn.torch.fast_forward_on_cuda import fast_forward_on_cuda
 
 _TORCH = TorchBackend()
@@ -42,7 +41,7 @@ def _steps() -> Any:
     """`anybn.kernels.cpu.step`, or None without Numba; imported with the first small tensor."""
     if not kernels().__name__.endswith(".operations"):
         return None
-    return undisturbed(functools.partial(importlib.import_module, "anybn.kernels.cpu.step"))
+    return _lock.undisturbed(functools.partial(importlib.import_module, "anybn.kernels.cpu.step"))
 
 
 @functools.cache
