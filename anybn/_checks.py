@@ -5,6 +5,7 @@ Each function returns the argument as it is used from then on, or raises with: w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from anybn import _settings
 from anybn._settings import FLOATING
-from anybn.backends.base import Backend
+from anybn.backends.base import Backend, beside_values
 from anybn.core.call import Array, dtype_name
 from anybn.errors import NonFiniteError
 
@@ -21,6 +22,16 @@ _STATE_ARRAYS = ("weight", "bias", "running_mean", "running_var")
 
 def shape_of(array: Array) -> tuple[int, ...]:
     return tuple(array.shape)
+
+
+def size_of(x: Array) -> int:
+    """How many values x has. Raises ValueError where only a graph's user will know, as with arguments of ndonnx."""
+    try:
+        return math.prod(x.shape)
+    except TypeError as error:
+        raise ValueError(
+            f"x has the unknown shape {shape_of(x)}: evaluation takes it, but statistics and training need all sizes"
+        ) from error
 
 
 def floating_array(name: str, value: Array, backend: Backend) -> Array:
@@ -38,17 +49,18 @@ def floating_array(name: str, value: Array, backend: Backend) -> Array:
     raise TypeError(f"{name} has dtype {dtype}: {advice}")
 
 
-def batch(x: Array, backend: Backend, channel_axis: Any, num_features: int | None) -> int:
-    """The channel axis of x as an index from the front."""
-    floating_array("x", x, backend)
+def batch(x: Array, backend: Backend, channel_axis: Any, num_features: int | None, name: str = "x") -> int:
+    """The channel axis of x, called name, as an index from the front."""
+    floating_array(name, x, backend)
     shape = shape_of(x)
     if len(shape) < 2:
         advice = "for one sample use x[None]" if len(shape) == 1 else "give it a batch and a channel axis"
-        raise ValueError(f"x has shape {shape}; batch norm needs (N, C, ...): {advice}")
+        raise ValueError(f"{name} has shape {shape}; batch norm needs (N, C, ...): {advice}")
     given = _settings.axis(channel_axis)
     if not -len(shape) <= given < len(shape):
         raise ValueError(
-            f"axis is {given} but x has shape {shape}: the channel axis must lie in [{-len(shape)}, {len(shape) - 1}]"
+            f"axis is {given} but {name} has shape {shape}: the channel axis must lie in "
+            f"[{-len(shape)}, {len(shape) - 1}]"
         )
     index = given % len(shape)
     if num_features is not None and shape[index] != num_features:
@@ -58,13 +70,17 @@ def batch(x: Array, backend: Backend, channel_axis: Any, num_features: int | Non
             advice = f"its shape {shape} looks channels-first: pass axis=1"
         else:
             advice = f"its shape is {shape}: pass the channel axis as axis, or use a state of {shape[index]} channels"
-        raise ValueError(f"x has {shape[index]} channels on axis {given} but the state has {num_features}; {advice}")
+        raise ValueError(
+            f"{name} has {shape[index]} channels on axis {given} but the state has {num_features}; {advice}"
+        )
     return index
 
 
 def same_place(name: str, value: Array, x: Array, backend: Backend) -> None:
     if not backend.owns(type(value)):
         cls = type(value)
+        if lost := beside_values(cls):
+            raise TypeError(f"{name} is a {cls.__module__}.{cls.__qualname__}, {lost}")
         raise TypeError(
             f"{name} is a {cls.__module__}.{cls.__qualname__} but x is a {backend.name} array: "
             f"pass {name} as an array of x's library"
@@ -89,13 +105,17 @@ def like_x(name: str, value: Array, x: Array, backend: Backend) -> Array:
     return value
 
 
-def mask(value: Array, x: Array, axis: int, backend: Backend) -> Array:
-    """The mask with a 1 on the channel axis, so that it broadcasts against x."""
+def mask(value: Array, x: Array, axis: int | tuple[int, ...], backend: Backend, *, whole: bool = False) -> Array:
+    """The mask with a 1 on the channel axis, or axes, so that it broadcasts against x; with ``whole``, it may have
+    x's own axes instead."""
     same_place("mask", value, x, backend)
     if dtype_name(value.dtype) != "bool":
         raise TypeError(f"mask has dtype {dtype_name(value.dtype)}; it must be bool: use mask != 0")
-    wanted = tuple(size for i, size in enumerate(shape_of(x)) if i != axis)
+    axes = (axis,) if isinstance(axis, int) else axis
     shape = shape_of(value)
+    if whole and len(shape) == len(shape_of(x)):
+        axes = ()
+    wanted = tuple(size for i, size in enumerate(shape_of(x)) if i not in axes)
     if len(shape) > len(wanted) or any(
         m not in (1, w) for m, w in zip(reversed(shape), reversed(wanted), strict=False)
     ):
@@ -105,7 +125,9 @@ def mask(value: Array, x: Array, axis: int, backend: Backend) -> Array:
         )
     xp = backend.namespace(x)
     value = xp.reshape(value, (1,) * (len(wanted) - len(shape)) + shape)
-    return xp.expand_dims(value, axis=axis)
+    for i in axes:
+        value = xp.expand_dims(value, axis=i)
+    return value
 
 
 def state_arrays(

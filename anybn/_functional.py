@@ -1,10 +1,9 @@
-"""batch_norm, batch_norm_vjp and moments: check, dispatch, commit."""
+"""batch_norm and batch_norm_vjp: check, dispatch, commit."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
 from anybn.core import formulas
 from anybn.core.call import Array, ArrayT, Call, Gradients, Spec, Statistics, dtype_name, root_module
-from anybn.core.moments import Moments
 from anybn.groups import engines, exchange
 from anybn.state.arrays import Arrays
 from anybn.state.state import BatchNormState
@@ -43,6 +41,8 @@ class Checked(NamedTuple):
     """whether x is normalized with the batch's own statistics"""
     commits: bool
     """whether the running ones learn them"""
+    trains: bool
+    """whether x has values to train with, so that the state moves beside it"""
 
 
 def batch_norm(
@@ -65,7 +65,7 @@ def batch_norm(
 
     Args:
         x: ``(N, C, *spatial)`` in any order of axes, float16, bfloat16, float32 or float64, of any array library.
-        state: of C channels; it moves to where x is.
+        state: of C channels. Training moves it to where x is; evaluation reads it wherever it is.
         training: whether to normalize with x's own statistics and to learn from them.
         axis: the channel axis; -1 for channels last.
         mask: bool, x's shape without the channel axis or broadcastable to it. Only True positions enter the statistics
@@ -173,38 +173,6 @@ def batch_norm_vjp(
     return y, pullback
 
 
-def moments(x: Array, *, axis: int = 1, mask: Array | None = None) -> Moments:
-    """Count, mean and summed squared deviations of each channel of x, to merge with those of other data.
-
-    Args:
-        x: ``(N, C, *spatial)`` as in `batch_norm`, possibly empty.
-        axis: the channel axis.
-        mask: bool, x's shape without the channel axis or broadcastable to it; only True positions count.
-
-    Raises TypeError or ValueError for arguments outside of the above.
-
-    >>> import numpy as np, anybn
-    >>> m = anybn.moments(np.array([[1.0, 5.0], [3.0, 9.0]]))
-    >>> m.count, m.mean, m.m2, m.var(ddof=1)
-    (2, array([2., 7.]), array([2., 8.]), array([2., 8.]))
-    """
-    backend = backend_for(x)
-    index = _checks.batch(x, backend, axis, None)
-    if mask is not None:
-        mask = _checks.mask(mask, x, index, backend)
-    if 0 in x.shape:
-        zeros = zeros_beside(backend, x, x.shape[index])
-        return Moments(0, zeros, zeros)
-    statistics = backend.statistics(Call(x, Spec(index, 0.0), mask=mask))
-    mean, shift, count = statistics.mean, statistics.shift, cast(Any, statistics.count)
-    if shift is not None:
-        mean = statistics.mean + shift
-        shift = shift - (mean - statistics.mean)
-    if getattr(count, "ndim", 0):
-        count = count[0]
-    return Moments(count if backend.is_traced(x) else int(count), mean, statistics.m2, shift)
-
-
 def zeros_beside(backend: Backend, x: Array, size: int) -> Array:
     device = backend.device_of(x)
     return backend.from_numpy(np.zeros(size, "float64" if backend.has_float64(device) else "float32"), device)
@@ -256,7 +224,8 @@ def check(
 
     empty = 0 in x.shape and (group is None or backend.is_traced(x))
     uses_batch = (training or not state.track_running_stats) and not empty
-    commits = training and state.track_running_stats and not empty and not backend.recomputes()
+    trains = training and not empty and not backend.recomputes()
+    commits = trains and state.track_running_stats
     if uses_batch:
         if group is None and (mask is None or not backend.is_traced(mask)):
             _checks.enough_values(_count(backend, x, index, mask), x, mask is not None)
@@ -274,7 +243,7 @@ def check(
     elif uses_batch and commits:
         update = state._store.planned_update(placed, nonfinite == "propagate")
     call = Call(x, spec, placed.weight, placed.bias, residual, mask, members, update, out)
-    return Checked(backend, call, state, before, placed, nonfinite, uses_batch, commits)
+    return Checked(backend, call, state, before, placed, nonfinite, uses_batch, commits, trains)
 
 
 def notify_failure(x: Array, state: Any, training: bool, group: Any, error: Exception) -> None:
@@ -299,7 +268,7 @@ def notify_failure(x: Array, state: Any, training: bool, group: Any, error: Exce
 
 def _count(backend: Backend, x: Array, axis: int, mask: Array | None) -> int:
     if mask is None:
-        return math.prod(x.shape) // x.shape[axis]
+        return _checks.size_of(x) // x.shape[axis]
     return int(formulas.value_count(backend.namespace(x), x, axis, mask, backend.working_dtype(x)))
 
 
@@ -329,19 +298,19 @@ def given_statistics(checked: Checked) -> Statistics:
 
 def finish(checked: Checked, statistics: Statistics, running: tuple[Array, Array] | None = None) -> None:
     """What changes the state, after everything else has succeeded."""
-    backend, call, state, before, placed, nonfinite, uses_batch, commits = checked
+    backend, call, state, before, placed, nonfinite, uses_batch, commits, trains = checked
     if uses_batch and nonfinite == "raise":
         _require_finite(backend, statistics)
     store = state._store
-    if not commits or (isinstance(statistics.count, int) and statistics.count == 0):  # all members' x are empty
-        store.adopt(backend, before, placed)
+    if not trains or (isinstance(statistics.count, int) and statistics.count == 0):  # all members' x are empty
         return
-    batch = Batch(backend, call.x, statistics, nonfinite == "propagate", before, placed, running)
+    if not commits:
+        store.adopt(backend, call.x, before, placed)
+        return
+    batch = Batch(backend, call.x, statistics, nonfinite == "propagate", before, placed, running, call)
     block = store.block
     if block is None or not block.add(batch):
         store.learn(batch)
-    else:
-        store.adopt(backend, before, placed)
 
 
 def _require_finite(backend: Backend, statistics: Statistics) -> None:

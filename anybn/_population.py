@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import array_api_compat.numpy
 import numpy as np
 
-from anybn import _checks, _functional
+from anybn import _checks
+from anybn._moments import Moments
+from anybn._statistics import moments
 from anybn.backends.registry import backend_for
 from anybn.core.call import Array
-from anybn.core.moments import Moments, merged
+from anybn.core.moments import merged
 from anybn.errors import BackendNotInstalled
 from anybn.groups.agreement import member_names, require_presence
 from anybn.groups.engines import AxisGroup, as_group
@@ -28,17 +31,8 @@ class Population:
 
     def add(self, batch: Array | Moments, axis: int) -> None:
         """Merge an array, or moments, of any library."""
-        channels = len(self.moments.mean)
-        if not isinstance(batch, Moments):
-            backend = backend_for(batch, "a batch")
-            _checks.batch(batch, backend, axis, channels)
-            if not backend.has_float64(backend.device_of(batch)):  # JAX: means in float32 are too coarse to be merged
-                batch = backend.to_numpy(backend.detached(batch))
-            batch = _functional.moments(batch, axis=axis)
-        part = _on_host(batch)
-        if part.mean.shape != self.moments.mean.shape:
-            raise ValueError(f"a batch's moments are of {len(part.mean)} channels but the state has {channels}")
-        if part.count:
+        part = moments_on_host(batch, axis, len(self.moments.mean))
+        if np.any(part.count):
             self.moments, self.batches = self.moments + part, self.batches + 1
 
     def statistics(self, ddof: int) -> tuple[np.ndarray, np.ndarray]:
@@ -46,24 +40,28 @@ class Population:
         count, mean, var = self.moments.count, self.moments.mean, self.moments.var(ddof)
         if self.moments.shift is not None:
             mean = mean + self.moments.shift
-        if count < 2:
+        if (least := np.min(count, initial=2)) < 2:
             raise ValueError(
-                f"batches gave {count} values per channel; a variance needs more than 1: give more data, and an "
+                f"batches gave {least} values per channel; a variance needs more than 1: give more data, and an "
                 "iterator that nobody has read before"
             )
         _checks.finite_statistics("batches give", mean, var, "look for NaN or inf in them, or leave such batches out")
         return mean, var
 
 
-def _on_host(moments: Moments) -> Moments:
-    """In NumPy, in one transfer, or one computation of what is lazy."""
-    backend = backend_for(moments.mean)
-    xp = backend.namespace(moments.mean)
-    count, shift = moments.count, moments.shift
-    rows = [moments.mean, moments.m2, xp.zeros_like(moments.mean) if shift is None else shift]
-    rows += [] if isinstance(count, int) else [xp.ones_like(moments.m2) * count]
-    mean, m2, shift, *counted = backend.to_numpy(backend.detached(xp.stack(rows))).astype(np.float64)
-    return Moments(int(counted[0][0]) if counted else count, mean, m2, shift)
+def moments_on_host(batch: Array | Moments, axis: int, channels: int, mask: Array | None = None) -> Moments:
+    """The moments of an array, or given ones, of any library, in NumPy."""
+    if not isinstance(batch, Moments):
+        backend = backend_for(batch, "a batch")
+        _checks.batch(batch, backend, axis, channels)
+        if not backend.has_float64(backend.device_of(batch)):  # JAX: means in float32 are too coarse to be merged
+            batch = backend.to_numpy(backend.detached(batch))
+            mask = None if mask is None else backend.to_numpy(mask)
+        batch = moments(batch, axis=axis, mask=mask)
+    part = Moments(*batch._in_numpy())
+    if part.mean.shape != (channels,):
+        raise ValueError(f"a batch's moments are of {len(part.mean)} channels but the state has {channels}")
+    return part
 
 
 class Participants:
@@ -125,13 +123,14 @@ class Participants:
         if self.group is None:
             return population
         moments = population.moments
-        vectors = moments.mean, moments.m2, np.zeros_like(moments.mean) if moments.shift is None else moments.shift
-        rows = self._rows_of_all(np.concatenate([[moments.count, population.batches], *vectors]))
-        of_all, count, (mean, m2, shift) = Population(len(moments.mean)), rows[:, :1], np.split(rows[:, 2:], 3, axis=1)
+        count, shift = (np.zeros_like(moments.mean) + (0 if a is None else a) for a in (moments.count, moments.shift))
+        rows = self._rows_of_all(np.concatenate([[population.batches], count, moments.mean, moments.m2, shift]))
+        of_all, (count, mean, m2, shift) = Population(len(moments.mean)), np.split(rows[:, 1:], 4, axis=1)
+        total = count.sum(0).astype(np.int64)
         with np.errstate(all="ignore"):
-            s = merged(np, int(count.sum()), count, mean, shift, m2)
-        of_all.moments = Moments(int(count.sum()), s.mean, s.m2, s.shift)
-        of_all.batches = int(rows[:, 1].sum())
+            s = merged(array_api_compat.numpy, total, count, mean, shift, m2)
+        of_all.moments = Moments(total, s.mean, s.m2, s.shift)
+        of_all.batches = int(rows[:, 0].sum())
         return of_all
 
 

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from anybn._layer import BatchNorm
 from anybn._models import tools_for
+from anybn._moments import Moments
 from anybn._population import Participants, Population, with_progress
-from anybn.core.moments import Moments
 from anybn.state.state import BatchNormState
 
 Target = TypeVar("Target")
@@ -32,9 +32,10 @@ def recalibrate(
     Args:
         target: a `BatchNorm` or a `BatchNormState` (channels on axis 1), which stays where it is; or a
             ``torch.nn.Module`` with any number of batch norms, torch's own and `anybn.torch`'s.
-        batches: for a layer, an iterable of arrays of any library, or of their `Moments` (from masked data, from other
-            processes); one array, a Dask array above all, is all the data. Arrays of a device without float64 are
-            brought to the host. For a model, an iterable of what ``forward`` takes. In a group, this member's share.
+        batches: for a layer, an iterable of arrays of any library, or of their `Moments` (from data with a mask or with
+            gaps, from other processes); one array, a Dask array above all, is all the data. Arrays of a device without
+            float64 are brought to the host. For a model, an iterable of what ``forward`` takes. In a group, this
+            member's share.
         group: members that look at batches of their own, in any number, or none; what they have seen is merged, and all
             of them get the same bits. What `batch_norm` takes, but for a JAX axis, and with ``rank`` and ``size``.
             Collective: every member calls it, with the same layer or model. Without it, a process is on its own, also

@@ -68,20 +68,20 @@ def num_features(value: Any) -> int:
     return value
 
 
-def eps(value: Any) -> float:
-    value = _float(_number("eps", value, numbers.Real, "a float"))
+def eps(value: Any, name: str = "eps") -> float:
+    value = _float(_number(name, value, numbers.Real, "a float"))
     if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"eps is {value}; it must be positive and finite: it keeps sqrt(var + eps) away from 0")
+        raise ValueError(f"{name} is {value}; it must be positive and finite: it keeps sqrt(var + eps) away from 0")
     return value
 
 
-def momentum(value: Any) -> float | None:
+def momentum(value: Any, name: str = "momentum") -> float | None:
     if value is None:
         return None
-    value = _float(_number("momentum", value, numbers.Real, "a float, or None for the cumulative average"))
+    value = _float(_number(name, value, numbers.Real, "a float, or None for the cumulative average"))
     if not 0 <= value <= 1:
         raise ValueError(
-            f"momentum is {value}; it must lie in [0, 1]: new = (1 - momentum) * old + momentum * batch; "
+            f"{name} is {value}; it must lie in [0, 1]: new = (1 - momentum) * old + momentum * batch; "
             "Keras's momentum is 1 minus this"
         )
     return value

@@ -20,8 +20,9 @@ What every conversion keeps, exactly, is y in evaluation. How training goes on i
   averages are what evaluation uses, and so what a state takes; ``counter`` becomes num_batches_tracked. On the way out
   the division is undone. A state with num_batches_tracked 0 did not start there, so its counter is written as the
   number after which the divisor is 1: its statistics count in full, and training goes on from them.
-- A framework with one switch each for weight and bias may lack one of them: it is then 1, or 0. Where both always exist
-  (ONNX, MXNet), a state without weight and bias writes 1 and 0.
+- A framework that may lack weight or bias alone (torch, Keras, Flax, Haiku, Chainer) gives a state that lacks it too,
+  ``scale=False`` or ``bias=False``, and takes it. Where both exist or none (Equinox, MLX), or always both (ONNX,
+  MXNet), a state writes 1 and 0 for what it lacks.
 - Where there is no count of batches, num_batches_tracked is 0.
 - Equinox with ``mode="ema"`` normalizes with the running statistics in training too; a state only in evaluation.
 - Haiku's arrays have x's rank: ``(1, C)``, ``(1, 1, 1, C)``. Any of these is read; what is written is ``(C,)``, to be
@@ -63,7 +64,7 @@ def from_state_dict(
     unknown setting; ValueError for an unknown convention.
 
     >>> import numpy as np, anybn
-    >>> anybn.interop.from_state_dict({"params": {"scale": np.ones(2)},
+    >>> anybn.interop.from_state_dict({"params": {"scale": np.ones(2), "bias": np.zeros(2)},
     ...                                "batch_stats": {"mean": np.zeros(2), "var": np.ones(2)}}, "flax", momentum=0.9)
     BatchNormState(2, eps=1e-05, momentum=0.1, ddof=0, dtype='float64') on numpy, 0 batches tracked
     """
@@ -104,10 +105,15 @@ def settings(state: BatchNormState, convention: ConventionName) -> dict[str, Any
     quantities_of(state._settings(), convention)  # raises where it has none
     rules = CONVENTIONS[convention]
     switches = [a is not None for a in (state.weight, state.bias)]
+    if rules.bias and switches == [False, True]:
+        raise ValueError(
+            f"state has scale=False, but {convention}'s layers with a bias have a weight: make a state with one of 1"
+        )
     return {
         **({rules.size: state.num_features} if rules.size else {}),
         **rules.own_settings(state.eps, state.momentum),
         **dict(zip(rules.affine, switches if len(rules.affine) == 2 else [state.affine], strict=False)),
+        **({rules.bias: False} if rules.bias and switches == [True, False] else {}),
         **({rules.track: state.track_running_stats} if rules.track else {}),
         **rules.constants,
     }

@@ -26,8 +26,3 @@ class ArrayAPIBackend(Backend):
 
     def version(self) -> str:
         return str(getattr(self._namespace, "__version__", "unknown"))
-
-    def has_float64(self, device: Any) -> bool:
-        if hasattr(self._namespace, "__array_namespace_info__"):
-            return super().has_float64(device)
-        return hasattr(self._namespace, "float64")  # a namespace of before 2023.12

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 import array_api_compat
 import numpy as np
 
+from anybn._settings import DTYPES
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Spec, Statistics, Update, root_module
 from anybn.groups import exchange
@@ -18,8 +20,37 @@ from anybn.groups import exchange
 
 def _name_of(device: Any) -> str:
     """``"device1"`` for ``array_api_strict.Device('device1')``; for most libraries' devices, their str."""
+    if device is None:
+        return "default"
     quoted = str(device).split("'")
     return quoted[1] if len(quoted) == 3 else quoted[0]
+
+
+def beside_values(array_type: type) -> str:
+    """What arrays of this type carry that batch norm would lose, and the way out; or "".
+
+    A mask or a unit that is an attribute, as in numpy.ma, marray, astropy, pint and unyt, but not a method of this
+    name, as in pandas; and torch's MaskedTensor.
+    """
+    return _beside_values(array_type)  # type: ignore[arg-type] # a type is hashable
+
+
+@functools.lru_cache(maxsize=256)
+def _beside_values(array_type: type) -> str:
+
+    def carries(*attributes: str) -> bool:
+        return any(hasattr(array_type, a) and not callable(getattr(array_type, a)) for a in attributes)
+
+    plain = next((a for a in ("unmasked", "value", "magnitude", "get_data") if hasattr(array_type, a)), "data")
+    plain += "()" * (plain == "get_data")
+    if carries("mask") or hasattr(array_type, "get_mask"):
+        return (
+            f"whose mask would be lost: pass its .{plain}, and as mask= the positions that count, which are False in "
+            "its own mask; where they differ between channels, anybn.moments takes them in x's shape"
+        )
+    if carries("unit", "units"):
+        return f"whose unit would be lost: pass its .{plain}, in the same unit every time"
+    return ""
 
 
 class Backend:
@@ -47,7 +78,7 @@ class Backend:
 
     def owns(self, array_type: type) -> bool:
         """Whether arrays of this type are this backend's; decided by the type alone, so that it can be remembered."""
-        return any(root_module(cls) in self.libraries for cls in array_type.__mro__)
+        return any(root_module(cls) in self.libraries for cls in array_type.__mro__) and not beside_values(array_type)
 
     def holds(self, array: Array, device: Any) -> bool:
         """Whether this is an array of this backend on this device."""
@@ -58,18 +89,21 @@ class Backend:
         return ""
 
     def namespace(self, x: Array) -> Any:
+        """The functions of the Array API for x."""
         return array_api_compat.array_namespace(x)
 
     def device_of(self, x: Array) -> Any:
-        """Where x lies, as something that compares equal for the same place."""
-        return array_api_compat.device(x)
+        """Where x lies, as something that compares equal for the same place; None where arrays do not say."""
+        try:
+            return array_api_compat.device(x)
+        except AttributeError:
+            return None
 
     def device(self, name: str) -> Any:
         """The device called ``name`` in ``state.to("library:name")``; the default one for ``""``."""
-        info = self.module().__array_namespace_info__()
         if not name:
-            return info.default_device()
-        for device in info.devices():
+            return self.device_of(self.module().asarray([0.0]))
+        for device in self._devices():
             if name == _name_of(device):
                 return device
         raise ValueError(f"{self.name} has no device {name!r}; it has {', '.join(self.devices())}")
@@ -80,28 +114,54 @@ class Backend:
 
     def devices(self) -> list[str]:
         """The devices that can be used, for ``anybn.backends()``."""
-        return [_name_of(device) for device in self.module().__array_namespace_info__().devices()]
+        return [_name_of(device) for device in self._devices()]
+
+    def _devices(self) -> Sequence[Any]:
+        """Those that the library tells; the default one where it does not (before 2023.12), or its arrays have none."""
+        default = self.device("")
+        info = getattr(self.module(), "__array_namespace_info__", None)
+        return [default] if info is None or default is None else info().devices()
 
     def version(self) -> str:
+        """The library's version, for ``anybn.backends()``."""
         return str(getattr(importlib.import_module(self.libraries[0]), "__version__", "unknown"))
 
     def has_float64(self, device: Any) -> bool:
-        return "float64" in self.module().__array_namespace_info__().dtypes(device=device)
+        """Whether arrays on this device can be float64."""
+        info = getattr(self.module(), "__array_namespace_info__", None)
+        if info is None:
+            return hasattr(self.module(), "float64")
+        return "float64" in info().dtypes(device=device, kind="real floating")
 
     def dtype(self, name: str) -> Any:
-        """The library's dtype called ``"float32"``."""
-        return getattr(self.module(), name)
+        """The library's dtype called ``"float32"``. Raises TypeError where it has none of this name."""
+        if (dtype := getattr(self.module(), name, None)) is None:
+            raise TypeError(f"{self.name} has no {name}: use float32")
+        return dtype
 
     def from_numpy(self, array: np.ndarray, device: Any) -> Array:
         """A copy of a NumPy array on this backend's device."""
-        return self.module().asarray(array, device=device, copy=True)
+        options = {} if device is None else {"device": device}
+        if array.dtype.name in DTYPES:  # else a library may narrow it, as MLX does float64
+            options["dtype"] = self.dtype(array.dtype.name)
+        return self.module().asarray(array, copy=True, **options)
 
     def to_numpy(self, x: Array) -> np.ndarray:
-        """A copy of x in NumPy."""
-        default = self.device("")
-        if self.device_of(x) != default:
+        """A copy of x in NumPy. Raises TypeError where x gives its values to nobody."""
+        device, default = self.device_of(x), self.device("")
+        if device != default:
             x = array_api_compat.to_device(x, default)
-        return np.array(x)
+        try:
+            values = np.array(x if hasattr(x, "__array__") else np.from_dlpack(x))
+            if values.dtype != object:  # what NumPy makes of what it cannot read
+                return values
+            problem = "NumPy makes objects of it"
+        except Exception as error:  # BufferError, or what the library has for it
+            problem = f"{type(error).__name__}: {error}"
+        raise TypeError(
+            f"a {self.name} array cannot be brought to NumPy, by neither __array__ nor __dlpack__ ({problem}): "
+            "register a backend for it that overrides to_numpy, see anybn.backends"
+        )
 
     def is_traced(self, x: Array) -> bool:
         """True if x has no values yet (``jax.jit``, Dask), so that nothing may depend on them."""
@@ -119,6 +179,26 @@ class Backend:
         """An independent copy that can be trained if x can."""
         return self.copy(x)
 
+    def watch(self, x: Array) -> Callable[[], Any] | None:
+        """A function whose result is another once x has been written to; None for what cannot be."""
+        return (lambda: self.to_numpy(x).tobytes()) if self.writable else None
+
+    def lasts(self, x: Array) -> bool:
+        """Whether x, made during a call, may be kept after it: not if it means something only inside a trace."""
+        return True
+
+    def moved(self, x: Array, device: Any) -> Array:
+        """x on another device of the library; differentiable where the library is."""
+        return self.from_numpy(self.to_numpy(x), device)
+
+    def is_trained(self, x: Array) -> bool:
+        """Whether somebody may hold x to change it, as optimizers do, so that nothing else can take its place."""
+        return False
+
+    def relocated(self, x: Array, device: Any) -> Array:
+        """`moved`, for an x that `is_trained`: x itself where the library can."""
+        return self.moved(x, device)
+
     def refilled(self, old: Array, new: Array) -> Array:
         """new, or old filled with its values where others hold on to old, as optimizers do to torch's Parameters."""
         return new
@@ -132,9 +212,18 @@ class Backend:
         device = self.device_of(x)
         return self.name if device is None or str(device) == "cpu" else f"{self.name}:{_name_of(device)}"
 
+    def device_name(self, x: Array) -> str:
+        """Where x lies within the library, as `device` takes it."""
+        return _name_of(self.device_of(x))
+
     def may_store(self, new: Array, old: Array) -> bool:
         """Whether a state may hold new in place of old after the call: not if new means something only inside it."""
         return True
+
+    def in_place_of(self, present: Array, value: Array) -> Array:
+        """value as a state takes it in place of present: where traced calls may store what they make, there they may
+        after it."""
+        return value
 
     def write_problem(self, out: Array) -> str:
         """Why out cannot be written to, and what to do; or ""."""
@@ -165,6 +254,7 @@ class Backend:
     sum: Callable[[Any, Array, tuple[int, ...]], Array] = staticmethod(formulas.blocked_sum)
 
     def working_dtype(self, x: Array) -> Any:
+        """What statistics and arithmetic are in: float64 where x's device has it, else float32."""
         return self.dtype("float64" if self.has_float64(self.device_of(x)) else "float32")
 
     def statistics(self, call: Call) -> Statistics:

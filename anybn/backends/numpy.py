@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from anybn._lock import undisturbed
 from anybn._settings import DTYPES, numpy_dtype
-from anybn.backends.base import Backend
+from anybn.backends.base import Backend, beside_values
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Statistics, Update
 from anybn.groups import exchange
@@ -32,7 +33,13 @@ class NumPyBackend(Backend):
         return f"fused Numba kernels{problem and ', '}{problem}"
 
     def owns(self, array_type: type) -> bool:
-        return issubclass(array_type, np.ndarray) and not issubclass(array_type, (np.ma.MaskedArray, np.matrix))
+        if array_type is np.ndarray:
+            return True
+        return (
+            issubclass(array_type, np.ndarray)
+            and not issubclass(array_type, np.matrix)
+            and not beside_values(array_type)
+        )
 
     def holds(self, array: Array, device: Any) -> bool:
         return type(array) is np.ndarray or self.owns(type(array))
@@ -72,6 +79,9 @@ class NumPyBackend(Backend):
         if out.size and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
             return "is a broadcast view, whose elements share memory: pass an array of its own"
         return ""
+
+    def watch(self, x: np.ndarray) -> Callable[[], bytes] | None:
+        return x.tobytes if x.flags.writeable or x.base is not None else None
 
     def frozen(self, x: np.ndarray) -> np.ndarray:
         x.flags.writeable = False
@@ -124,13 +134,11 @@ class NumPyBackend(Backend):
         if not chosen:
             return super().gradients(call, statistics, dy, active, wants_residual)
         over = None if call.group is None else functools.partial(exchange.sums, self, call.group.group)
-        dx, dweight, dbias, _ = chosen.gradients(_in_bits(call), statistics, _bits(dy), active, over)
-        dresidual = dy if wants_residual else None
-        for keep in (active, call.mask):
-            if dresidual is not None and keep is not None:
-                dresidual = np.where(keep, dresidual, np.zeros((), dy.dtype))
+        dx, dweight, dbias, dresidual = chosen.gradients(
+            _in_bits(call), statistics, _bits(dy), active, wants_residual, over
+        )
         of_parameters = formulas.parameter_gradients(array_api_compat.numpy, call, dweight, dbias)
-        return Gradients(dx.view(call.x.dtype), *of_parameters, dresidual)
+        return Gradients(dx.view(call.x.dtype), *of_parameters, dresidual.view(dy.dtype) if wants_residual else None)
 
     def gradient_sums(
         self, call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None

@@ -10,16 +10,18 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from anybn._lock import undisturbed
 from anybn.backends._needs import pip_line
 from anybn.backends.array_api import ArrayAPIBackend
-from anybn.backends.base import Backend
+from anybn.backends.base import Backend, beside_values
 from anybn.core.call import root_module
 from anybn.errors import BackendNotInstalled
 
@@ -28,6 +30,8 @@ _loaded: dict[str, Backend] = {}
 _cores: dict[str, ArrayAPIBackend] = {}
 _by_type: dict[type, Backend] = {}
 _entry_points_read = False
+#: Why an entry point could not be loaded, by its name.
+_broken: dict[str, str] = {}
 _preferred: ContextVar[Backend | None] = ContextVar("anybn_preferred_backend", default=None)
 
 
@@ -82,18 +86,32 @@ def unregister_backend(name: str) -> None:
 
 
 def _read_entry_points() -> None:
+    """Register what packages offer. One that cannot be loaded is left out, with a warning; the others are not."""
     if not _entry_points_read:
-        undisturbed(_register_entry_points)
+        for message in undisturbed(_register_entry_points):  # last, since a filter may make an error of one
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def _register_entry_points() -> None:
+def _register_entry_points() -> list[str]:
+    """What there is to warn of."""
     global _entry_points_read
     from importlib.metadata import entry_points  # 15 ms, a third of what NumPy takes
 
     _entry_points_read = True
+    warned = []
     for entry_point in entry_points(group="anybn.backends"):
-        if entry_point.name not in _registered:
+        if entry_point.name in _registered:
+            continue
+        try:
             register_backend(entry_point.load())
+        except Exception as error:  # another package's code may raise anything
+            package = entry_point.dist.name if entry_point.dist else entry_point.module
+            reason = f"the package {package} offers it, but it cannot be loaded ({type(error).__name__}: {error})"
+            _broken[entry_point.name] = reason
+            warned.append(
+                f"anybn goes on without the backend {entry_point.name!r}: {reason}; update {package} or uninstall it"
+            )
+    return warned
 
 
 def _built_in(name: str) -> Backend | None:
@@ -117,6 +135,8 @@ def backend_named(name: str) -> Backend:
     _read_entry_points()
     if name in _registered:
         return _registered[name]
+    if name in _broken:
+        raise BackendNotInstalled(f"backend {name!r} was asked for: {_broken[name]}")
     if (backend := _built_in(name) or _cores.get(name)) is not None:
         return backend
     if name.isidentifier() and _is_installed(name):
@@ -148,8 +168,29 @@ def backend_for(x: Any, argument: str = "x") -> Backend:
     return backend
 
 
+#: What frameworks wrap an array in: class -> the attribute, or method, that gives the array itself.
+_WRAPPERS = {
+    "keras.src.backend.common.variables.Variable": "value",
+    "flax.nnx.variablelib.Variable": "get_value",
+}
+
+
+def unwrapped(x: Any) -> Any:
+    """The array in a variable of Keras or Flax NNX, which gradients reach; anything else as it is."""
+    if root_module(type(x)) in ("keras", "flax"):
+        for cls in type(x).__mro__:
+            if (attribute := _WRAPPERS.get(f"{cls.__module__}.{cls.__qualname__}")) is not None:
+                value = getattr(x, attribute)
+                return value() if attribute.startswith("get") else value
+    return x
+
+
 def _find(x: Any, cls: type, argument: str) -> Backend:
     _read_entry_points()
+    wrapper = next((a for base in cls.__mro__ if (a := _WRAPPERS.get(f"{base.__module__}.{base.__qualname__}"))), "")
+    what = f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
+    if lost := beside_values(cls):
+        raise TypeError(f"{argument} is a {what}, {lost}")
     for backend in reversed(_registered.values()):
         if backend.owns(cls):
             return backend
@@ -159,17 +200,16 @@ def _find(x: Any, cls: type, argument: str) -> Backend:
             return own
         break  # the library has types that are not its plain arrays: NumPy's scalars and masked arrays
     else:
-        if hasattr(x, "__array_namespace__") and "sparse" not in roots:
+        if hasattr(x, "__array_namespace__") and unwrapped(x) is x and "sparse" not in roots:
             namespace = x.__array_namespace__()
             root = getattr(namespace, "__name__", "").partition(".")[0]  # "jax" where the type is jaxlib's
             if (own := _built_in(root)) is not None and own.owns(cls):
                 return own
             return _core_over(namespace, roots[0])
-    what = f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
-    if isinstance(x, (list, tuple, int, float, complex)) or cls.__module__ == "numpy":
+    if wrapper:
+        advice = f"pass the array in it, which gradients reach: {argument}.{wrapper}" + "()" * wrapper.startswith("get")
+    elif isinstance(x, (list, tuple, int, float, complex)) or cls.__module__ == "numpy":
         advice = "wrap it with np.asarray"
-    elif cls.__name__ == "MaskedArray":
-        advice = "pass x.data, and mask= for the positions that count (True counts there, False in x.mask)"
     elif root_module(cls) in ("scipy", "sparse"):
         advice = "zeros do not stay zeros, so make it dense: x.toarray() or x.todense()"
     else:
@@ -225,6 +265,7 @@ class BackendInfo:
 
     @property
     def usable(self) -> bool:
+        """Whether there is a device, and no problem."""
         return bool(self.devices) and not self.problem
 
 
@@ -241,8 +282,8 @@ def installed_backends() -> dict[str, BackendInfo]:
     """
     _read_entry_points()
     found = {}
-    for name in dict.fromkeys((*libraries(), *_registered)):
-        if name not in _registered and not _is_installed(name):
+    for name in dict.fromkeys((*libraries(), *_registered, *_broken)):
+        if name in libraries() and name not in _registered and not _is_installed(name):
             continue
         try:
             backend = backend_named(name)
@@ -250,7 +291,8 @@ def installed_backends() -> dict[str, BackendInfo]:
             problem = "" if devices else "it finds no device to run on"
             found[name] = BackendInfo(name, backend.version(), devices, backend.how, problem)
         except Exception as error:  # a broken installation may raise anything, and the others are still of interest
-            found[name] = BackendInfo(name, "unknown", (), "", f"{type(error).__name__}: {error}")
+            problem = _broken.get(name) or f"{type(error).__name__}: {error}"
+            found[name] = BackendInfo(name, "unknown", (), "", problem)
     return found
 
 
@@ -265,11 +307,24 @@ def known_backends() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*libraries(), *_registered)))
 
 
+def _backend_of_namespace(xp: Any) -> Backend:
+    """The backend for the arrays that a namespace makes: ``numpy``, ``jax.numpy``, ``array_api_compat.torch``."""
+    library = xp.__name__.rpartition("array_api_compat.")[2].partition(".")[0]
+    _read_entry_points()
+    for backend in reversed(_registered.values()):
+        if library in backend.libraries:
+            return backend
+    return _built_in(library) or _core_over(xp, library)
+
+
 def resolve_target(target: Any) -> tuple[Backend, Any]:
-    """``"torch:cuda:0"`` or an array -> (backend, device)."""
+    """``"torch:cuda:0"``, a namespace or an array -> (backend, device)."""
     if isinstance(target, str):
         name, _, device = target.partition(":")
         backend = backend_named(name)
         return backend, backend.device(device)
+    if isinstance(target, ModuleType) and hasattr(target, "asarray"):
+        backend = _backend_of_namespace(target)
+        return backend, backend.device("")
     backend = backend_for(target, "target")
     return backend, backend.device_of(target)

@@ -31,14 +31,18 @@ class Convention:
         ddof: running_var averages ``m2 / (count - ddof)``.
         affine: the settings that switch weight and bias on: one for both, one for each, none where both always exist.
         apart: there may be a weight without a bias, and a bias without a weight.
+        bias: the setting that switches the bias off alone, where affine is one for both.
         track: the setting that switches the running statistics on, or "" where they always exist.
         cumulative: momentum may be None, for the average over all batches.
         size: the setting that is the number of channels, or "" where the input tells it.
         constants: settings that tell this convention from the framework's others.
         keeps_rank: the arrays have x's rank, with 1 on all axes but the channels'.
         collections: what may stand before a layer's name: one tree for parameters, another for statistics.
-        separators: what may stand between a layer's name and an array's.
+        separators: what may stand between a layer's name and an array's; the first does in new files.
+        axis: of the channels, where a layer does not tell it.
         aliases: other names in use -> those in names.
+        extras: names that some of its layers have beside those, which tell a state nothing: -> what they hold, with
+            running_std for ``sqrt(running_var + eps)``.
     """
 
     names: Mapping[str, str]
@@ -48,17 +52,21 @@ class Convention:
     ddof: int
     affine: tuple[str, ...] = ()
     apart: bool = False
+    bias: str = ""
     track: str = ""
     cumulative: bool = False
     size: str = ""
     constants: Mapping[str, Any] = field(default_factory=dict)
     keeps_rank: bool = False
     collections: tuple[str, ...] = ()
-    separators: str = "./"
+    separators: str = "/."
+    axis: int = 1
     aliases: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def always_affine(self) -> bool:
+        """Whether no setting switches weight or bias off."""
         return not self.affine
 
     def name_of(self, field: str) -> str:
@@ -68,7 +76,7 @@ class Convention:
 
     @cached_property
     def _key(self) -> re.Pattern[str]:
-        names = "|".join(map(re.escape, (*self.names, *self.aliases)))
+        names = "|".join(map(re.escape, (*self.names, *self.aliases, *self.extras)))
         collection = f"(?:(?:{'|'.join(self.collections)})[./:])?" if self.collections else ""
         # ":0" ends TensorFlow's names.
         return re.compile(rf"{collection}(?:(.*)[{re.escape(self.separators)}])?({names})(?::0)?", re.DOTALL)
@@ -86,8 +94,8 @@ class Convention:
         for name in settings:
             if name not in (eps_name, momentum_name):
                 raise TypeError(f"{name!r} is no setting of this convention: it has {eps_name!r} and {momentum_name!r}")
-        momentum = _settings.momentum(settings.get(momentum_name, default_momentum))
-        eps = _settings.eps(settings.get(eps_name, default_eps))
+        momentum = _settings.momentum(settings.get(momentum_name, default_momentum), momentum_name)
+        eps = _settings.eps(settings.get(eps_name, default_eps), eps_name)
         if momentum is None and not self.cumulative:
             momentum = 0.9 if self.decay else 0.1  # not known, and of no consequence before training goes on
         if self.decay:
@@ -117,9 +125,11 @@ _TORCH = Convention(
     ddof=1,
     affine=("affine",),
     apart=True,
+    bias="bias",
     track="track_running_stats",
     cumulative=True,
     size="num_features",
+    separators="./",
 )
 _FLAX = Convention(
     names={"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"},
@@ -131,6 +141,7 @@ _FLAX = Convention(
     apart=True,
     size="num_features",
     collections=("params", "batch_stats"),
+    axis=-1,
 )
 _EQUINOX = Convention(
     names={
@@ -147,6 +158,7 @@ _EQUINOX = Convention(
     affine=("channelwise_affine",),
     size="input_size",
     constants={"mode": "batch"},
+    separators="./",
 )
 _MXNET = Convention(
     names={"gamma": "weight", "beta": "bias", "running_mean": "running_mean", "running_var": "running_var"},
@@ -156,7 +168,7 @@ _MXNET = Convention(
     ddof=0,
     size="in_channels",
     collections=("arg", "aux"),
-    separators="./_",
+    separators="_./",
     aliases={"moving_mean": "running_mean", "moving_var": "running_var"},
 )
 
@@ -188,6 +200,12 @@ CONVENTIONS: dict[ConventionName, Convention] = {
         affine=("scale", "center"),
         apart=True,
         collections=("trainable_variables", "non_trainable_variables"),
+        axis=-1,
+        extras={  # of renorm=True
+            "moving_stddev": "running_std",
+            "renorm_mean": "running_mean",
+            "renorm_stddev": "running_std",
+        },
     ),
     "flax": _FLAX,
     "flax-linen": replace(
@@ -220,6 +238,7 @@ CONVENTIONS: dict[ConventionName, Convention] = {
         apart=True,
         keeps_rank=True,
         collections=("params", "state"),
+        axis=-1,
     ),
     "chainer": Convention(
         names={
@@ -248,7 +267,9 @@ CONVENTIONS: dict[ConventionName, Convention] = {
         _TORCH,
         names={name: name for name in ("weight", "bias", "running_mean", "running_var")},
         apart=False,
+        bias="",
         cumulative=False,
+        axis=-1,
     ),
     "equinox": _EQUINOX,
     "equinox-ema": replace(
@@ -292,11 +313,14 @@ class Layer(NamedTuple):
     """eps and momentum that are told, by the convention's names"""
     problems: list[str]
     """found while it was read"""
+    axis: int | None = None
+    """of x's channels, where it is told"""
 
 
 def flattened(tree: Mapping[Any, Any], separator: str = "/", prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested mappings and tuples with their paths, as in "batch_norm/~/mean_ema/average"."""
     for key, value in tree.items():
+        key = separator.join(map(str, key)) if isinstance(key, tuple) else key  # of nnx.to_flat_state
         if isinstance(value, tuple):
             value = dict(enumerate(value))
         if isinstance(value, Mapping):

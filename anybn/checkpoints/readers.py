@@ -17,33 +17,12 @@ import numpy as np
 from numpy.lib import format as npy
 
 from anybn.checkpoints import files
-from anybn.checkpoints.conventions import CONVENTIONS, Layer, flattened
+from anybn.checkpoints.budget import Budget
+from anybn.checkpoints.conventions import flattened
 from anybn.errors import BackendNotInstalled, CheckpointError
 
 Needed = Callable[[Iterable[str]], list[str]]
 """All names of a file -> those whose arrays are to be read."""
-
-
-class Budget:
-    """The bytes that may be made of a file: 16 MiB, and 8 times its size.
-
-    No network's batch norms come near, for they lie in the file. If it is compressed, layers share an array, or an ONNX
-    model's arrays lie beside it, there are the 16 MiB, a million channels. A file that inflates is soon beyond.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.left = 16 * 2**20 + 8 * path.stat().st_size
-
-    def take(self, name: str, size: int) -> None:
-        """Raises CheckpointError when it is used up."""
-        self.left -= size
-        if self.left < 0:
-            raise CheckpointError(
-                f"nothing was loaded: {self.path} holds more than 16 MiB and 8 times its size, with {size} bytes for "
-                f"{name!r:.200}, as if made to fill the memory: if you trust it, read it with its own library and pass "
-                "names to arrays"
-            )
 
 
 def _safetensors_arrays(path: Path, needed: Needed) -> dict[str, Any]:
@@ -128,75 +107,9 @@ def _can_be_mapped(path: Path, budget: Budget) -> bool:
     return False
 
 
-# -- ONNX ------------------------------------------------------------------------------------------------------
-
-
-def _onnx_layers(path: Path) -> dict[str, Layer]:
-    """The BatchNormalization nodes of the main graph by their names, with their attributes."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise BackendNotInstalled(f"{path} takes onnx to read ({error}): pip install onnx") from error
-    model = onnx.load(path, load_external_data=False)
-    if not model.HasField("graph"):
-        raise ValueError("it has no graph")
-    budget = Budget(path)
-    rules = CONVENTIONS["onnx"]
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    layers: dict[str, Layer] = {}
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            constants.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
-        if node.op_type == "Identity" and node.input[0] in constants:  # torch's exporter keeps equal arrays once
-            constants[node.output[0]] = constants[node.input[0]]
-        if node.op_type != "BatchNormalization" or node.domain not in ("", "ai.onnx"):
-            continue
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        inputs = dict(zip(rules.names, node.input[1:], strict=False))
-        found = {n: _onnx_array(constants[i], path, budget) for n, i in inputs.items() if i in constants}
-        problems = [
-            f"its {n} is {i!r}, which is computed in the graph" for n, i in inputs.items() if i not in constants
-        ]
-        if attributes.get("spatial", 1) == 0:
-            problems.append("it has spatial=0, statistics for each position, which is no batch norm of channels")
-        # ONNX keeps float32: 1e-5 for what float64 would take for 9.99999974e-06.
-        own = {name: float(str(np.float32(attributes[name]))) for name in ("epsilon", "momentum") if name in attributes}
-        layer = _onnx_name(node)
-        if layer in layers:
-            problems.append("another one has this name")
-        layers[layer] = Layer(rules, found, own, problems)
-    return layers
-
-
-def _onnx_array(tensor: Any, path: Path, budget: Budget) -> np.ndarray:
-    """The array of a tensor. Where it lies in a file beside the model's, no more is read than its shape asks for."""
-    from onnx import external_data_helper, helper, numpy_helper
-
-    if external_data_helper.uses_external_data(tensor):
-        size = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        lengths = [entry.value for entry in tensor.external_data if entry.key == "length"]
-        if lengths not in ([], [str(size)]):
-            raise ValueError(f"{tensor.name} has {size} bytes by its shape, but {', '.join(lengths)} in its file")
-        if not lengths:  # up to the file's end
-            tensor.external_data.add(key="length", value=str(size))
-        budget.take(tensor.name, size)
-        external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
-        return numpy_helper.to_array(tensor)
-    array = numpy_helper.to_array(tensor)
-    budget.take(tensor.name, array.nbytes)  # each time that a layer has it
-    return array
-
-
-def _onnx_name(node: Any) -> str:
-    """What the statistics' names share, as "layer1.0.bn1" in torch's; or the node's name; or that of its output."""
-    layers = {name.rpartition(".")[0] for name in node.input[3:5]}
-    return layers.pop() if len(layers) == 1 and "" not in layers else node.name or node.output[0]
-
-
-#: suffix -> function of (path, needed) that returns arrays by name, but for .onnx: of (path) that returns layers.
-READERS: dict[str, Callable[..., Any]] = {
+#: suffix -> function of (path, needed) that returns arrays by name. `onnx_graphs` and `keras_files` read layers.
+READERS: dict[str, Callable[[Path, Needed], dict[str, Any]]] = {
     ".safetensors": _safetensors_arrays,
     ".npz": _npz_arrays,
-    ".onnx": _onnx_layers,
     **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), _torch_arrays),
 }

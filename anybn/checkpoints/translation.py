@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from anybn import _checks, _settings
-from anybn.backends.registry import backend_for
+from anybn.backends.base import beside_values
+from anybn.backends.registry import backend_for, unwrapped
 from anybn.checkpoints.conventions import Convention, Layer, complement, convention_called, flattened
 from anybn.core.call import Array, dtype_name
 from anybn.errors import BackendNotInstalled, CheckpointError
@@ -117,7 +119,7 @@ def _scalar_beside(value: int | bool | Array, like: Array) -> Array:
 def decode(mapping: Mapping[str, Any], settings: Mapping[str, Any], convention: str) -> dict[str, Any]:
     """{field: value in NumPy} for a batch norm that has these settings, see `BatchNormState.load_state_dict`."""
     wanted = quantities_of(settings, convention)
-    layer = layer_of(mapping, convention, {})
+    layer = _without_extras(layer_of(mapping, convention, {}))
     extra = [f"extra key {name!r}" for name in layer.arrays if name not in wanted]
     known = {name: a for name, a in layer.arrays.items() if name in wanted}
     layer = layer._replace(arrays=known, problems=layer.problems + extra)
@@ -126,23 +128,41 @@ def decode(mapping: Mapping[str, Any], settings: Mapping[str, Any], convention: 
 
 def decode_layer(layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
     """(settings, {field: value in NumPy}) of a batch norm about which only the layer itself tells anything."""
+    layer = _without_extras(layer)
     rules = layer.convention
     settings = rules.state_settings(layer.settings)
     quantities = {rules.names[name]: array for name, array in layer.arrays.items()}
-    affine = [quantities[q] for q in ("weight", "bias") if q in quantities]
+    affine = {q: quantities[q] for q in ("weight", "bias") if q in quantities}
+    apart = rules.apart and len(affine) == 1
     settings |= {
         "num_features": _num_features(layer),
         "affine": bool(affine) or rules.always_affine,
-        "scale": True,
-        "bias": True,
+        "scale": "weight" in affine or not apart,
+        "bias": "bias" in affine or not apart,
         "track_running_stats": not rules.track or any(q.startswith("running") for q in quantities),
-        "dtype": _widest_dtype(affine),
+        "dtype": _widest_dtype([*affine.values()]),
     }
     optional = {"num_batches_tracked", "unfilled", "ignored_weight"}
     if "running_mean" in rules.names.values():  # beside which hidden averages tell nothing new
         optional |= {"hidden_mean", "hidden_var", "counter"}
     wanted = {name: q for name, q in _quantities_of(settings, rules).items() if q not in optional}
-    return settings, _values(layer, settings, _required(wanted, layer))
+    return settings, _values(layer, settings, set(wanted))
+
+
+def _without_extras(layer: Layer) -> Layer:
+    rules = layer.convention
+    return layer._replace(arrays={n: a for n, a in layer.arrays.items() if n in rules.names or n not in rules.extras})
+
+
+def state_arrays_in(layer: Layer) -> dict[str, np.ndarray]:
+    """{field: float64} of what a layer has and NumPy can read, unchecked: to look at, where nothing is to be loaded."""
+    read: dict[str, np.ndarray] = {}
+    for name, value in layer.arrays.items():
+        quantity = layer.convention.names.get(name, "").replace("hidden", "running")
+        if quantity in ("weight", "bias", *_RUNNING) and (quantity not in read or "hidden" not in name):
+            with suppress(Exception):  # as many kinds as there are libraries
+                read[quantity] = _to_numpy(_as_array(name, value)).astype(np.float64).reshape(-1)
+    return read
 
 
 def _num_features(layer: Layer) -> int:
@@ -285,16 +305,15 @@ def _integer(name: str, value: Any) -> Any:
 
 
 def _as_array(name: str, value: Any) -> Array:
-    """value, or as NumPy what an array lies in (a variable of Keras or Flax) or lacks of one (a device, in MLX)."""
+    """value, out of a variable of Keras or Flax, or as NumPy what is no array that a backend takes."""
+    value = unwrapped(value)
     try:
         backend_for(value, name)
     except TypeError:
-        if isinstance(value, np.ndarray) or not hasattr(value, "__array__"):
+        if isinstance(value, np.ndarray) or not hasattr(value, "__array__") or beside_values(type(value)):
             raise
-    else:
-        if hasattr(value, "device"):
-            return value
-    return np.asarray(value)
+        return np.asarray(value)
+    return value
 
 
 def _to_numpy(array: Array) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""The command line, ``python -m anybn``."""
+"""The command line, ``anybn`` or ``python -m anybn``."""

@@ -22,18 +22,18 @@ TITLES = {"numpy": "anybn, NumPy arrays", "torch": "anybn, torch tensors", "torc
 COLORS = {"numpy": "#1f77b4", "torch": "#08306b", "torch.nn": "#d95f02"}
 
 
-def run(png: Path) -> tuple[list[tuple[str, ...]], float]:
+def run(png: Path) -> tuple[dict[Case, Mapping[str, Timing]], float]:
     """Measure training forward passes and draw them. Raises WrongResult.
 
-    Returns a table, and how many CPUs other processes used meanwhile.
+    Returns what `table_of` takes, and how many CPUs other processes used meanwhile.
     """
     use_threads(anybn.get_num_threads())
     chosen = cases(["forward"], [FIRST, ROWS])
     progress = tqdm(chosen, unit="shape", file=sys.stderr, disable=None, leave=False)
     measured = {case: measure(case, rounds=7, seconds=1.2) for case in progress}
-    timings = {case: m.timings for case, m in measured.items()}
+    timings: dict[Case, Mapping[str, Timing]] = {case: m.timings for case, m in measured.items()}
     draw(png, timings)
-    return table_of(timings), max(m.busy for m in measured.values())
+    return timings, max(m.busy for m in measured.values())
 
 
 def shown(timings: Mapping[Case, Mapping[str, Timing]]) -> list[str]:
@@ -77,7 +77,7 @@ def draw(path: Path, timings: Mapping[Case, Mapping[str, Timing]]) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", ncols=5, fontsize=9, frameon=False)
-    figure.savefig(path, format="png", dpi=150)
+    figure.savefig(path, format=path.suffix[1:].lower(), dpi=150)
 
 
 def medians(timings: Mapping[Case, Mapping[str, Timing]], name: str) -> np.ndarray:

@@ -1,19 +1,28 @@
-"""``python -m anybn info | demo | check | bench``: what is installed, a training to look at, tests of this machine."""
+"""``anybn``: what is installed, what is in a model's file, a training to look at, tests of this machine."""
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import anybn
 from anybn.backends.registry import backend_named, installation_of, installed_backends, known_backends, resolve_target
+from anybn.cli.model_files import add_convert, add_inspect
+from anybn.cli.output import complain, plain_table, print_json, print_table
 from anybn.errors import BackendNotInstalled
+
+PICTURES = ".png", ".svg", ".pdf", ".eps", ".jpg", ".webp", ".tif"
 
 # What argparse needs of a set of subcommands; its own name for the type is private.
 Commands = Any
@@ -27,15 +36,21 @@ def add_info(commands: Commands) -> None:
     command.set_defaults(run=info)
 
 
-def info(_: argparse.Namespace) -> int:
+def info(options: argparse.Namespace) -> int:
     installed = installed_backends()
+    missing = {name: installation_of(name) for name in known_backends() if name not in installed}
+    if options.json:
+        found = {name: asdict(backend) | {"usable": backend.usable} for name, backend in installed.items()}
+        python = platform.python_version()
+        print_json({"anybn": anybn.__version__, "python": python, "backends": found, "missing": missing})
+        return 0
     print(f"anybn {anybn.__version__}, Python {platform.python_version()}\n")
     header = ("backend", "version", "takes arrays of", "how", "devices")
-    print(table([header, *map(backend_row, installed.values())]))
+    print_table([header, *map(backend_row, installed.values())])
     print("\nAn array of any other library with __array_namespace__ goes through the Array API core.")
-    if missing := [name for name in known_backends() if name not in installed]:
+    if missing:
         print("\nNot installed:")
-        print(table([(name, installation_of(name)) for name in missing]))
+        print(plain_table([*missing.items()]))
     return 0
 
 
@@ -44,12 +59,6 @@ def backend_row(backend: anybn.BackendInfo) -> tuple[str, ...]:
         return backend.name, backend.version, "", "", f"not usable: {backend.problem}"
     libraries = ", ".join(backend_named(backend.name).libraries)
     return backend.name, backend.version, libraries, backend.how, ", ".join(backend.devices)
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 # -- demo ------------------------------------------------------------------------------------------------------
@@ -81,16 +90,19 @@ def demo(options: argparse.Namespace) -> int:
         from anybn.cli.demo import run
     except ImportError as error:
         raise BackendNotInstalled(
-            f'the demo needs scikit-learn, matplotlib, tqdm and safetensors ({error}): pip install "anybn[demo]"'
+            f"the demo needs others' libraries ({error}): pip install scikit-learn matplotlib tqdm safetensors"
         ) from error
-    passed = run(
-        epochs=options.epochs,
-        seed=options.seed,
-        layers=options.layers,
-        png=options.png,
-        switch_to=options.switch_to,
-    )
-    return 0 if passed else 1
+    with redirect_stdout(io.StringIO()) if options.json else nullcontext():
+        result = run(
+            epochs=options.epochs,
+            seed=options.seed,
+            layers=options.layers,
+            png=options.png,
+            switch_to=options.switch_to,
+        )
+    if options.json:
+        print_json(result)
+    return 0 if result["passed"] else 1
 
 
 def epochs(text: str) -> int:
@@ -111,6 +123,8 @@ def png(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder: name the file in it")
+    if path.suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{path} does not end in one of {', '.join(PICTURES)}, which say what to draw")
     return path
 
 
@@ -142,11 +156,18 @@ def check(options: argparse.Namespace) -> int:
         for name in options.backend or ():
             resolve_target(name)
     except Exception as error:  # each library has its own for a device that is not there
-        print(f"anybn: --backend: {error}", file=sys.stderr)
+        complain(f"--backend: {error}")
         return 2
     names = options.backend or [name for name, backend in installed_backends().items() if backend.usable]
-    print(f"checking {', '.join(names)}", flush=True)
-    return subprocess.run([sys.executable, "-m", "pytest", *pytest_arguments(names)], check=False).returncode
+    command = [sys.executable, "-m", "pytest", *pytest_arguments(names)]
+    if not options.json:
+        print(f"checking {', '.join(names)}", flush=True)
+        return subprocess.run(command, check=False).returncode
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout[-300:])}
+    failed = re.findall(r"^(?:FAILED|ERROR) (.*)$", done.stdout, re.MULTILINE)
+    print_json({"backends": names, "status": done.returncode, "counts": counts, "failed": failed})
+    return done.returncode
 
 
 def pytest_arguments(names: Sequence[str]) -> list[str]:
@@ -170,19 +191,26 @@ def add_bench(commands: Commands) -> None:
 
 def bench(options: argparse.Namespace) -> int:
     try:
-        from anybn.cli.bench import run
+        from anybn.cli.bench import run, table_of
         from anybn.cli.comparison import WrongResult
         from anybn.cli.timing import QUIET
     except ImportError as error:
         raise BackendNotInstalled(
-            f'the benchmark needs matplotlib and tqdm ({error}): pip install "anybn[demo]"'
+            f"the benchmark needs others' libraries ({error}): pip install matplotlib tqdm"
         ) from error
     try:
-        rows, busy = run(options.png)
+        timings, busy = run(options.png)
     except WrongResult as error:
-        print(f"anybn: {error}", file=sys.stderr)
+        complain(error)
         return 1
-    print(table(rows))
+    if options.json:
+        rows = [
+            {"shape": case.shape, "seconds": {name: timing.median for name, timing in of.items()}}
+            for case, of in timings.items()
+        ]
+        print_json({"threads": anybn.get_num_threads(), "rows": rows, "busy": busy, "picture": str(options.png)})
+        return 0
+    print_table(table_of(timings))
     print(
         f"\nmedians of training forward passes on float32, {anybn.get_num_threads()} threads; every result was checked"
     )
@@ -193,14 +221,23 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m anybn", description=anybn.__doc__)
+    parser = argparse.ArgumentParser(prog="anybn", description=anybn.__doc__)
     parser.add_argument("--version", action="version", version=f"anybn {anybn.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_info, add_demo, add_check, add_bench):
+    for add in (add_info, add_inspect, add_convert, add_demo, add_check, add_bench):
         add(commands)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
     options = parser.parse_args(arguments)
     try:
-        return int(options.run(options))
-    except BackendNotInstalled as error:
-        print(f"anybn: {error}", file=sys.stderr)
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # of `anybn ... | head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python will flush to when it ends
+        return 128 + 13  # SIGPIPE, as shells count it
+    except KeyboardInterrupt:
+        return 128 + 2  # SIGINT
+    except (BackendNotInstalled, OSError, TypeError, ValueError) as error:  # CheckpointError is one
+        complain(error)
         return 1

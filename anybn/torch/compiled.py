@@ -6,6 +6,7 @@ apart into torch's own operations instead, and what was exported runs without an
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -13,13 +14,23 @@ from torch import Tensor
 
 from anybn import _checks, _functional, _settings
 from anybn.backends.torch import TorchBackend, ops
-from anybn.core.call import Call, Spec, Statistics, Update
 from anybn.errors import StateError
 from anybn.state.state import BatchNormState
 from anybn.state.store import Store
+from anybn.torch import exported
 
 _TORCH = TorchBackend()
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7
+
+
+def is_exporting() -> bool:
+    """Whether torch.export or an exporter to ONNX records what is done."""
+    return _is_exporting() or (not torch.compiler.is_compiling() and in_onnx_export())
+
+
+def in_onnx_export() -> bool:
+    """Whether the exporter to ONNX that traces records what is done; torch.onnx is imported with its first use."""
+    return torch.jit.is_tracing() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def _check(x: Tensor, residual: Tensor | None, axis: int, channels: int, arrays: tuple[Tensor | None, ...]) -> None:
@@ -40,10 +51,11 @@ def eagerly(function: Any) -> Any:
 def _evaluated(x: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
     if not is_exporting():
         return ops.evaluate(x, mean, var, *rest)
-    weight, bias, residual, *spec = rest
-    working = ops.working_dtype(x)
-    statistics = Statistics(None, mean.to(working), None, var.to(working))
-    return _TORCH.evaluate(Call(x, Spec(*spec), weight, bias, residual), statistics)
+    weight, bias, residual, axis, eps, relu = rest
+    if axis == 1:
+        return exported.evaluated(x, mean, var, weight, bias, residual, eps, relu)
+    behind = residual if residual is None else residual.movedim(axis, 1)
+    return exported.evaluated(x.movedim(axis, 1), mean, var, weight, bias, behind, eps, relu).movedim(1, axis)
 
 
 def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
@@ -66,17 +78,15 @@ def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | N
         count = x.numel() // x.shape[1]
         if count < 2:
             _checks.enough_values(count, x, False)
-        commits = module.training and module.track_running_stats and mean is not None
         if is_exporting():
-            y, statistics, _ = _TORCH.train(Call(x, Spec(1, eps, relu), *parameters))
-            if commits:
-                update = Update(mean, var, momentum, 1, False)
-                _TORCH.update_in_place(update, statistics, module.num_batches_tracked)
-            return y
+            return exported.trained(module, x, residual, relu)
+        commits = module.training and module.track_running_stats and mean is not None
         y, rows = ops.train(x, *parameters, 1, eps, relu)
         if commits:
             ops.commit(mean, var, module.num_batches_tracked, rows.detach(), count, momentum, 1)
         return y
+    if is_exporting():
+        return exported.evaluated(x, mean, var, *parameters, eps, relu, momentum)
     return _evaluated(x, mean, var, *parameters, 1, eps, relu)
 
 

@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, overload
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 
 from anybn import _settings
 from anybn.groups import engines
+from anybn.torch import classes
 from anybn.torch import fuse as fusing
-from anybn.torch.module import (
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    _BatchNorm,
-    running_dtype,
-    set_running_dtype,
-)
-
-_OURS = {torch.nn.BatchNorm1d: BatchNorm1d, torch.nn.BatchNorm2d: BatchNorm2d, torch.nn.BatchNorm3d: BatchNorm3d}
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
-
+from anybn.torch.module import BUFFERS, _BatchNorm, running_dtype, set_running_dtype
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @overload
-def convert(model: Model, *, group: Any = None, fuse: None = None, keep: tuple[type, ...] = ()) -> Model: ...
+def convert(
+    model: Model,
+    *,
+    group: Any = None,
+    fuse: None = None,
+    keep: tuple[type, ...] = (),
+    also: Mapping[type, type[_BatchNorm]] = ...,
+    strict: Literal[True] = True,
+) -> Model: ...
 @overload
 def convert(
-    model: torch.nn.Module, *, group: Any = None, fuse: tuple[Any, ...], keep: tuple[type, ...] = ()
+    model: torch.nn.Module,
+    *,
+    group: Any = None,
+    fuse: tuple[Any, ...],
+    keep: tuple[type, ...] = (),
+    also: Mapping[type, type[_BatchNorm]] = ...,
+    strict: Literal[True] = True,
 ) -> torch.fx.GraphModule: ...
+@overload
+def convert(
+    model: torch.nn.Module,
+    *,
+    group: Any = None,
+    fuse: None = None,
+    keep: tuple[type, ...] = (),
+    also: Mapping[type, type[_BatchNorm]] = ...,
+    strict: Literal[False],
+) -> dict[str, str]: ...
 def convert(
     model: torch.nn.Module,
     *,
     group: Any = None,
     fuse: tuple[Any, ...] | None = None,
     keep: tuple[type, ...] = (),
-) -> torch.nn.Module:
+    also: Mapping[type, type[_BatchNorm]] = MappingProxyType({}),
+    strict: bool = True,
+) -> torch.nn.Module | dict[str, str]:
     """Make every torch batch norm of a model one of anybn's: BatchNorm1d, BatchNorm2d and BatchNorm3d.
 
     Each module becomes of the other class where it is. It stays the same object with the same Parameters, hooks, mode
@@ -53,14 +71,21 @@ def convert(
             one call each, wherever torch.fx, which traces the model in both modes, shows that nothing else reads what
             lies between, and that what is added has bn's shape and dtype for inputs like these.
         keep: classes of batch norms to leave as they are.
+        also: their class -> a class that does the same with anybn, as `register` takes them.
+        strict: False to convert what can be, and to leave the rest.
+
+    Besides torch's three classes these become of a class of ours: subclasses whose ``forward`` is torch's own;
+    SyncBatchNorm, with its process group as ``group``; timm's BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d
+    and SplitBatchNorm2d; torchvision's and detectron2's FrozenBatchNorm2d; and what `register` and ``also`` name. All
+    but the synchronized ones stay instances of the class that they were of.
 
     Returns:
         model; with ``fuse`` a ``torch.fx.GraphModule`` in its place, on the same submodules and with the same
-        ``state_dict``.
+        ``state_dict``; with ``strict=False`` the names of the batch norms that were left, each with the reason.
 
     Raises, before anything has changed:
-        TypeError: for batch norms that cannot be converted, all named: SyncBatchNorm, other subclasses of torch's, lazy
-            ones that have not seen a batch, and scripted models.
+        TypeError: for batch norms that cannot be converted, all named: other subclasses of torch's with a forward of
+            their own, lazy ones that have not seen a batch, and scripted ones.
         ValueError: for settings that anybn refuses, such as eps=0, and for models that torch.fx cannot trace or that
             compute something else in training than in evaluation, with ``fuse``.
 
@@ -74,38 +99,44 @@ def convert(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    if fuse is not None and not strict:
+        raise ValueError("strict=False returns what was left, fuse a new model: convert first, then again with fuse")
     group = None if group is None else engines.as_group(group)
-    found, problems = [], []
+    also = {theirs: classes.checked(ours, theirs) for theirs, ours in also.items()}
+    found: list[tuple[torch.nn.Module, type]] = []
+    left: dict[str, str] = {}
+    refused: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            problems.append(f"{name or 'model'} is scripted, and its code is fixed: convert before scripting")
-        elif type(module) in _OURS and type(module) not in keep:
-            found.append((name, module))
-        elif isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not isinstance(module, (_BatchNorm, *keep)):
-            problems.append(f"{name or 'model'} is a {type(module).__name__}: {_why_not(module)}")
-    if problems:
-        raise TypeError(f"nothing was converted: {'; '.join(problems)}")
-    for name, module in found:
-        try:
-            _settings.eps(module.eps), _settings.momentum(module.momentum)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"nothing was converted, because of {name or 'model'}: {error}") from error
-    for _, module in found:
-        module.__class__ = _OURS[type(module)]
-        set_running_dtype(module, lambda buffer: running_dtype(buffer.device))
-    result = model
-    if fuse is not None:
-        try:
-            result = fusing.fused(model, tuple(fuse), _BatchNorm)
-        except BaseException:
-            for _, module in found:
+        if isinstance(module, (_BatchNorm, *keep)) or classes.theirs_of(type(module)):
+            continue
+        ours = classes.ours_for(type(module), also)
+        if problem := _problem(module, ours):
+            left[name or "model"] = problem
+        elif ours is not None and (problem := _refused_settings(module)):
+            if issubclass(ours, _BatchNorm):  # frozen ones with eps=0 go on as they are
+                refused[name or "model"] = problem
+        elif ours is not None:
+            found.append((module, ours))
+    if left and strict:
+        raise TypeError(f"nothing was converted: {_by_class(left)}")
+    if refused and strict:
+        raise ValueError(f"nothing was converted: {_by_class(refused)}")
+    changed = []
+    try:
+        for module, ours in found:
+            changed.append(module)
+            _convert(module, ours)
+        result = model if fuse is None else fusing.fused(model, tuple(fuse), _BatchNorm)
+    except BaseException:
+        for module in changed:
+            if classes.theirs_of(type(module)):
                 _revert(module)
-            raise
+        raise
     if group is not None:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.group = group
-    return result
+    return result if strict else left | refused
 
 
 def revert(model: Model) -> Model:
@@ -122,7 +153,7 @@ def revert(model: Model) -> Model:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    ours = [(name, module) for name, module in model.named_modules() if type(module) in _THEIRS]
+    ours = [(name, module) for name, module in model.named_modules() if classes.theirs_of(type(module))]
     for name, module in ours:
         if module.activation is not None:
             raise TypeError(
@@ -137,18 +168,62 @@ def revert(model: Model) -> Model:
     return model
 
 
-def _revert(module: torch.nn.Module) -> None:
-    module.__class__ = _THEIRS[type(module)]
+def _convert(module: Any, ours: type) -> None:
+    module.__class__ = ours
+    if isinstance(module, _BatchNorm):
+        set_running_dtype(module, lambda buffer: running_dtype(buffer.device))
+    if hasattr(module, "converted"):
+        module.converted()
+
+
+def _revert(module: Any) -> None:
+    module.__class__ = classes.theirs_of(type(module))
     module.__dict__.pop("group", None)
-    set_running_dtype(module, lambda _: torch.float32 if module.weight is None else module.weight.dtype)
+    parameter = module.bias if module.weight is None else module.weight
+    set_running_dtype(module, lambda _: torch.float32 if parameter is None else parameter.dtype)
 
 
-def _why_not(module: torch.nn.Module) -> str:
-    if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
-        return "run a batch through the model first, which tells it its channels"
-    if isinstance(module, torch.nn.SyncBatchNorm):
+#: What the code of ours reads of a module.
+_NEEDED = ("num_features", "eps", "momentum", "track_running_stats", "weight", "bias")
+
+
+def _problem(module: Any, ours: type | None) -> str:
+    """What is wrong with converting this module, after "it is"; "" for nothing, and for what is no batch norm."""
+    kind = f"a {type(module).__name__}"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted, and its code is fixed: convert before scripting"
+    if ours is None:
+        if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            return ""
+        if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
+            return f"{kind}: run a batch through the model first, which tells it its channels"
         return (
-            "start from the model as it was before convert_sync_batchnorm and pass group=, or keep it with "
-            "keep=(torch.nn.SyncBatchNorm,)"
+            f"{kind}: its forward is its own and may do anything; keep it with keep=({kind[2:]},), or say which class "
+            f"does the same with also={{{kind[2:]}: ...}}, see anybn.torch.register"
         )
-    return f"a subclass may do anything in its forward; keep it with keep=({type(module).__name__},)"
+    if missing := [name for name in (*_NEEDED, *BUFFERS) if not hasattr(module, name) and not hasattr(ours, name)]:
+        return f"{kind} without {', '.join(missing)}, which {ours.__name__} needs: give that class what it lacks"
+    if "forward" in vars(module):
+        return f"{kind} whose forward was replaced on the object: convert before that is done, or keep it"
+    return ""
+
+
+def _refused_settings(module: Any) -> str:
+    try:
+        _settings.eps(module.eps), _settings.momentum(getattr(module, "momentum", None))
+    except (TypeError, ValueError) as error:
+        return f"a {type(module).__name__} with settings that anybn refuses: {error}"
+    return ""
+
+
+def _by_class(left: dict[str, str]) -> str:
+    """Which layers, and why, each reason once."""
+    names: dict[str, list[str]] = {}
+    for name, problem in left.items():
+        names.setdefault(problem, []).append(name)
+    lines = []
+    for problem, (first, *others) in names.items():
+        more = others if len(others) < 4 else [*others[:2], f"{len(others) - 2} more"]
+        who = f"each of {', '.join([first, *more[:-1]])} and {more[-1]}" if more else first
+        lines.append(f"{who} is {problem}")
+    return "; ".join(lines)

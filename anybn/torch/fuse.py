@@ -24,7 +24,7 @@ class _Tracer(torch.fx.Tracer):
         )
 
 
-def fused(model: torch.nn.Module, example_inputs: tuple[Any, ...], batch_norm: type) -> torch.fx.GraphModule:
+def fused(model: torch.nn.Module, example_inputs: tuple[Any, ...], batch_norm: Any) -> torch.fx.GraphModule:
     """model as a GraphModule over the same submodules, with what can be fused passed to its batch norms' calls."""
     graph = _traced(model)
     module = torch.fx.GraphModule(model, graph, type(model).__name__)
@@ -62,7 +62,7 @@ def _traced(model: torch.nn.Module) -> torch.fx.Graph:
         )
     called = {node.target for node in graphs[1].nodes if node.op == "call_module"}
     for name, module in model.named_modules():
-        if name not in called and not any(name.startswith(f"{leaf}.") for leaf in called) and _has_hooks(module):
+        if name not in called and not any(name.startswith(f"{leaf}.") for leaf in called) and has_hooks(module):
             raise ValueError(
                 f"model cannot be fused, because {name or 'it'} has hooks, which its graph would not call: convert "
                 "without fuse, or add them later"
@@ -70,8 +70,8 @@ def _traced(model: torch.nn.Module) -> torch.fx.Graph:
     return graphs[1]
 
 
-def _has_hooks(module: torch.nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+def has_hooks(module: torch.nn.Module | None) -> bool:
+    return module is not None and any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def _propagate(module: torch.fx.GraphModule, example_inputs: tuple[Any, ...]) -> None:
@@ -90,7 +90,7 @@ def _propagate(module: torch.fx.GraphModule, example_inputs: tuple[Any, ...]) ->
 def _is_relu(node: torch.fx.Node, module: torch.fx.GraphModule) -> bool:
     if node.op == "call_module":
         target = module.get_submodule(node.target)
-        return type(target) is torch.nn.ReLU and not _has_hooks(target)
+        return type(target) is torch.nn.ReLU and not has_hooks(target)
     return node.op in ("call_function", "call_method") and node.target in _RELUS
 
 
@@ -111,7 +111,7 @@ def _alike(a: torch.fx.Node, b: torch.fx.Node) -> bool:
     )
 
 
-def _fuse_into(relu: torch.fx.Node, module: torch.fx.GraphModule, batch_norm: type) -> None:
+def _fuse_into(relu: torch.fx.Node, module: torch.fx.GraphModule, batch_norm: Any) -> None:
     """Let the batch norm before this relu do it, and the addition between them."""
     order = {node: i for i, node in enumerate(module.graph.nodes)}
 
@@ -119,7 +119,8 @@ def _fuse_into(relu: torch.fx.Node, module: torch.fx.GraphModule, batch_norm: ty
         if not (isinstance(node, torch.fx.Node) and node.op == "call_module" and len(node.args) == 1):
             return False
         target: Any = module.get_submodule(node.target)
-        alone = isinstance(target, batch_norm) and not _has_hooks(target)
+        takes_them = isinstance(target, batch_norm) and type(target).forward is batch_norm.forward
+        alone = takes_them and not has_hooks(target)
         unfused = getattr(target, "activation", None) is None and not node.kwargs
         return alone and unfused and len(node.users) == 1
 
@@ -145,7 +146,7 @@ def _fuse_into(relu: torch.fx.Node, module: torch.fx.GraphModule, batch_norm: ty
     module.graph.erase_node(last)
 
 
-def unfused(module: torch.fx.GraphModule, batch_norm: type) -> None:
+def unfused(module: torch.fx.GraphModule, batch_norm: Any) -> None:
     """Addition and relu as operations of their own again."""
     for node in list(module.graph.nodes):
         if node.op != "call_module" or not isinstance(module.get_submodule(node.target), batch_norm) or not node.kwargs:

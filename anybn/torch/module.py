@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch.compiler import is_compiling
+from torch.fx import Proxy
 
 from anybn import _functional, _settings
 from anybn._settings import Activation
@@ -16,13 +17,15 @@ from anybn.groups import engines
 from anybn.state.state import BatchNormState
 from anybn.torch import compiled
 from anybn.torch.fast_forward import fast_forward
-from anybn.torch.state import state_of
+from anybn.torch.state import as_tensor, state_of
+
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """What the three have in common; a subclass of torch's class, so that what looks for batch norms finds these."""
 
-    _ranks: ClassVar[tuple[int, ...]]
+    _ranks: ClassVar[Sequence[int]]
     _shapes: ClassVar[str]
     activation: Activation = None
     group: Any = None
@@ -64,12 +67,16 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         Returns y in input's dtype and memory format. Raises TypeError or ValueError for anything else, with the buffers
         as they were; StateError in torch.func.vmap if the buffers would have to become batched and are not.
         """
-        activation = activation or self.activation
+        given, activation = activation, activation or self.activation
         if is_compiling():
             return compiled.forward(self, input, residual, activation)
         alone = self.group is None and self._block is None
         y = fast_forward(self, input, residual, activation) if alone else None
         if y is None:
+            if isinstance(input, Proxy):
+                return _traced(self, input, {"residual": residual, "activation": given})
+            if compiled.in_onnx_export():
+                return compiled.forward(self, input, residual, activation)
             try:
                 self._check_input_dim(input)
             except Exception as error:
@@ -95,6 +102,15 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         activation = f", activation={self.activation!r}" if self.activation else ""
         return super().extra_repr() + activation + (f", group={self.group}" if self.group is not None else "")
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Arrays of other libraries are taken too, and ``assign=True`` does not change the statistics' precision."""
+        for name in ("weight", "bias", *BUFFERS):
+            value = state_dict.get(prefix + name)
+            if value is not None and not isinstance(value, torch.Tensor):
+                state_dict[prefix + name] = torch.as_tensor(as_tensor(backend_for(value, prefix + name), value))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        set_running_dtype(self, lambda buffer: running_dtype(buffer.device))
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """The running statistics go where fn leads, but keep their precision: ``half()`` would make them useless."""
         running = {name: self._buffers.pop(name) for name in ("running_mean", "running_var") if name in self._buffers}
@@ -104,6 +120,15 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         finally:
             self._buffers = running | self._buffers
         return self
+
+
+def _traced(module: torch.nn.Module, x: Proxy, options: dict[str, Any]) -> Proxy:
+    """The call of this module as one node of the graph that torch.fx makes of a model, as of torch's own modules."""
+    tracer: Any = x.tracer
+    if not hasattr(tracer, "path_of_module"):
+        raise TypeError("x is a torch.fx.Proxy whose tracer knows no modules: trace the model, with torch.fx.Tracer")
+    given = {name: value for name, value in options.items() if value is not None}
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), given)
 
 
 def set_running_dtype(module: Any, dtype: Callable[[torch.Tensor], torch.dtype]) -> None:

@@ -95,9 +95,15 @@ class ModuleStore(Store):
     def block(self, value: Any) -> None:
         self._module._block = value
 
+    def given(self, name: str) -> Array | None:
+        return getattr(self.arrays, name)
+
     def snapshot(self) -> Arrays:
         with _lock.commits:
-            return Arrays(*(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in self.arrays))
+            arrays = self.arrays
+            return arrays._replace(
+                **{name: a.detach().clone() for name, a in arrays.named().items() if isinstance(a, torch.Tensor)}
+            )
 
     def placed_beside(self, backend: Backend, x: Array) -> tuple[Arrays, Arrays]:
         arrays, device = self.arrays, backend.device_of(x)
@@ -117,7 +123,7 @@ class ModuleStore(Store):
 
     # -- writing, in place and all under the lock of every state -----------------------------------------------
 
-    def adopt(self, backend: Backend, before: Arrays, placed: Arrays) -> None:
+    def adopt(self, backend: Backend, x: Array, before: Arrays, placed: Arrays) -> None:
         """It stays where it is."""
 
     def learn(self, batch: Batch) -> None:
@@ -132,7 +138,7 @@ class ModuleStore(Store):
 
     def _update(self, batch: Batch) -> tuple[Update, Statistics, torch.Tensor | None]:
         module = self._module
-        statistics = Statistics(*(_as_tensor(batch.backend, s) for s in batch.statistics))
+        statistics = Statistics(*(as_tensor(batch.backend, s) for s in batch.statistics))
         update = Update(module.running_mean, module.running_var, self.momentum, self.ddof, batch.propagate)
         return update, statistics, module.num_batches_tracked
 
@@ -144,7 +150,7 @@ class ModuleStore(Store):
                 f"{name} requires grad, and a copy of it would not be trained: set it on the module itself, or pass "
                 f"{name}.detach()"
             )
-        self._write({name: _as_tensor(backend, value)})
+        self._write({name: as_tensor(backend, value)})
 
     def fill(self, values: dict[str, Any]) -> None:
         numpy = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
@@ -188,7 +194,7 @@ def _filling(name: str, value: Any, target: torch.Tensor) -> torch.Tensor:
     return torch.tensor(value, dtype=target.dtype, device=target.device)
 
 
-def _as_tensor(backend: Backend, value: Any) -> Any:
+def as_tensor(backend: Backend, value: Any) -> Any:
     """An array of any library as a tensor, a constant for automatic differentiation; what is none as it is."""
     if value is None or isinstance(value, int):
         return value

@@ -1,10 +1,13 @@
 """Which backend gets an array; third-party backends; and the suite's verdict on good and faulty ones."""
 
 import decimal
+import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,6 +178,72 @@ def test_any_array_namespace(monkeypatch):
     assert isinstance(state.weight, type(strict.ones(1)))
     assert "array_api_strict" in repr(state)
     registry._by_type.pop(type(y), None)
+
+
+OFFERS = """
+import json, sys, warnings, numpy as np
+sys.modules |= dict.fromkeys(("torch", "jax", "dask"))  # as if they were not installed: they take long to import
+import anybn
+warnings.simplefilter(sys.argv[1])
+with warnings.catch_warnings(record=sys.argv[1] == "always") as caught:
+    try:
+        backends = [type(anybn.backends.registry.backend_for(np.ones(1))).__name__ for _ in range(2)]
+    except RuntimeWarning as error:
+        backends = [str(error)]
+try:
+    anybn.BatchNormState(2).to("broken")
+except anybn.BackendNotInstalled as error:
+    asked = str(error)
+found = {name: info.problem for name, info in anybn.backends().items() if "bro" in name or name == "good"}
+print(json.dumps([backends, [str(w.message) for w in caught or ()], asked, found]))
+"""
+
+
+@pytest.fixture
+def offers(tmp_path):
+    """Four packages that offer backends: one that works, and three that do not, each in its way."""
+    modules = {
+        "broken": "import a_library_that_is_not_there",
+        "brown": "Brown = 3",
+        "broth": "class Broth:\n    def __init__(self): raise OSError('no driver')",
+        "good": "from anybn.backends.numpy import NumPyBackend\nclass Good(NumPyBackend):\n    name = 'good'",
+    }
+    for name, code in modules.items():
+        (tmp_path / f"{name}_module.py").write_text(code)
+        folder = tmp_path / f"{name}_package-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-package\nVersion: 1.0\n")
+        (folder / "entry_points.txt").write_text(f"[anybn.backends]\n{name} = {name}_module:{name.title()}\n")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(anybn.__file__).parents[1])])}
+
+
+@pytest.mark.parametrize("filter", ["always", "error"])
+def test_a_broken_package_is_one_warning_and_the_others_are_there(offers, filter):
+    run = subprocess.run([sys.executable, "-c", OFFERS, filter], env=offers, capture_output=True, text=True, check=True)
+    backends, warned, asked, found = json.loads(run.stdout)
+    if filter == "always":
+        assert backends == ["Good", "Good"]
+        assert len(warned) == 3
+        (of_broken,) = (message for message in warned if "'broken'" in message)
+    else:
+        (of_broken,) = backends  # raised for whoever asks for that
+    assert of_broken == (
+        "anybn goes on without the backend 'broken': the package broken-package offers it, but it cannot be loaded "
+        "(ModuleNotFoundError: No module named 'a_library_that_is_not_there'); update broken-package or uninstall it"
+    )
+    assert "broken-package offers it, but it cannot be loaded" in asked
+    assert found["good"] == ""
+    assert "No module named 'a_library_that_is_not_there'" in found["broken"]
+    assert "backend is 3; register_backend needs a subclass" in found["brown"]
+    assert "OSError: no driver" in found["broth"]
+
+
+def test_info_lists_a_broken_package(offers):
+    run = subprocess.run(
+        [sys.executable, "-m", "anybn", "info"], env=offers, capture_output=True, text=True, check=True
+    )
+    assert re.search("^broken .*not usable: the package broken-package offers it, but", run.stdout, re.M)
+    assert re.search("^numpy .* cpu$", run.stdout, re.M)
 
 
 TOY = '''

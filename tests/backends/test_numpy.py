@@ -98,7 +98,7 @@ def test_statistics_may_not_alias():
         (X.astype(object), "x has dtype object: cast to one of float16, bfloat16, float32, float64"),
         (X.astype(str), "x has dtype str"),
         (X.astype(np.longdouble), "x has dtype (longdouble|float128): cast to one of"),
-        (np.ma.masked_array(X), "x is a numpy.ma.MaskedArray, .* pass x.data, and mask="),
+        (np.ma.masked_array(X), "x is a numpy.ma.MaskedArray, .* pass its .data, and as mask="),
         (X[:, :, 0, 0].view(np.matrix), "x is a numpy.matrix, .* wrap it with np.asarray"),
         (np.float32(1), "x is a numpy.float32, .* wrap it with np.asarray"),
         ("text", "x is a str, not an array that anybn knows: convert it first"),

@@ -120,6 +120,64 @@ def test_folded_weights_are_rounded_once(dtype, ulps):
         assert np.all(np.abs(ours - exactly) <= ulps * spacing)
 
 
+BEHIND = {
+    "linear": (F.linear, (5, 6), (4, 6), None, 1),
+    "conv": (F.conv2d, (4, 6, 3, 2), (2, 6, 7, 7), None, 1),
+    "strided conv": (lambda x, w, b: F.conv2d(x, w, b, stride=2, dilation=2), (4, 6, 3, 2), (2, 6, 7, 7), 1, 1),
+    "grouped conv": (lambda x, w, b: F.conv1d(x, w, b, groups=2), (8, 3, 3), (2, 6, 7), 1, 2),
+    "depthwise conv": (lambda x, w, b: F.conv2d(x, w, b, groups=6), (12, 1, 3, 3), (2, 6, 7, 7), None, 6),
+}
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("name", BEHIND)
+def test_folded_into_the_layer_behind(name, with_bias, scale, bias):
+    layer, weight_shape, x_shape, channel_axis, groups = BEHIND[name]
+    state = state_of(6, scale, bias)
+    weight, x = (torch.from_numpy(inputs.normal(shape, 2)) for shape in (weight_shape, x_shape))
+    bias = torch.from_numpy(inputs.normal((weight_shape[0],), 3)) if with_bias else None
+    expected = layer(anybn.batch_norm(x, state), weight, bias)
+    folded = anybn.fold(state, weight, bias, channel_axis=channel_axis, groups=groups, after=True)
+    assert torch.allclose(layer(x, *folded), expected, rtol=1e-12, atol=1e-11)  # sums of up to 36 products
+
+
+def test_folded_into_channels_last_layers_behind():
+    """In the orders of Keras and Flax: (*kernel, in / groups, out), and a transposed one (*kernel, out, in)."""
+    state = state_of(6).to("numpy")
+    x, kernel = inputs.normal((9, 6), 2), inputs.normal((6, 4), 3)
+    for axis in (-2, 0):
+        folded, bias = anybn.fold(state, kernel, channel_axis=axis, after=True)
+        assert np.allclose(x @ folded + bias, anybn.batch_norm(x, state) @ kernel, rtol=1e-12, atol=1e-12)
+    weight = inputs.normal((8, 3, 5, 2), 4)  # torch's, of 2 groups
+    expected = anybn.fold(state, weight, groups=2, after=True)
+    folded, bias = anybn.fold(state, weight.transpose(2, 3, 1, 0), channel_axis=-2, groups=2, after=True)
+    assert np.array_equal(folded.transpose(3, 2, 0, 1), expected[0])
+    assert np.allclose(bias, expected[1], rtol=1e-14)
+
+
+def test_borders_that_make_folding_behind_inexact():
+    state = state_of(6).to("torch")
+    weight, x = torch.from_numpy(inputs.normal((4, 6, 3, 3), 2)), torch.from_numpy(inputs.normal((2, 6, 7, 7), 3))
+    for padding in (1, (0, 1), "same"):
+        with pytest.raises(ValueError, match="because of padding this does not reach all outputs alike"):
+            anybn.fold(state, weight, after=True, padding=padding)
+    for padding in (0, (0, 0), "valid"):
+        anybn.fold(state, weight, after=True, padding=padding)
+    with pytest.raises(ValueError, match="because of its transposed kernel"):
+        anybn.fold(state, weight.transpose(0, 1), after=True, channel_axis=0)
+    state.bias, state.running_mean = torch.zeros(6).double(), torch.zeros(6).double()  # nothing is shifted
+    folded = anybn.fold(state, weight, after=True, padding=1)
+    expected = F.conv2d(anybn.batch_norm(x, state), weight, padding=1)
+    assert torch.allclose(F.conv2d(x, *folded, padding=1), expected, rtol=1e-12, atol=1e-11)
+    kernel = torch.from_numpy(inputs.normal((6, 2, 3, 3), 4))  # in groups, and as Keras has it
+    folded = anybn.fold(state, kernel, after=True, channel_axis=0, groups=2)
+    expected = F.conv_transpose2d(anybn.batch_norm(x, state), kernel, groups=2)
+    assert torch.allclose(F.conv_transpose2d(x, *folded, groups=2), expected, rtol=1e-12, atol=1e-11)
+    turned, _ = anybn.fold(state, kernel.permute(2, 3, 1, 0), after=True, channel_axis=-1, groups=2)
+    assert torch.equal(turned.permute(3, 2, 0, 1), folded[0])
+
+
 def test_channels_last_order_of_axes():
     state = state_of(6).to("numpy")
     weight, x = inputs.normal((4, 6), 2), inputs.normal((5, 4), 3)
@@ -169,6 +227,12 @@ def test_results_keep_weights_dtype():
         ({"weight": np.ones((4, 3)), "channel_axis": 2}, r"channel_axis is 2 but weight has shape \(4, 3\)"),
         ({"weight": np.ones((6, 3)), "bias": np.ones(3)}, r"bias has shape \(3,\); it must be \(6,\)"),
         ({"weight": np.ones((6, 3)), "groups": 0}, "groups is 0; it must be 1 or more"),
+        (
+            {"weight": np.ones((6, 3)), "after": True},
+            "does not give the state's 6 channels: pass the axis of the input",
+        ),
+        ({"weight": np.ones((4, 6, 1)), "after": True, "channel_axis": 2}, "pass the axis of the input channels"),
+        ({"weight": np.ones((4, 6)), "after": True, "bias": np.ones(6)}, r"bias has shape \(6,\); it must be \(4,\)"),
     ],
 )
 def test_shapes_that_do_not_fit(arguments, message):

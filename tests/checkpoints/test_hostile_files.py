@@ -15,6 +15,8 @@ import anybn
 from anybn.checkpoints import files
 from anybn.conformance import inputs
 
+# Evaluation depends on eps, which arrays do not tell: test_settings.py has what is said of it.
+pytestmark = pytest.mark.filterwarnings("ignore:.* does not tell e:UserWarning")
 MiB = 2**20
 SETTINGS = {"num_features": 3, "eps": 1e-5, "momentum": 0.1, "affine": True, "track_running_stats": True, "ddof": 1}
 SETTINGS |= {"dtype": "float32"}
@@ -372,9 +374,9 @@ def test_onnx_does_not_look_for_what_nobody_needs(tmp_path):
 @pytest.mark.parametrize("settings", [{"epsilon": float("nan")}, {"epsilon": 0.0}, {"momentum": 3.0}])
 def test_settings_of_onnx_that_cannot_be(tmp_path, settings):
     path = onnx_model(tmp_path / "model.onnx", settings)
-    with pytest.raises(anybn.CheckpointError, match=f"nothing was loaded: layer 'y': {next(iter(settings)):.3}"):
+    with pytest.raises(anybn.CheckpointError, match=f"nothing was loaded: layer 'y': {next(iter(settings))} is"):
         anybn.load_batch_norms(path)
     assert len(anybn.load_batch_norms(path, epsilon=1e-3, momentum=0.9)) == 1  # the caller knows better
-    with pytest.raises(ValueError, match="eps is 0") as error:
+    with pytest.raises(ValueError, match="epsilon is 0") as error:
         anybn.load_batch_norms(path, epsilon=0.0)
     assert not isinstance(error.value, anybn.CheckpointError)

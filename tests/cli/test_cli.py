@@ -119,6 +119,16 @@ def test_spans():
     assert demo.spans(["numpy", "torch", "torch", "numpy"]) == [("numpy", 1, 1), ("torch", 2, 3), ("numpy", 4, 4)]
 
 
+@pytest.mark.parametrize("ending", cli.PICTURES)
+def test_curves_in_every_format(ending, tmp_path):
+    runs = [demo.Run(name, None, [1.0, 0.5, 0.2], [0.8, 0.9, 0.95], ["numpy", "torch", "numpy"]) for name in "abc"]
+    path = tmp_path / f"curves{ending.upper()}"
+    demo.draw(path, "conv", *runs)
+    starts = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".eps": b"%!PS", ".jpg": b"\xff\xd8"}
+    starts |= {".webp": b"RIFF", ".tif": (b"II*", b"MM\x00*")}
+    assert path.read_bytes().startswith(starts[ending])
+
+
 # -- demo: the command -----------------------------------------------------------------------------------------
 
 
@@ -196,7 +206,7 @@ def test_demo_names_the_extra_if_something_is_missing(missing, capsys, monkeypat
     assert out == ""
     assert err.count("\n") == 1
     assert f"No module named '{missing}" in err
-    assert 'pip install "anybn[demo]"' in err
+    assert err.endswith(": pip install scikit-learn matplotlib tqdm safetensors\n")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +216,8 @@ def test_demo_names_the_extra_if_something_is_missing(missing, capsys, monkeypat
         ("--epochs=some", "3 or more"),
         ("--png=no/such/folder/a.png", "no folder"),
         ("--png=.", "is a folder"),
+        ("--png=a.txt", "does not end in one of .png, .svg, .pdf"),
+        ("--png=picture", "does not end in one of .png, .svg, .pdf"),
         ("--seed=-1", "0 or more"),
         ("--seed=some", "0 or more"),
         ("--switch-to=abacus", "abacus"),

@@ -185,7 +185,9 @@ def test_what_the_functional_form_cannot_do_there():
     with pytest.raises(anybn.StateError, match=r"torch\.export cannot keep a state that a call changes"):
         torch.export.export(Layer(), (X,))
     assert state._arrays is arrays
-    assert torch.equal(torch.export.export(Layer().eval(), (X,)).module()(X), anybn.batch_norm(X, state))
+    exported = torch.export.export(Layer().eval(), (X,)).module()
+    # torch's own, in float32: the scale and the shift are rounded, and so are their product with x and the sum
+    assert torch.allclose(exported(X), anybn.batch_norm(X, state), rtol=0, atol=4 * 2**-21)
 
 
 def test_compiled_checkpoint_and_cumulative_average():
@@ -196,24 +198,6 @@ def test_compiled_checkpoint_and_cumulative_average():
         (f(a) ** 3).sum().backward(), (theirs(b) ** 3).sum().backward()
         assert_close(a.grad, b.grad)
     assert_same_state(ours, theirs)
-
-
-def test_exports_as_torchs_own_operations():
-    bn = anybn.torch.BatchNorm2d(3)
-    bn(X)
-    trained = torch.export.export(copy.deepcopy(bn), (X,))
-    evaluated = torch.export.export(
-        copy.deepcopy(bn).eval(), (X,), dynamic_shapes={"input": {0: torch.export.Dim("n")}}
-    )  # fmt: skip
-    assert "anybn" not in str(trained.graph) + str(evaluated.graph)
-    module = trained.module()
-    assert torch.equal(module(X + 1), bn(X + 1))
-    for name, value in bn.named_buffers():
-        assert_close(dict(module.named_buffers())[name], value)
-    bn.eval()
-    fixed = evaluated.module()
-    fixed.load_state_dict(bn.state_dict())
-    assert torch.equal(fixed(X[:2]), bn(X[:2]))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")  # what is tried here
