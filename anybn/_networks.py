@@ -85,7 +85,8 @@ def load_batch_norms(source: Any, *, convention: ConventionName | None = None, *
     A file need not be trusted. Nothing in it is executed, no module is imported because it says so, and other layers'
     arrays are not taken. Those that are must come to less than 16 MiB and 8 times the file's size; the states, which
     are float64, and copies on the way need a few times that. Two things are left to others: torch's restricted
-    unpickler reads the pickle of a .pt file, runs nothing, but may build objects of any size; HDF5 reads Keras's.
+    unpickler reads the pickle of a .pt file, runs nothing, but may build objects of any size; HDF5 reads Keras's files,
+    and does not promise to end, or not to crash, on bytes that it did not write: take those only from whom you trust.
 
     Raises CheckpointError for a damaged or forged file, for a source without any batch norm, which says what was found
     there, and for layers that lack an array or have impossible ones, all of them named; BackendNotInstalled if the file

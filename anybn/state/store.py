@@ -162,10 +162,8 @@ class Store:
             if not backend.is_traced(value):
                 others = placed(others, self.dtype, backend, device)
             present = getattr(arrays, name)
-            kept = (
-                stored if present is None or not backend.owns(type(present)) else backend.in_place_of(present, stored)
-            )
-            return others._replace(**{name: kept})
+            ours = present is not None and backend.owns(type(present))
+            return others._replace(**{name: backend.in_place_of(present, stored) if ours else stored})
 
         self.swap(change)
 
