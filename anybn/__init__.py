@@ -11,9 +11,12 @@ from anybn._layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybn._moments import Moments
 from anybn._networks import load_batch_norms, save_batch_norms
 from anybn._recalibrate import recalibrate
+from anybn._saving import load, save
 from anybn._statistics import denormalize, moments
+from anybn.backends._transfer import asarray
 from anybn.backends.registry import BackendInfo, register_backend, unregister_backend, use_backend
 from anybn.core.call import Gradients
+from anybn.diagnosis import diagnose
 from anybn.errors import BackendNotInstalled, CheckpointError, MemberError, NonFiniteError, StateError
 from anybn.interop import fold
 from anybn.kernels.cpu.threads import get_num_threads, set_num_threads
@@ -54,20 +57,24 @@ __all__ = [
     "NonFiniteError",
     "StateError",
     "accumulate",
+    "asarray",
     "backends",
     "batch_norm",
     "batch_norm_vjp",
     "denormalize",
+    "diagnose",
     "fold",
     "get_num_threads",
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "load",
     "load_batch_norms",
     "moments",
     "recalibrate",
     "register_backend",
     "rms_norm",
+    "save",
     "save_batch_norms",
     "set_num_threads",
     "unregister_backend",

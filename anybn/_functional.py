@@ -41,6 +41,8 @@ class Checked(NamedTuple):
     """whether x is normalized with the batch's own statistics"""
     commits: bool
     """whether the running ones learn them"""
+    trains: bool
+    """whether x has values to train with, so that the state moves beside it"""
 
 
 def batch_norm(
@@ -63,7 +65,7 @@ def batch_norm(
 
     Args:
         x: ``(N, C, *spatial)`` in any order of axes, float16, bfloat16, float32 or float64, of any array library.
-        state: of C channels; it moves to where x is.
+        state: of C channels. Training moves it to where x is; evaluation reads it wherever it is.
         training: whether to normalize with x's own statistics and to learn from them.
         axis: the channel axis; -1 for channels last.
         mask: bool, x's shape without the channel axis or broadcastable to it. Only True positions enter the statistics
@@ -222,7 +224,8 @@ def check(
 
     empty = 0 in x.shape and (group is None or backend.is_traced(x))
     uses_batch = (training or not state.track_running_stats) and not empty
-    commits = training and state.track_running_stats and not empty and not backend.recomputes()
+    trains = training and not empty and not backend.recomputes()
+    commits = trains and state.track_running_stats
     if uses_batch:
         if group is None and (mask is None or not backend.is_traced(mask)):
             _checks.enough_values(_count(backend, x, index, mask), x, mask is not None)
@@ -240,7 +243,7 @@ def check(
     elif uses_batch and commits:
         update = state._store.planned_update(placed, nonfinite == "propagate")
     call = Call(x, spec, placed.weight, placed.bias, residual, mask, members, update, out)
-    return Checked(backend, call, state, before, placed, nonfinite, uses_batch, commits)
+    return Checked(backend, call, state, before, placed, nonfinite, uses_batch, commits, trains)
 
 
 def notify_failure(x: Array, state: Any, training: bool, group: Any, error: Exception) -> None:
@@ -295,19 +298,19 @@ def given_statistics(checked: Checked) -> Statistics:
 
 def finish(checked: Checked, statistics: Statistics, running: tuple[Array, Array] | None = None) -> None:
     """What changes the state, after everything else has succeeded."""
-    backend, call, state, before, placed, nonfinite, uses_batch, commits = checked
+    backend, call, state, before, placed, nonfinite, uses_batch, commits, trains = checked
     if uses_batch and nonfinite == "raise":
         _require_finite(backend, statistics)
     store = state._store
-    if not commits or (isinstance(statistics.count, int) and statistics.count == 0):  # all members' x are empty
-        store.adopt(backend, before, placed)
+    if not trains or (isinstance(statistics.count, int) and statistics.count == 0):  # all members' x are empty
         return
-    batch = Batch(backend, call.x, statistics, nonfinite == "propagate", before, placed, running)
+    if not commits:
+        store.adopt(backend, call.x, before, placed)
+        return
+    batch = Batch(backend, call.x, statistics, nonfinite == "propagate", before, placed, running, call)
     block = store.block
     if block is None or not block.add(batch):
         store.learn(batch)
-    else:
-        store.adopt(backend, before, placed)
 
 
 def _require_finite(backend: Backend, statistics: Statistics) -> None:

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 from anybn import _checks, _functional, _settings
 from anybn._settings import Activation
 from anybn.backends.registry import backend_for
+from anybn.checkpoints.conventions import ConventionName
 from anybn.core.call import Array, ArrayT, Gradients
 from anybn.state.state import BatchNormState
+
+
+def _of_state(name: str) -> Any:
+    """An attribute of a layer that is its state's."""
+
+    def get(layer: BatchNorm) -> Any:
+        return getattr(layer.state, name)
+
+    def put(layer: BatchNorm, value: Any) -> None:
+        setattr(layer.state, name, value)
+
+    return property(get, put, doc=f"The state's {name}.")
 
 
 class BatchNorm:
     """Batch normalization of ``(N, C, *spatial)`` arrays of any library; starts in training mode.
 
     Args:
-        num_features: C, the number of channels.
-        eps, momentum, affine, scale, bias, track_running_stats, ddof, dtype: the state's, see `BatchNormState`.
+        num_features: C, the number of channels; it may be left out beside a state.
+        eps, momentum, affine, track_running_stats: the state's, see `BatchNormState`; by position too, as torch has it.
+        scale, bias, ddof, dtype: the state's as well.
         axis: the channel axis; -1 for channels last.
         activation: None or "relu".
         group: see `batch_norm`.
@@ -26,7 +41,8 @@ class BatchNorm:
             may be given beside it.
 
     Attributes:
-        state: the `BatchNormState`, which moves to where x is.
+        state: the `BatchNormState`; training with an array of another library moves it there.
+        weight, bias, running_mean, running_var, num_batches_tracked: the state's, to be read and set.
         training: the mode; `train` and `eval` set it.
 
     In training it normalizes with the batch's statistics and folds them into the running ones; in evaluation it uses
@@ -48,16 +64,22 @@ class BatchNorm:
     _ranks: ClassVar[tuple[int, ...]] = ()
     _shapes: ClassVar[str] = ""
 
+    weight = _of_state("weight")
+    bias = _of_state("bias")
+    running_mean = _of_state("running_mean")
+    running_var = _of_state("running_var")
+    num_batches_tracked = _of_state("num_batches_tracked")
+
     def __init__(
         self,
-        num_features: int,
-        *,
+        num_features: int | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        track_running_stats: bool = True,
+        *,
         scale: bool = True,
         bias: bool = True,
-        track_running_stats: bool = True,
         ddof: int = 1,
         dtype: Any = None,
         axis: int = 1,
@@ -65,6 +87,12 @@ class BatchNorm:
         group: Any = None,
         state: BatchNormState | None = None,
     ):
+        if state is not None and not isinstance(state, BatchNormState):
+            raise TypeError(f"state is a {type(state).__name__}; it must be an anybn.BatchNormState")
+        if num_features is None:
+            if state is None:
+                raise TypeError("num_features is missing: pass the number of channels, or a state=")
+            num_features = state.num_features
         fresh = BatchNormState(
             num_features,
             eps=eps,
@@ -128,6 +156,30 @@ class BatchNorm:
         self.state.to(target)
         return self
 
+    def parameters(self) -> dict[str, Array]:
+        """weight and bias by name, see `BatchNormState.parameters`."""
+        return self.state.parameters()
+
+    def reset(self) -> None:
+        """See `BatchNormState.reset`."""
+        self.state.reset()
+
+    def copy(self) -> Self:
+        """An independent layer with a state of its own, in the same group."""
+        return copy.deepcopy(self)
+
+    def state_dict(self, convention: ConventionName = "torch") -> dict[str, Array]:
+        """The state's, see `BatchNormState.state_dict`."""
+        return self.state.state_dict(convention)
+
+    def load_state_dict(self, mapping: Mapping[str, Array], convention: ConventionName = "torch") -> None:
+        """Into the state, see `BatchNormState.load_state_dict`."""
+        self.state.load_state_dict(mapping, convention)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """The state, see `BatchNormState.save`; ``BatchNorm(state=BatchNormState.load(path))`` is the way back."""
+        self.state.save(path)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A layer of its own in the same group: a copy talks to the same processes."""
         twin = copy.copy(self)
@@ -143,8 +195,6 @@ class BatchNorm:
 
 def _shared(state: BatchNormState, settings: BatchNormState) -> BatchNormState:
     """state, if the settings given beside it do not contradict it."""
-    if not isinstance(state, BatchNormState):
-        raise TypeError(f"state is a {type(state).__name__}; it must be an anybn.BatchNormState")
     defaults, held = BatchNormState(settings.num_features)._settings(), state._settings()
     for name, given in settings._settings().items():
         if given != held[name] and (name == "num_features" or given != defaults[name]):

@@ -31,16 +31,7 @@ class Population:
 
     def add(self, batch: Array | Moments, axis: int) -> None:
         """Merge an array, or moments, of any library."""
-        channels = len(self.moments.mean)
-        if not isinstance(batch, Moments):
-            backend = backend_for(batch, "a batch")
-            _checks.batch(batch, backend, axis, channels)
-            if not backend.has_float64(backend.device_of(batch)):  # JAX: means in float32 are too coarse to be merged
-                batch = backend.to_numpy(backend.detached(batch))
-            batch = moments(batch, axis=axis)
-        part = Moments(*batch._in_numpy())
-        if part.mean.shape != self.moments.mean.shape:
-            raise ValueError(f"a batch's moments are of {len(part.mean)} channels but the state has {channels}")
+        part = moments_on_host(batch, axis, len(self.moments.mean))
         if np.any(part.count):
             self.moments, self.batches = self.moments + part, self.batches + 1
 
@@ -56,6 +47,21 @@ class Population:
             )
         _checks.finite_statistics("batches give", mean, var, "look for NaN or inf in them, or leave such batches out")
         return mean, var
+
+
+def moments_on_host(batch: Array | Moments, axis: int, channels: int, mask: Array | None = None) -> Moments:
+    """The moments of an array, or given ones, of any library, in NumPy."""
+    if not isinstance(batch, Moments):
+        backend = backend_for(batch, "a batch")
+        _checks.batch(batch, backend, axis, channels)
+        if not backend.has_float64(backend.device_of(batch)):  # JAX: means in float32 are too coarse to be merged
+            batch = backend.to_numpy(backend.detached(batch))
+            mask = None if mask is None else backend.to_numpy(mask)
+        batch = moments(batch, axis=axis, mask=mask)
+    part = Moments(*batch._in_numpy())
+    if part.mean.shape != (channels,):
+        raise ValueError(f"a batch's moments are of {len(part.mean)} channels but the state has {channels}")
+    return part
 
 
 class Participants:

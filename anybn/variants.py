@@ -56,7 +56,7 @@ def batch_norm(
             axis 1 where the channels are on 0.
         statistics: what x is normalized with: "batch", its own, or "running", the state's from before this call, which
             are constants in the backward pass. Fine-tuning with frozen statistics is "running" and ``update=False``.
-        update: whether the batch's statistics go into the running ones.
+        update: whether the batch's statistics go into the running ones; False for the generator's step of a GAN.
         train_weights: False makes weight and bias constants in the backward pass.
         virtual_batch_size: ghost batch norm (Hoffer, Hubara & Soudry 2017): every so many samples, in order, are
             normalized by themselves, in one call, without a loop; a divisor of N. The running statistics learn those
@@ -104,8 +104,19 @@ def batch_norm_vjp(
     Returns (y, pullback) as `anybn.batch_norm_vjp` does; the gradients of weight and bias are None where they are not
     trained.
 
+    In a GAN, the step of the generator goes through the discriminator, whose running statistics must not learn the
+    generated images a second time: ``update=False`` normalizes with the batch's own statistics and leaves the state.
+
     >>> import numpy as np, anybn
     >>> from anybn import variants
+    >>> discriminator, images = anybn.BatchNormState(2), np.random.default_rng(0).normal(3, 1, (16, 2))
+    >>> y, pullback = anybn.batch_norm_vjp(images, discriminator, training=True)  # its own step
+    >>> y, pullback = variants.batch_norm_vjp(images, discriminator, update=False)  # the generator's
+    >>> discriminator.num_batches_tracked
+    1
+
+    Fine-tuning with frozen statistics is ``statistics="running", update=False``:
+
     >>> x = np.array([[1.0], [3.0]])
     >>> y, pullback = variants.batch_norm_vjp(x, anybn.BatchNormState(1), statistics="running", update=False)
     >>> pullback(np.ones_like(x)).x.round(3).T  # nothing flows through the statistics

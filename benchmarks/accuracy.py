@@ -1,7 +1,7 @@
-"""The README's accuracy table: anybn beside the frameworks that are installed, on the inputs that break batch norms.
+"""The accuracy table of docs/numerics.md: anybn beside the frameworks installed, on the inputs that break batch norms.
 
     python benchmarks/accuracy.py            # prints the table and writes benchmarks/results/accuracy.json
-    python benchmarks/accuracy.py --readme   # and puts it into README.md
+    python benchmarks/accuracy.py --docs     # and puts it there, and the story into README.md
 
 Unit: max |y - ref| / max(1, |ref|) / eps(dtype of x), with ref in long double; weight 1, bias 0, eps 1e-5.
 """
@@ -135,7 +135,7 @@ def markdown(measured: dict[str, dict[str, str]], names: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--docs", action="store_true", help="put the table into docs/, the story into README.md")
     options = parser.parse_args()
     found = columns()
     measured = {}
@@ -152,18 +152,19 @@ def main() -> None:
     (HERE / "results" / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
     table = markdown(measured, list(found))
     print(f"\n{table}\n\n{result['story']}\n{context}")
-    if options.readme:
+    if options.docs:
         where = ", ".join(f"{k} {v}" for k, v in context.items() if k != "machine") + f", {context['machine']} CPU"
-        fill_readme("accuracy table", f"{table}\n\nMeasured with {where}.")
-        fill_readme("story", STORY.format(**result["story"]))
+        fill("accuracy table", f"{table}\n\nMeasured with {where}.")
+        fill("story", STORY.format(**result["story"]))
 
 
-def fill_readme(part: str, text: str) -> None:
-    """Replace what stands between the comments ``<!-- part -->`` and ``<!-- end of part -->``."""
-    readme = HERE.parent / "README.md"
-    before, start, rest = readme.read_text().partition(f"<!-- {part} -->\n")
-    _, end, after = rest.partition(f"<!-- end of {part} -->")
-    readme.write_text(f"{before}{start}{text}\n{end}{after}")
+def fill(part: str, text: str) -> None:
+    """Replace what stands between ``<!-- part -->`` and ``<!-- end of part -->``, in the page that has both."""
+    for page in (HERE.parent / "README.md", *(HERE.parent / "docs").glob("*.md")):
+        before, start, rest = page.read_text().partition(f"<!-- {part} -->\n")
+        if start:
+            _, end, after = rest.partition(f"<!-- end of {part} -->")
+            page.write_text(f"{before}{start}{text}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The README's table of norms without a batch: anybn beside torch.nn.functional, interleaved in one process.
+"""The table of norms without a batch in docs/speed.md: anybn beside torch.nn.functional, interleaved in one process.
 
     python benchmarks/norms.py               # some minutes, into benchmarks/results/norms.jsonl
-    python benchmarks/norms.py --readme      # and puts the summary into README.md
+    python benchmarks/norms.py --docs        # and puts the summary into docs/speed.md
     python benchmarks/norms.py --norm layer --quick
 
 It measures as speed.py does: every result is checked in long double first; medians over rounds in random order; as many
-threads for both; a case that others disturbed is tried again, and left out of README.md if that does not help.
+threads for both; a case that others disturbed is tried again, and left out there if that does not help.
 Forward is without gradients; backward is torch.autograd.grad through either function, or ``pullback(dy)`` on NumPy
 arrays. All have a weight, and all but RMS norm a bias.
 """
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accuracy import fill_readme
+from accuracy import fill
 from speed import RESULTS, Row, context, write
 
 import anybn
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--op", action="append", choices=("forward", "backward"), help="repeat it; default: both")
     parser.add_argument("--threads", type=int, default=min(2, anybn.get_num_threads()), help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="5 rounds, 0.3 seconds, one attempt")
-    parser.add_argument("--readme", action="store_true", help="put the summary into README.md")
+    parser.add_argument("--docs", action="store_true", help="put the summary into docs/speed.md")
     options = parser.parse_args()
     how = {"rounds": 5, "seconds": 0.3, "attempts": 1} if options.quick else {"rounds": 15, "seconds": 2, "attempts": 5}
     use_threads(options.threads)
@@ -246,9 +246,9 @@ def main() -> None:
     quiet = [row for row in rows if row["busy"] <= QUIET]
     if len(quiet) < len(rows):
         print(f"other processes used the CPUs during {len(rows) - len(quiet)} of {len(rows)} rows: no result")
-    if options.readme:
+    if options.docs:
         where = f"{surroundings['cpu']}, {options.threads} threads, {surroundings['date']}"
-        fill_readme("norms table", f"{markdown(quiet)}\n\nMeasured on {where}.")
+        fill("norms table", f"{markdown(quiet)}\n\nMeasured on {where}.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The README's speed table: anybn, torch, JAX if you like, and a plain copy, interleaved in one process.
+"""The speed table of docs/speed.md: anybn, torch, JAX if you like, and a plain copy, interleaved in one process.
 
     python benchmarks/speed.py                     # all of it, some minutes, into benchmarks/results/speed.jsonl
-    python benchmarks/speed.py --readme            # and puts the summary into README.md
+    python benchmarks/speed.py --docs              # and puts the summary into docs/speed.md
     python benchmarks/speed.py --op forward --layout "channels first" --quick
     python benchmarks/speed.py --compile-time      # what the first call costs, into benchmarks/results/compile.json
 
@@ -11,7 +11,7 @@ are fresh on both sides, gradients off but for the backward pass, which is torch
 ``pullback(dy)`` on NumPy arrays. Both sides have the same number of threads; JAX takes all CPUs, and a copy takes one:
 ``copy`` is np.copyto into memory that is in use, ``fresh copy`` is x.copy(). For bn + add + relu, torch is the faster
 of ``(bn(x) + r).relu_()`` and ``bn(x).add_(r).relu_()``. While other processes use a CPU the numbers are worthless,
-torch's above all: such a case is tried again, and a row that stays ``busy`` is not put into README.md.
+torch's above all: such a case is tried again, and a row that stays ``busy`` is not put there.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jax", action="store_true", help="measure JAX too")
     parser.add_argument("--compile-time", action="store_true", help="measure the first calls instead")
     parser.add_argument("--output", type=Path, default=RESULTS / "speed.jsonl", help="default: %(default)s")
-    parser.add_argument("--readme", action="store_true", help="put the summary into README.md")
+    parser.add_argument("--docs", action="store_true", help="put the summary into docs/speed.md")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds = 5, 0.3
@@ -326,13 +326,13 @@ def main() -> None:
     left_out = len(rows) - len(quiet)
     if left_out:
         print(f"\nother processes used the CPUs during {left_out} of {len(rows)} rows: a first look, no result")
-    if options.readme:
-        from accuracy import fill_readme
+    if options.docs:
+        from accuracy import fill
 
         versions = ", ".join(f"{name} {number}" for name, number in surroundings["versions"].items())
         where = f"{surroundings['cpu']}, {options.threads} threads, {versions}, {surroundings['date']}"
         note = f"; {left_out} of {len(rows)} rows, taken while other processes ran, are left out" if left_out else ""
-        fill_readme("speed table", f"{markdown(quiet)}\n\nMeasured on {where}{note}.")
+        fill("speed table", f"{markdown(quiet)}\n\nMeasured on {where}{note}.")
 
 
 if __name__ == "__main__":

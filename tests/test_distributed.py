@@ -1,4 +1,4 @@
-"""What ``group=`` takes, in one process; JAX's devices; and the README's programs. Processes: the folder groups."""
+"""What ``group=`` takes, in one process; JAX's devices; and the programs in docs/. Processes: the folder groups."""
 
 import importlib.util
 import json
@@ -282,18 +282,18 @@ def test_torch_compile_ends_its_graph_at_a_group():
         torch.export.export(net, (x,))
 
 
-# -- what the README shows -------------------------------------------------------------------------------------
+# -- what the pages show ---------------------------------------------------------------------------------------
 
 
 def snippet(launcher, tmp_path):
-    readme = (HERE.parent / "README.md").read_text()
-    (code,) = re.findall(rf"```python {launcher}\n(.*?)```", readme, re.S)
+    page = (HERE.parent / "docs" / "processes.md").read_text()
+    (code,) = re.findall(rf"```python {launcher}\n(.*?)```", page, re.S)
     script = tmp_path / "train.py"
     script.write_text(code)
     return str(script)
 
 
-def test_the_readme_s_torchrun(tmp_path):
+def test_the_page_s_torchrun(tmp_path):
     pytest.importorskip("torch", reason="torch: not installed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     printed = []
@@ -311,7 +311,7 @@ def test_the_readme_s_torchrun(tmp_path):
     assert printed[0] == printed[1]
 
 
-def test_the_readme_s_mpiexec(tmp_path):
+def test_the_page_s_mpiexec(tmp_path):
     printed = finished([[*mpiexec(2), sys.executable, snippet("mpiexec", tmp_path)]])
     assert printed.splitlines()[-1] == "[2.2 2.3 2.4 2.5]"
 

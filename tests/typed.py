@@ -12,6 +12,7 @@ import anybn
 import anybn.torch
 from anybn import variants
 from anybn.backends import Backend
+from anybn.diagnosis import Diagnosis
 from anybn.norms import layer_norm_vjp
 
 Floats = npt.NDArray[np.float32]
@@ -43,6 +44,7 @@ def layers(x: Floats, t: torch.Tensor, bn: anybn.BatchNorm2d) -> None:
     assert_type(bn.vjp(x)[0], Floats)
     assert_type(bn.train().to("numpy"), anybn.BatchNorm2d)
     assert_type(anybn.recalibrate(bn, [x]), anybn.BatchNorm2d)
+    assert_type(anybn.diagnose(bn, [x]), Diagnosis)
 
 
 def a_step(x: Floats, state: anybn.BatchNormState) -> None:

@@ -89,6 +89,7 @@ class Backend:
         return ""
 
     def namespace(self, x: Array) -> Any:
+        """The functions of the Array API for x."""
         return array_api_compat.array_namespace(x)
 
     def device_of(self, x: Array) -> Any:
@@ -122,9 +123,11 @@ class Backend:
         return [default] if info is None or default is None else info().devices()
 
     def version(self) -> str:
+        """The library's version, for ``anybn.backends()``."""
         return str(getattr(importlib.import_module(self.libraries[0]), "__version__", "unknown"))
 
     def has_float64(self, device: Any) -> bool:
+        """Whether arrays on this device can be float64."""
         info = getattr(self.module(), "__array_namespace_info__", None)
         if info is None:
             return hasattr(self.module(), "float64")
@@ -176,6 +179,26 @@ class Backend:
         """An independent copy that can be trained if x can."""
         return self.copy(x)
 
+    def watch(self, x: Array) -> Callable[[], Any] | None:
+        """A function whose result is another once x has been written to; None for what cannot be."""
+        return (lambda: self.to_numpy(x).tobytes()) if self.writable else None
+
+    def lasts(self, x: Array) -> bool:
+        """Whether x, made during a call, may be kept after it: not if it means something only inside a trace."""
+        return True
+
+    def moved(self, x: Array, device: Any) -> Array:
+        """x on another device of the library; differentiable where the library is."""
+        return self.from_numpy(self.to_numpy(x), device)
+
+    def is_trained(self, x: Array) -> bool:
+        """Whether somebody may hold x to change it, as optimizers do, so that nothing else can take its place."""
+        return False
+
+    def relocated(self, x: Array, device: Any) -> Array:
+        """`moved`, for an x that `is_trained`: x itself where the library can."""
+        return self.moved(x, device)
+
     def refilled(self, old: Array, new: Array) -> Array:
         """new, or old filled with its values where others hold on to old, as optimizers do to torch's Parameters."""
         return new
@@ -188,6 +211,10 @@ class Backend:
         """Where x lies, as ``state.to`` takes it."""
         device = self.device_of(x)
         return self.name if device is None or str(device) == "cpu" else f"{self.name}:{_name_of(device)}"
+
+    def device_name(self, x: Array) -> str:
+        """Where x lies within the library, as `device` takes it."""
+        return _name_of(self.device_of(x))
 
     def may_store(self, new: Array, old: Array) -> bool:
         """Whether a state may hold new in place of old after the call: not if new means something only inside it."""
@@ -227,6 +254,7 @@ class Backend:
     sum: Callable[[Any, Array, tuple[int, ...]], Array] = staticmethod(formulas.blocked_sum)
 
     def working_dtype(self, x: Array) -> Any:
+        """What statistics and arithmetic are in: float64 where x's device has it, else float32."""
         return self.dtype("float64" if self.has_float64(self.device_of(x)) else "float32")
 
     def statistics(self, call: Call) -> Statistics:

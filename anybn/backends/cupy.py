@@ -88,12 +88,18 @@ class CuPyBackend(CudaBackend):
             return []
         return [f"cuda:{i}" for i in range(cupy.cuda.runtime.getDeviceCount())]
 
+    def device_name(self, x: Array) -> str:
+        return f"cuda:{self.device_of(x)}"
+
     def has_float64(self, device: Any) -> bool:
         return True
 
     def from_numpy(self, array: np.ndarray, device: int) -> Array:
         with cupy.cuda.Device(device):
-            return cupy.array(array)
+            made, stream = cupy.array(array), cupy.cuda.get_current_stream()
+            if not stream.is_capturing():
+                stream.synchronize()  # a state keeps what is made, and calls on other streams read it
+            return made
 
     def to_numpy(self, x: Array) -> np.ndarray:
         with x.device:

@@ -78,6 +78,9 @@ class DaskBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.array(x.compute())
 
+    def watch(self, x: Array) -> Callable[[], str]:
+        return lambda: str(x.name)  # which ``x[...] = value`` changes
+
     @staticmethod
     def sum(xp: ModuleType, a: Array, axes: tuple[int, ...]) -> Array:
         """In blocks within each chunk, then in a tree over them: blocks of the whole would cut across its chunks."""

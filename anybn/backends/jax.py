@@ -138,6 +138,15 @@ class JaxBackend(Backend):
             return True
         return id(old) in _made_in and _made_in[id(old)] == _current_trace()
 
+    def lasts(self, x: Array) -> bool:
+        return not isinstance(x, jax.core.Tracer)
+
+    def device_name(self, x: Array) -> str:
+        if self.is_traced(x):
+            return ""
+        device = min(x.devices(), key=lambda device: device.id)
+        return f"{device.platform}:{device.id}"
+
     def in_place_of(self, present: Array, value: Array) -> Array:
         """A copy of a constant from outside where present was made in this trace, to which the copy belongs then."""
         if self.is_traced(value) or _made_in.get(id(present), _NO_TRACE) == _NO_TRACE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -78,6 +79,9 @@ class NumPyBackend(Backend):
             return "is a broadcast view, whose elements share memory: pass an array of its own"
         return ""
 
+    def watch(self, x: np.ndarray) -> Callable[[], bytes] | None:
+        return x.tobytes if x.flags.writeable or x.base is not None else None
+
     def frozen(self, x: np.ndarray) -> np.ndarray:
         x.flags.writeable = False
         return x
@@ -129,13 +133,11 @@ class NumPyBackend(Backend):
         if not chosen:
             return super().gradients(call, statistics, dy, active, wants_residual)
         over = None if call.group is None else functools.partial(exchange.sums, self, call.group.group)
-        dx, dweight, dbias, _ = chosen.gradients(_in_bits(call), statistics, _bits(dy), active, over)
-        dresidual = dy if wants_residual else None
-        for keep in (active, call.mask):
-            if dresidual is not None and keep is not None:
-                dresidual = np.where(keep, dresidual, np.zeros((), dy.dtype))
+        dx, dweight, dbias, dresidual = chosen.gradients(
+            _in_bits(call), statistics, _bits(dy), active, wants_residual, over
+        )
         of_parameters = formulas.parameter_gradients(array_api_compat.numpy, call, dweight, dbias)
-        return Gradients(dx.view(call.x.dtype), *of_parameters, dresidual)
+        return Gradients(dx.view(call.x.dtype), *of_parameters, dresidual.view(dy.dtype) if wants_residual else None)
 
     def gradient_sums(
         self, call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None
@@ -182,7 +184,11 @@ def kernels() -> ModuleType:
     else `chunked`; imported with the first array for it."""
     if importlib.util.find_spec("numba") is None:
         return chunked
-    if threads.undisturbed(functools.partial(importlib.import_module, "numba")).config.DISABLE_JIT:
+    return threads.undisturbed(_import_operations)
+
+
+def _import_operations() -> ModuleType:
+    if importlib.import_module("numba").config.DISABLE_JIT:
         return chunked
     return importlib.import_module("anybn.kernels.cpu.operations")
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from anybn.backends._needs import pip_line
@@ -258,6 +259,7 @@ class BackendInfo:
 
     @property
     def usable(self) -> bool:
+        """Whether there is a device, and no problem."""
         return bool(self.devices) and not self.problem
 
 
@@ -299,11 +301,24 @@ def known_backends() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*libraries(), *_registered)))
 
 
+def _backend_of_namespace(xp: Any) -> Backend:
+    """The backend for the arrays that a namespace makes: ``numpy``, ``jax.numpy``, ``array_api_compat.torch``."""
+    library = xp.__name__.rpartition("array_api_compat.")[2].partition(".")[0]
+    _read_entry_points()
+    for backend in reversed(_registered.values()):
+        if library in backend.libraries:
+            return backend
+    return _built_in(library) or _core_over(xp, library)
+
+
 def resolve_target(target: Any) -> tuple[Backend, Any]:
-    """``"torch:cuda:0"`` or an array -> (backend, device)."""
+    """``"torch:cuda:0"``, a namespace or an array -> (backend, device)."""
     if isinstance(target, str):
         name, _, device = target.partition(":")
         backend = backend_named(name)
         return backend, backend.device(device)
+    if isinstance(target, ModuleType) and hasattr(target, "asarray"):
+        backend = _backend_of_namespace(target)
+        return backend, backend.device("")
     backend = backend_for(target, "target")
     return backend, backend.device_of(target)

@@ -66,6 +66,7 @@ class Convention:
 
     @property
     def always_affine(self) -> bool:
+        """Whether no setting switches weight or bias off."""
         return not self.affine
 
     def name_of(self, field: str) -> str:

@@ -1,4 +1,4 @@
-"""Our own files, which hold one state: safetensors of its arrays, with its settings and a checksum over both."""
+"""Our own files, of one state or several: safetensors of their arrays, with their settings and a checksum over both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from anybn.backends.registry import backend_for, backend_named
 from anybn.checkpoints import translation
 from anybn.errors import BackendNotInstalled, CheckpointError
 
-_FORMAT = "anybn.BatchNormState"
+_FORMAT, _NESTED = "anybn.BatchNormState", "anybn.states"
 _VERSION = 1
 
 #: Of the settings in a file exactly these are taken, and each only as what it can be.
@@ -72,6 +72,28 @@ def checkpoint_errors(problem: str) -> Iterator[None]:
 def save(path: str | os.PathLike[str], settings: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
     """See `BatchNormState.save`. arrays: by the state's names, None for one that is switched off."""
     safetensors_library()
+    write(path, _FORMAT, _tensors_of(arrays), _text_of(settings))
+
+
+def save_nested(
+    path: str | os.PathLike[str], tree: Any, states: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]
+) -> None:
+    """tree: dicts and lists of the names of states; states: (settings, arrays) as `save` takes them, by name."""
+    safetensors_library()
+    text = {name: json.loads(_text_of(settings)) for name, (settings, _) in states.items()}
+    tensors = {
+        f"{name}.{field}": tensor
+        for name, (_, arrays) in states.items()
+        for field, tensor in _tensors_of(arrays).items()
+    }
+    write(path, _NESTED, tensors, json.dumps({"tree": tree, "states": text}))
+
+
+def _text_of(settings: Mapping[str, Any]) -> str:
+    return json.dumps({name: value for name, value in settings.items() if not (name in _LATER and value)})
+
+
+def _tensors_of(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     with checkpoint_errors("nothing was saved: num_batches_tracked is more than int64 holds"):
         count = np.asarray(int(arrays["num_batches_tracked"]), np.int64)
     tensors = {
@@ -82,8 +104,7 @@ def save(path: str | os.PathLike[str], settings: Mapping[str, Any], arrays: Mapp
     for name in ("running_mean", "running_var"):
         if name in tensors and (problem := _checks.impossible_statistics(name, tensors[name])):
             raise CheckpointError(f"nothing was saved, since load would refuse it: {problem}")
-    text = json.dumps({name: value for name, value in settings.items() if not (name in _LATER and value)})
-    write(path, _FORMAT, tensors, text)
+    return tensors
 
 
 def write(path: str | os.PathLike[str], format: str, tensors: dict[str, np.ndarray], text: str) -> None:
@@ -153,17 +174,48 @@ def holds_a_state(metadata: Mapping[str, str]) -> bool:
     return metadata.get("format") == _FORMAT or {"settings", "sha256"} <= metadata.keys()
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(settings, values in NumPy by field) of a state, all of them checked, see `BatchNormState.load`."""
+State = tuple[dict[str, Any], dict[str, Any]]
+"""(settings, values in NumPy by field) of a state, all of them checked."""
+
+
+def load(path: str | os.PathLike[str]) -> State:
+    """See `BatchNormState.load`."""
     tensors, text = read(path, _FORMAT, "BatchNormState.save")
+    with _valid(path):
+        return _state_in(json.loads(text), tensors)
+
+
+def load_nested(path: str | os.PathLike[str]) -> tuple[Any, dict[str, State]]:
+    """The tree and the states by name that `save_nested` was given; of a file of `save`, "" and the state called ""."""
+    kind, tensors, text = _read(path, (_FORMAT, _NESTED), "anybn.save")
+    with _valid(path):
+        content = json.loads(text)
+        if kind == _FORMAT:
+            return "", {"": _state_in(content, tensors)}
+        tree, told = content["tree"], content["states"]
+        named: dict[str, dict[str, np.ndarray]] = {name: {} for name in told}
+        for key, tensor in tensors.items():
+            name, _, field = key.rpartition(".")
+            named[name][field] = tensor
+        if missing := set(_leaves(tree)) ^ named.keys():
+            raise ValueError(f"the tree and the states do not have the same names: {sorted(missing)!r:.200}")
+        return tree, {name: _state_in(told[name], tensors) for name, tensors in named.items()}
+
+
+def _leaves(tree: Any) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    elif type(tree) in (dict, list):
+        for branch in tree.values() if type(tree) is dict else tree:
+            yield from _leaves(branch)
+    else:
+        raise ValueError(f"there is a {type(tree).__name__} in its tree")
+
+
+@contextmanager
+def _valid(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
-        settings = _settings_in(text)
-        count = {}
-        if not settings["track_running_stats"]:  # and so no array to translate, but `save` wrote it
-            count = {
-                "num_batches_tracked": translation.count_of("num_batches_tracked", tensors.pop("num_batches_tracked"))
-            }
-        return settings, translation.decode(tensors, settings, "torch") | count
+        yield
     except Exception as error:  # what a file holds that was made to look like ours, down to RecursionError from JSON
         raise CheckpointError(
             f"{path} holds no valid state ({error or type(error).__name__}): it was not made by BatchNormState.save, "
@@ -173,6 +225,13 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def read(path: str | os.PathLike[str], format: str, writer: str) -> tuple[dict[str, np.ndarray], str]:
     """(arrays, text) of a file of this format, as writer wrote them."""
+    return _read(path, (format,), writer)[1:]
+
+
+def _read(
+    path: str | os.PathLike[str], formats: tuple[str, ...], writer: str
+) -> tuple[str, dict[str, np.ndarray], str]:
+    """(format, arrays, text) of a file of one of these formats."""
     library = safetensors_library()
     path = Path(path)
     with path.open("rb") as file:
@@ -185,7 +244,10 @@ def read(path: str | os.PathLike[str], format: str, writer: str) -> tuple[dict[s
         )
     with checkpoint_errors(problem), library.safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
-        if metadata.get("format") != format:
+        kind = metadata.get("format", "")
+        if kind == _NESTED and kind not in formats:
+            raise CheckpointError(f"{path} holds several states: read it with anybn.load")
+        if kind not in formats:
             raise CheckpointError(
                 f"{path} was not written by {writer}: read its arrays with safetensors and give one layer's to "
                 "load_state_dict"
@@ -198,11 +260,18 @@ def read(path: str | os.PathLike[str], format: str, writer: str) -> tuple[dict[s
     text = metadata.get("settings", "{}")
     if metadata.get("sha256") != _checksum(tensors, text):
         raise CheckpointError(f"{path} is damaged: its contents do not have the checksum that was written with them")
-    return tensors, text
+    return kind, tensors, text
 
 
-def _settings_in(text: str) -> dict[str, Any]:
-    settings = json.loads(text)
+def _state_in(told: Any, tensors: dict[str, np.ndarray]) -> State:
+    settings = _settings_in(told)
+    count = {}
+    if not settings["track_running_stats"]:  # and so no array to translate, but `save` wrote it
+        count = {"num_batches_tracked": translation.count_of("num_batches_tracked", tensors.pop("num_batches_tracked"))}
+    return settings, translation.decode(tensors, settings, "torch") | count
+
+
+def _settings_in(settings: Any) -> dict[str, Any]:
     if type(settings) is dict:
         settings = dict.fromkeys(_LATER, True) | settings
     if type(settings) is not dict or settings.keys() != _READ_AS.keys():

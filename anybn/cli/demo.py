@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import anybn
 from anybn.backends.registry import backend_for, backend_named, installation_of
-from anybn.cli.net import CLASSES, LEARNING_RATE, SGD_MOMENTUM, SIDE, WIDTHS, Net, moved
+from anybn.cli.net import CLASSES, LEARNING_RATE, SGD_MOMENTUM, SIDE, WIDTHS, Net
 from anybn.errors import BackendNotInstalled
 
 TRAINING_IMAGES = 1437  # of 1797, four fifths
@@ -77,7 +77,8 @@ class Run:
             self.net.to(target)
             order = rng.permutation(TRAINING_IMAGES)
             batches = [order[i : i + BATCH] for i in range(0, TRAINING_IMAGES - BATCH + 1, BATCH)]
-            losses = [self.net.step(moved(digits.x[b], target), moved(digits.labels[b], target)) for b in batches]
+            there = ((anybn.asarray(a[b], like=target) for a in (digits.x, digits.labels)) for b in batches)
+            losses = [self.net.step(*batch) for batch in there]
             self.losses.append(sum(losses) / len(losses))
             self.accuracies.append(accuracy(self.net, digits, target))
             self.places.append(place_of(self.net))
@@ -94,7 +95,7 @@ def place_of(net: Net) -> str:
 
 def accuracy(net: Net, digits: Digits, target: str = "numpy") -> float:
     x, labels = digits.test
-    logits = moved(net.logits(moved(x, target)), "numpy")
+    logits = anybn.asarray(net.logits(anybn.asarray(x, like=target)), like="numpy")
     return float(np.mean(logits.argmax(axis=-1) == labels.argmax(axis=-1)))
 
 
@@ -121,7 +122,7 @@ def state_difference(a: Net, b: Net) -> float:
         if s.num_batches_tracked != t.num_batches_tracked:
             return float("inf")
         for name in ("weight", "bias", "running_mean", "running_var"):
-            u, v = (moved(getattr(state, name), "numpy") for state in (s, t))
+            u, v = (anybn.asarray(getattr(state, name), like="numpy") for state in (s, t))
             differences.append(np.max(np.abs(u - v)) / (np.max(np.abs(v)) or 1.0))
     return float(np.max(differences))
 

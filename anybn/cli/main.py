@@ -22,7 +22,7 @@ from anybn.cli.model_files import add_convert, add_inspect
 from anybn.cli.output import complain, plain_table, print_json, print_table
 from anybn.errors import BackendNotInstalled
 
-PICTURES = ".png", ".svg", ".pdf"
+PICTURES = ".png", ".svg", ".pdf", ".eps", ".jpg", ".webp", ".tif"
 
 # What argparse needs of a set of subcommands; its own name for the type is private.
 Commands = Any

@@ -15,7 +15,6 @@ import numpy as np
 from array_api_compat import array_namespace
 
 import anybn
-from anybn.backends.registry import backend_for, resolve_target
 from anybn.core.call import Array, Gradients
 
 WIDTHS = {"conv": (1, 16, 16, 16), "dense": (64, 64, 64, 64)}
@@ -157,9 +156,10 @@ class Net:
         """Move everything but batch norm, whose state follows x by itself."""
         for layer in self.layers:
             if isinstance(layer, Linear):
-                p = layer.state
-                layer.state = Parameters(moved(p.weight, target), None if p.bias is None else moved(p.bias, target))
-        self.velocity = {key: moved(v, target) for key, v in self.velocity.items()}
+                weight, bias = layer.state.weight, layer.state.bias
+                bias = None if bias is None else anybn.asarray(bias, like=target)
+                layer.state = Parameters(anybn.asarray(weight, like=target), bias)
+        self.velocity = {key: anybn.asarray(v, like=target) for key, v in self.velocity.items()}
 
     def logits(self, x: Array) -> Array:
         for bn in self.norms:
@@ -191,8 +191,3 @@ class Net:
                 v = SGD_MOMENTUM * self.velocity.get((i, name), 0.0) + gradient
                 self.velocity[i, name] = v
                 setattr(state, name, getattr(state, name) - LEARNING_RATE * v)
-
-
-def moved(x: Array, target: str) -> Array:
-    backend, device = resolve_target(target)
-    return backend.from_numpy(backend_for(x).to_numpy(x), device)

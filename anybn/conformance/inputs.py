@@ -49,6 +49,7 @@ def cast(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def normal(shape: tuple[int, ...] = SHAPE, seed: int = 0) -> np.ndarray:
+    """Standard normal float64 values, the same for the same seed."""
     return np.random.default_rng(seed).standard_normal(shape)
 
 

@@ -46,6 +46,7 @@ def selected(x: np.ndarray, axis: int, mask: np.ndarray | None) -> np.ndarray:
 
 
 def statistics(x: np.ndarray, axis: int = 1, mask: np.ndarray | None = None) -> Statistics:
+    """Count, mean and m2 of each channel, in two passes over the values less one of them."""
     values = selected(x, axis, mask)
     origin = values[:, :1].copy()
     values -= origin

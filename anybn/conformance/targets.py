@@ -18,16 +18,25 @@ from anybn.core.call import Array
 
 @dataclasses.dataclass(frozen=True)
 class Target:
+    """A backend and a device, as tests get it in ``anybn_target``.
+
+    >>> target = chosen_targets(["numpy"])[0].values[0]
+    >>> target.name, target.has_float64
+    ('numpy', True)
+    """
+
     name: str
     backend: Backend
     device: Any
 
     @property
     def has_float64(self) -> bool:
+        """Whether running statistics, and the arithmetic on narrower values, are float64 there."""
         return self.backend.has_float64(self.device)
 
     @property
     def xp(self) -> Any:
+        """The library's Array API namespace."""
         return self.backend.module()
 
     def array(self, values: np.ndarray, dtype: str | None = None) -> Array:

@@ -87,13 +87,30 @@ class Statistics(NamedTuple):
 class Gradients(NamedTuple):
     """Gradients of a loss with respect to what went into batch norm; None for what did not.
 
-    ``x`` and ``residual`` have x's shape and dtype; ``weight`` and ``bias`` are ``(C,)`` in the state's dtype.
+    ``x`` and ``residual`` have x's shape and dtype; ``weight`` and ``bias`` are ``(C,)`` in the state's dtype. A tuple;
+    and by name a mapping of those that are there, ``grads["weight"]``, under the names of `BatchNormState.parameters`.
     """
 
     x: Array
     weight: Array
     bias: Array
     residual: Array
+
+    def __getitem__(self, key: Any) -> Any:
+        """By name or by position. Raises KeyError for a name of none that is there."""
+        if not isinstance(key, str):
+            return tuple.__getitem__(self, key)
+        if key in self._fields and (gradient := getattr(self, key)) is not None:
+            return gradient
+        raise KeyError(f"{key!r} has no gradient here; there are those of {', '.join(self.keys())}")
+
+    def keys(self) -> tuple[str, ...]:
+        """The names of what there is a gradient of."""
+        return tuple(name for name, gradient in zip(self._fields, self, strict=True) if gradient is not None)
+
+    def items(self) -> tuple[tuple[str, Array], ...]:
+        """(name, gradient) of what there is a gradient of."""
+        return tuple((name, getattr(self, name)) for name in self.keys())
 
 
 def dtype_name(dtype: Any) -> str:

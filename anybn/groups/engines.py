@@ -56,13 +56,16 @@ class TorchGroup:
 
     @property
     def rank(self) -> int:
+        """This process's number in the group."""
         return int(self.handle.rank())
 
     @property
     def size(self) -> int:
+        """How many processes there are."""
         return int(self.handle.size())
 
     def all_reduce_sum(self, array: Array) -> Array:
+        """See `Group`."""
         import torch.distributed
 
         handle = self.handle
@@ -79,6 +82,7 @@ class TorchGroup:
         return torch.from_numpy(values).to("cpu" if on_host else f"cuda:{torch.cuda.current_device()}")
 
     def to_numpy(self, array: Array) -> np.ndarray:
+        """The values of what `from_numpy` made, or of a sum of it."""
         return array.numpy(force=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchGroup:
@@ -110,7 +114,11 @@ def _pause_at_exit() -> None:
 
 
 class MPIGroup:
-    """An mpi4py communicator."""
+    """An mpi4py communicator.
+
+    Start programs with ``mpiexec -n 2 python -m mpi4py train.py``: then an exception that nobody catches ends all
+    members. With ``python train.py``, the others wait for ever for a member that has failed outside of a call.
+    """
 
     def __init__(self, communicator: Any):
         self.communicator = communicator
@@ -121,6 +129,7 @@ class MPIGroup:
         self.handle = communicator.Get_attr(key)
 
     def all_reduce_sum(self, array: Array) -> Array:
+        """See `Group`."""
         from mpi4py import MPI
 
         total = array.detach().clone() if hasattr(array, "detach") else array.copy()  # torch has no copy()
@@ -136,6 +145,7 @@ class MPIGroup:
         return values
 
     def to_numpy(self, array: Array) -> np.ndarray:
+        """The values of what `from_numpy` made, or of a sum of it."""
         return np.asarray(array)
 
 
@@ -161,6 +171,7 @@ class NcclGroup:
         self.rank, self.size = int(communicator.rank_id()), int(communicator.size())
 
     def all_reduce_sum(self, array: Array) -> Array:
+        """See `Group`."""
         import cupy
         from cupy.cuda import nccl
 
@@ -179,6 +190,7 @@ class NcclGroup:
         return cupy.asarray(values)
 
     def to_numpy(self, array: Array) -> np.ndarray:
+        """The values of what `from_numpy` made, or of a sum of it."""
         import cupy
 
         return cupy.asnumpy(array)
@@ -195,17 +207,20 @@ class AxisGroup:
 
     @property
     def rank(self) -> Any:
+        """This member's number, which JAX traces."""
         import jax
 
         return jax.lax.axis_index(self.name)
 
     @property
     def size(self) -> int:
+        """How many members there are."""
         import jax
 
         return int(jax.lax.psum(1, self.name))
 
     def all_reduce_sum(self, array: Array) -> Array:
+        """See `Group`."""
         import jax
 
         return jax.lax.psum(array, self.name)

@@ -9,16 +9,18 @@ from typing import Any, Self
 import numpy as np
 
 from anybn import _pytree, _settings
+from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for, libraries, resolve_target, unwrapped
 from anybn.checkpoints import translation
 from anybn.checkpoints.conventions import ConventionName
 from anybn.core.call import Array, root_module
 from anybn.errors import CheckpointError
-from anybn.state.arrays import Arrays, placed, read_only
+from anybn.state.arrays import LEAVES, Arrays, placed, read_only
+from anybn.state.settings import Settings
 from anybn.state.store import Store
 
 
-class BatchNormState:
+class BatchNormState(Settings):
     """The one object that batch norm keeps: weight (gamma), bias (beta), running statistics and their conventions.
 
     Args:
@@ -33,7 +35,7 @@ class BatchNormState:
         ddof: ``running_var`` averages ``sum((x - mean)**2) / (count - ddof)``; 1 is torch's convention, 0 that of
             Keras, Flax and ONNX. Normalization always divides by count.
         dtype: of weight and bias: float16, bfloat16, float32 (the default) or float64, of any library or by name.
-        like: an array to start beside, or a target as in `to`. The default is NumPy.
+        like: an array to start beside, a namespace, or a target as in `to`. The default is NumPy.
 
     Attributes:
         weight, bias: ``(C,)`` in dtype, starting at 1 and 0; None where they are left out.
@@ -41,10 +43,11 @@ class BatchNormState:
             and 1; None without track_running_stats. They cost C values, and float32 means lose digits.
         num_batches_tracked: training batches so far, an int.
 
-    The state lives in one place at a time. A call with x elsewhere moves it there; a torch Parameter stays behind then.
-    Its arrays are replaced, never written to, so an array read from it stays what it was; the running statistics that
-    it makes in NumPy are read-only. All methods may be called from several threads. With ``momentum=None``, a batch
-    that was skipped for a NaN counts in that channel's average as the value before it.
+    The state has a home, one library and device: see docs/state.md. Evaluation with x elsewhere moves nothing; training
+    moves the home to x, and so do `to` and the assignment of an array of another library. Its arrays are replaced,
+    never written to, so an array read from it stays what it was; the running statistics that it makes in NumPy are
+    read-only. All methods may be called from several threads. With ``momentum=None``, a batch that was skipped for a
+    NaN counts in that channel's average as the value before it.
 
     Raises TypeError or ValueError for arguments outside of the above.
 
@@ -55,9 +58,7 @@ class BatchNormState:
     (array([0.2, 2. ]), array([ 1.1, 20.9]), 1)
     """
 
-    __slots__ = ("__weakref__", "_store")
-
-    _store: Any
+    __slots__ = ("__weakref__",)
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         _pytree.register_with_jax()  # nothing else would before jax.jit sees a state
@@ -105,62 +106,29 @@ class BatchNormState:
         state._store = store
         return state
 
-    # -- settings ----------------------------------------------------------------------------------------------
-
-    @property
-    def _arrays(self) -> Arrays:
-        return self._store.arrays  # type: ignore[no-any-return]
-
-    @property
-    def num_features(self) -> int:
-        return self._store.num_features
-
-    @property
-    def dtype(self) -> str:
-        """The name of weight's and bias's dtype."""
-        return self._store.dtype
-
-    @property
-    def affine(self) -> bool:
-        """Whether there is a weight or a bias."""
-        weight, bias, *_ = self._arrays
-        return weight is not None or bias is not None
-
-    @property
-    def track_running_stats(self) -> bool:
-        return self._arrays.running_mean is not None
-
-    @property
-    def eps(self) -> float:
-        return self._store.eps
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self._store.eps = _settings.eps(value)
-
-    @property
-    def momentum(self) -> float | None:
-        return self._store.momentum
-
-    @momentum.setter
-    def momentum(self, value: float | None) -> None:
-        self._store.momentum = _settings.momentum(value)
-
-    @property
-    def ddof(self) -> int:
-        return self._store.ddof
-
-    @ddof.setter
-    def ddof(self, value: int) -> None:
-        self._store.ddof = _settings.ddof(value)
-
     # -- arrays ------------------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str:
+        """The name of the library where the state is at home, as `to` takes it; "" if it has no arrays."""
+        return "" if (home := self._home()) is None else home[0].name
+
+    @property
+    def device(self) -> str:
+        """The name of the device in that library; ``state.to(f"{other.backend}:{other.device}")`` goes to other."""
+        return "" if (home := self._home()) is None else home[0].device_name(home[1])
+
+    def _home(self) -> tuple[Backend, Array] | None:
+        """The backend of the arrays, and the first of these."""
+        for array in self._arrays.held().values():
+            return backend_for(array, "the state's array"), array
+        return None
 
     # To type checkers none of them is None, so that ``state.weight - 0.1 * grads.weight`` passes.
 
     @property
     def weight(self) -> Array:
-        return self._arrays.weight
+        return self._store.given("weight")
 
     @weight.setter
     def weight(self, value: Array) -> None:
@@ -168,7 +136,7 @@ class BatchNormState:
 
     @property
     def bias(self) -> Array:
-        return self._arrays.bias
+        return self._store.given("bias")
 
     @bias.setter
     def bias(self, value: Array) -> None:
@@ -213,11 +181,27 @@ class BatchNormState:
         if value is not present:
             self._store.put(name, value)
 
+    def parameters(self) -> dict[str, Array]:
+        """weight and bias by name, those that there are: what an optimizer changes, with `Gradients` by the same names.
+
+        >>> import numpy as np, anybn
+        >>> state, x = anybn.BatchNormState(2), np.array([[1.0, 5.0], [3.0, 9.0]])
+        >>> y, pullback = anybn.batch_norm_vjp(x, state, training=True)
+        >>> grads = pullback(y - 1)
+        >>> for name, parameter in state.parameters().items():
+        ...     setattr(state, name, parameter - 0.1 * grads[name])
+        >>> state.weight.round(2), state.bias
+        (array([0.8, 0.8], dtype=float32), array([0.2, 0.2], dtype=float32))
+        """
+        return {name: a for name in ("weight", "bias") if (a := self._store.given(name)) is not None}
+
     def to(self, target: Any) -> BatchNormState:
-        """Move to ``"numpy"``, ``"cupy"``, ``"torch:cuda:0"``, ``"jax"``, ..., or beside an array; returns self.
+        """Move to ``"numpy"``, ``"cupy"``, ``"torch:cuda:0"``, ``"jax"``, ..., to a namespace such as ``jax.numpy``, or
+        beside an array; returns self. No digit is lost on the way, see docs/state.md.
 
         Raises BackendNotInstalled for a library that is missing, ValueError for an unknown one or an unknown device,
-        StateError in a traced JAX function to which the state was not passed.
+        StateError in a traced JAX function to which the state was not passed, and where a torch tensor that requires
+        grad would be left behind.
 
         >>> import anybn
         >>> anybn.BatchNormState(3).to("numpy").weight
@@ -225,6 +209,40 @@ class BatchNormState:
         """
         self._store.move(*resolve_target(target))
         return self
+
+    def reset(self) -> None:
+        """Weight 1, bias 0, mean 0, variance 1 and no batches tracked, in place of what was learnt, where it lies."""
+        start = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+        values: dict[str, Any] = {
+            name: np.full(self.num_features, value) for name, value in start.items() if name in self._arrays.held()
+        }
+        self._store.fill({**values, "num_batches_tracked": 0})
+
+    def equals(self, other: BatchNormState) -> bool:
+        """Whether other has the same settings and the same values, wherever both are; ``==`` is the same.
+
+        NaN equals NaN. A state still has the hash of its identity, since it changes.
+
+        >>> import anybn
+        >>> state = anybn.BatchNormState(3)
+        >>> state == state.copy().to("torch"), state == anybn.BatchNormState(3, eps=1e-3)
+        (True, False)
+        """
+        if not isinstance(other, BatchNormState):
+            raise TypeError(f"other is a {type(other).__name__}; it must be an anybn.BatchNormState")
+        if other is self:
+            return True
+        mine, theirs = self._store.snapshot(), other._store.snapshot()
+        return (
+            self._settings() == other._settings()
+            and int(mine.num_batches_tracked) == int(theirs.num_batches_tracked)
+            and all(np.array_equal(mine.values_of(n), theirs.values_of(n), equal_nan=True) for n in mine.held())
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return self.equals(other) if isinstance(other, BatchNormState) else NotImplemented
+
+    __hash__ = object.__hash__
 
     # -- copies and checkpoints --------------------------------------------------------------------------------
 
@@ -256,7 +274,7 @@ class BatchNormState:
         >>> list(anybn.BatchNormState(3).state_dict("keras"))
         ['gamma', 'beta', 'moving_mean', 'moving_variance']
         """
-        return translation.encode(self._settings(), self._store.snapshot()._asdict(), convention)
+        return translation.encode(self._settings(), self._store.snapshot().named(), convention)
 
     def load_state_dict(self, mapping: Mapping[str, Array], convention: ConventionName = "torch") -> None:
         """Take over the arrays of a mapping, from any library; all of them or, on an error, none.
@@ -294,7 +312,12 @@ class BatchNormState:
         """
         from anybn.checkpoints import files  # late: json and hashlib take time to import
 
-        files.save(path, self._settings(), self._store.snapshot()._asdict())
+        files.save(path, self._settings(), self._exact_arrays())
+
+    def _exact_arrays(self) -> dict[str, Any]:
+        """By name, in NumPy, with all digits that are known."""
+        arrays = self._store.snapshot()
+        return arrays.named() | {name: arrays.values_of(name) for name in arrays.held()}
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> BatchNormState:
@@ -314,33 +337,20 @@ class BatchNormState:
         """
         from anybn.checkpoints import files
 
-        settings, values = files.load(path)
+        return BatchNormState._of_values(*files.load(path))
+
+    @staticmethod
+    def _of_values(settings: Mapping[str, Any], values: Mapping[str, Any]) -> BatchNormState:
         state = BatchNormState(**settings)
         with np.errstate(all="ignore"):  # a forged file's weight may be too wide for the dtype it tells
-            state._store.fill(values)
+            state._store.fill(dict(values))
         return state
-
-    def _settings(self) -> dict[str, Any]:
-        """By the names under which a new state takes them."""
-        weight, bias, running_mean, _, _ = self._arrays
-        affine = weight is not None or bias is not None
-        return {
-            "num_features": self.num_features,
-            "eps": self.eps,
-            "momentum": self.momentum,
-            "affine": affine,
-            "scale": weight is not None or not affine,
-            "bias": bias is not None or not affine,
-            "track_running_stats": running_mean is not None,
-            "ddof": self.ddof,
-            "dtype": self.dtype,
-        }
 
     def __repr__(self) -> str:
         settings = [str(self.num_features), f"eps={self.eps}", f"momentum={self.momentum}"]
         defaults: dict[str, Any] = dict.fromkeys(("affine", "scale", "bias", "track_running_stats"), True)
         defaults |= {"ddof": 1, "dtype": "float32"}
-        held = self._settings()
+        held = self._settings() | {"dtype": self.dtype}
         settings += [f"{name}={held[name]!r}" for name, default in defaults.items() if held[name] != default]
         where = ""
         for array in self._arrays.held().values():
@@ -353,7 +363,7 @@ class BatchNormState:
 
 
 def _flatten(state: BatchNormState) -> tuple[Any, tuple[Any, ...]]:
-    return map(_leaf, state._arrays), state._store.settings()
+    return map(_leaf, state._arrays[:5]), state._store.settings()
 
 
 def _leaf(array: Any) -> Any:
@@ -367,4 +377,4 @@ def _unflatten(settings: tuple[Any, ...], arrays: Any) -> BatchNormState:
     return BatchNormState._over(Store.of(settings, Arrays(*arrays)))
 
 
-_pytree.register(BatchNormState, Arrays._fields, _flatten, _unflatten)
+_pytree.register(BatchNormState, LEAVES, _flatten, _unflatten)

@@ -11,12 +11,23 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from anybn import _checks, _lock, _settings
+from anybn import _checks, _lock
 from anybn._moments import Moments
 from anybn.backends.base import Backend
-from anybn.backends.registry import backend_for
-from anybn.core.call import Array, Statistics, Update, dtype_name
-from anybn.state.arrays import Arrays, dtype_of, placed, require_storable, storable
+from anybn.backends.registry import backend_for, backend_named
+from anybn.core.call import Array, Call, Statistics, Update, dtype_name
+from anybn.state.arrays import (
+    RUNNING,
+    Arrays,
+    Replicas,
+    counted,
+    dtype_of,
+    placed,
+    require_storable,
+    storable,
+    trained_elsewhere,
+    with_trained_moved,
+)
 
 
 class Batch(NamedTuple):
@@ -33,20 +44,26 @@ class Batch(NamedTuple):
     """the same beside x"""
     running: tuple[Array, Array] | None = None
     """the running statistics that the backend has made of these in the same pass"""
+    call: Call | None = None
+    """the call itself, for who watches it"""
 
 
 class Store:
     """Settings and arrays of its own."""
 
-    __slots__ = ("arrays", "block", "ddof", "dtype", "eps", "momentum", "num_features")
+    __slots__ = ("arrays", "block", "ddof", "dtype", "eps", "momentum", "num_features", "private", "replicas")
 
     num_features: int
     eps: float
     momentum: float | None
     ddof: int
     dtype: str
-    """of weight and bias, by name"""
+    """of weight and bias where there is one, by name"""
     arrays: Arrays
+    replicas: Replicas
+    """of the arrays, for calls with x elsewhere"""
+    private: set[str]
+    """the arrays of a copy that nobody has been given, so that no optimizer can hold them"""
     block: Any
     """the open block of `anybn.accumulate`, which takes what would be learnt; or None"""
 
@@ -61,7 +78,7 @@ class Store:
         store = cls()
         for name, value in zip(cls.SETTINGS, settings, strict=True):
             setattr(store, name, value)
-        store.arrays, store.block = arrays, None
+        store.arrays, store.block, store.replicas, store.private = arrays, None, Replicas(), set()
         return store
 
     def settings(self) -> tuple[Any, ...]:
@@ -76,14 +93,26 @@ class Store:
         """A store of its own with the same settings and values, in the same place."""
         arrays = self.arrays
         twins = {name: backend_for(a).twin(a) for name, a in arrays.held().items()}
-        return Store.of(self.settings(), arrays._replace(**twins))
+        entries = {name: arrays.exact_of(name) for name in arrays.exact}
+        exact = {name: entry.of(twins[name]) for name, entry in entries.items() if entry is not None}
+        store = Store.of(self.settings(), arrays._replace(**twins, exact=exact))
+        store.private.update(twins)
+        return store
 
     # -- reading -----------------------------------------------------------------------------------------------
 
     def placed_beside(self, backend: Backend, x: Array) -> tuple[Arrays, Arrays]:
-        """(the arrays as they are, the arrays beside x). The state itself moves when the call has succeeded."""
-        arrays = self.arrays
-        return arrays, placed(arrays, self.dtype, backend, backend.device_of(x))
+        """(the arrays as they are, the arrays beside x). The state itself moves when a training call has succeeded."""
+        arrays, device = self.arrays, backend.device_of(x)
+        for a in arrays[:4]:
+            if a is not None and not backend.holds(a, device):
+                return arrays, self.replicas.beside(arrays, self.dtype, backend, device)
+        return arrays, arrays
+
+    def given(self, name: str) -> Array | None:
+        """An array, into the hands of whoever asks."""
+        self.private.discard(name)
+        return getattr(self.arrays, name)
 
     def snapshot(self) -> Arrays:
         """The arrays, as no other thread changes them."""
@@ -91,7 +120,9 @@ class Store:
 
     def planned_update(self, arrays: Arrays, propagate: bool) -> Update | None:
         """How arrays take in a batch; None where a backend must not do that while it normalizes."""
-        momentum = 1.0 / (arrays.num_batches_tracked + 1) if self.momentum is None else self.momentum
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1.0 / (counted(arrays.num_batches_tracked) + 1)
         return Update(arrays.running_mean, arrays.running_var, momentum, self.ddof, propagate)
 
     # -- changing ----------------------------------------------------------------------------------------------
@@ -104,14 +135,17 @@ class Store:
             with _lock.commits:
                 if self.arrays is before:
                     self.arrays = after
+                    if self.replicas:
+                        self.replicas = Replicas()
                     return
 
-    def adopt(self, backend: Backend, before: Arrays, placed: Arrays) -> None:
-        """Adopt the arrays moved for a call that is done, unless the state has changed since or may not keep them."""
-        if placed is not before and storable(backend, placed, before):
+    def adopt(self, backend: Backend, x: Array, before: Arrays, placed: Arrays) -> None:
+        """Move beside the x of a call that has trained but brings nothing to learn, as `learn` would."""
+        elsewhere = placed is not before and storable(backend, placed, before)
+        if elsewhere and not trained_elsewhere(before, self.private, backend, backend.device_of(x)):
             with _lock.commits:
                 if self.arrays is before:
-                    self.arrays = placed
+                    self.arrays, self.replicas = placed, Replicas()
 
     def learn(self, batch: Batch) -> None:
         """Count the batch and fold its statistics into the running ones: one swap, after everything has succeeded."""
@@ -125,17 +159,38 @@ class Store:
 
     def _learnt(self, batch: Batch, old: Arrays) -> Arrays:
         backend, arrays, running = batch.backend, batch.placed, batch.running
+        device, batches = backend.device_of(batch.x), counted(old.num_batches_tracked) + 1
         if old is not batch.before:  # overtaken, and so is what was made of it
-            arrays, running = placed(old, self.dtype, backend, backend.device_of(batch.x)), None
+            arrays, running = placed(old, self.dtype, backend, device), None
+        stays = arrays is not old and trained_elsewhere(old, self.private, backend, device)
+        if (stays or arrays.exact_of("running_mean") or arrays.exact_of("running_var")) and backend.lasts(
+            batch.statistics.mean
+        ):
+            return self._learnt_on_the_host(batch, old if stays else arrays, batches)
         if running is None:
             update = self.planned_update(arrays, batch.propagate)
             assert update is not None
             running = backend.update(update, batch.statistics)
         mean, var = map(backend.frozen, running)
-        arrays = Arrays(arrays.weight, arrays.bias, mean, var, arrays.num_batches_tracked + 1)
+        arrays = Arrays(arrays.weight, arrays.bias, mean, var, batches, arrays.exact)
         if self.outlives_calls:
             require_storable(backend, arrays, old)
         return arrays
+
+    def _learnt_on_the_host(self, batch: Batch, arrays: Arrays, batches: int | Array) -> Arrays:
+        """arrays, which lie where x does not or where there is no float64, with the batch folded in by NumPy."""
+        numpy, to_numpy, (count, *found) = backend_named("numpy"), batch.backend.to_numpy, batch.statistics
+        found = [None if a is None else to_numpy(batch.backend.detached(a)).astype("float64") for a in found]
+        if not isinstance(count, int):
+            count = to_numpy(count)
+        mean, var = (arrays.values_of(name).astype("float64") for name in RUNNING)
+        update = self.planned_update(arrays._replace(running_mean=mean, running_var=var), batch.propagate)
+        assert update is not None
+        running = numpy.update(update, Statistics(count, *found))
+        place = backend_for(arrays.running_mean)
+        arrays = arrays._replace(num_batches_tracked=batches)
+        values = dict(zip(RUNNING, running, strict=True))
+        return arrays.with_values(values, self.dtype, place, place.device_of(arrays.running_mean))
 
     def put(self, name: str, value: Array) -> None:
         """Take value as it is where its dtype allows (a torch Parameter stays itself); the state moves beside it."""
@@ -155,41 +210,42 @@ class Store:
         stored = backend.detached(value) if name.startswith("running") else value
 
         def change(arrays: Arrays) -> Arrays:
-            others = arrays._replace(**{name: None})
+            others: Arrays = arrays._replace(**{name: None})  # type: ignore[arg-type] # mypy: of every field
             for other, array in others.held().items():
                 if backend.owns(type(array)) and backend.overlaps(value, array):
                     raise ValueError(f"{name} shares memory with {other}: give it a copy")
             if not backend.is_traced(value):
-                others = placed(others, self.dtype, backend, device)
-            present = getattr(arrays, name)
-            ours = present is not None and backend.owns(type(present))
-            return others._replace(**{name: backend.in_place_of(present, stored) if ours else stored})
+                replaced = backend.owns(type(getattr(arrays, name)))  # by one of its library, and so not left behind
+                others = with_trained_moved(others if replaced else arrays, self.private, backend, device)
+                others = placed(others._replace(**{name: None}), self.dtype, backend, device)  # type: ignore[arg-type]
+            present, kept = getattr(arrays, name), stored
+            if present is not None and backend.owns(type(present)):
+                kept = backend.in_place_of(present, stored)
+            return others._replace(**{name: kept})
 
         self.swap(change)
+        self.private.discard(name)
 
     def fill(self, values: dict[str, Any]) -> None:
         """Take over NumPy values and a count by field name, at once, where the present ones are and in their dtypes."""
 
         def change(arrays: Arrays) -> Arrays:
-            new = dict(values)
+            new = arrays
             for name, old in arrays.held().items():
-                if name not in values:
-                    continue
-                backend = backend_for(old)
-                device = backend.device_of(old)
-                dtype = _settings.numpy_dtype(dtype_of(name, self.dtype, backend, device))
-                new[name] = backend.from_numpy(values[name].astype(dtype), device)
-                if name.startswith("running"):
-                    new[name] = backend.frozen(new[name])
-                else:
-                    new[name] = backend.refilled(old, new[name])
-            return arrays._replace(**new)
+                if name in values:
+                    backend = backend_for(old)
+                    new = new.with_values({name: values[name]}, self.dtype, backend, backend.device_of(old))
+                    if name not in RUNNING:
+                        new = new._replace(**{name: backend.refilled(old, getattr(new, name))})
+            batches = values.get("num_batches_tracked", arrays.num_batches_tracked)
+            return new._replace(num_batches_tracked=batches)
 
         self.swap(change)
 
     def move(self, backend: Backend, device: Any) -> None:
         def change(arrays: Arrays) -> Arrays:
-            moved = placed(arrays, self.dtype, backend, device)
+            moved = placed(with_trained_moved(arrays, self.private, backend, device), self.dtype, backend, device)
+            moved = moved._replace(num_batches_tracked=counted(moved.num_batches_tracked))
             require_storable(backend, moved, arrays)
             return moved
 

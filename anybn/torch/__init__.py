@@ -11,7 +11,10 @@ backward, ``torch.compile(fullgraph=True)``, ``torch.export``, ``torch.jit.trace
 ``torch.compile`` ends its graph at a batch norm that trains over a group, or inside `anybn.accumulate`: these run
 outside of it, in the order of the program, and ``fullgraph=True`` refuses them.
 
-What does not work is an error: ``torch.jit.script`` and ``torch.export(strict=True)``, which cannot read this code; a
+Exports hold torch's own batch norm, with statistics in float32; ``docs/torch.md`` says what precision that keeps, and
+which classes convert. Importing this module lets tools of torch that ask for a batch norm's class know ours.
+
+What does not work is an error: ``torch.jit.script``, which cannot read this code; a
 second derivative through what ``torch.compile`` has compiled, which torch refuses for everything; ``torch.func.vmap``
 in training over buffers that are not batched. CUDA graphs need a step that does not wait for the device: it is written
 so, and has not run on one.

@@ -14,6 +14,7 @@ import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from anybn.groups.engines import TorchGroup
+from anybn.torch import compiled
 from anybn.torch.fuse import has_hooks
 from anybn.torch.module import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 
@@ -49,27 +50,48 @@ class _SyncBatchNorm(_OfAnyRank):
         self.group = TorchGroup(self.process_group)
 
 
-class ThenDropAndAct(_BatchNorm):
+class _FrozenBatchNorm2d(torch.nn.Module):
+    """torchvision's and detectron2's: buffers alone, and always evaluation. None of torch's batch norms either, so what
+    trains, recalibrates or synchronizes these leaves it alone. One pass over x takes the place of two."""
+
+    activation = group = num_batches_tracked = _block = None
+    momentum, affine, track_running_stats, training = 0.0, True, True, property(lambda _: False, lambda *_: None)
+    _ranks, _shapes = BatchNorm2d._ranks, BatchNorm2d._shapes
+    forward, state, _check_input_dim = _BatchNorm.forward, _BatchNorm.state, _BatchNorm._check_input_dim
+
+    @property
+    def num_features(self) -> int:
+        return len(self.running_mean)
+
+
+class ThenDropAndAct:
     """timm's BatchNormAct2d: its modules ``drop`` and ``act`` come after batch norm, where it has them.
 
-    A ReLU goes into the same pass, unless something watches it.
+    A ReLU goes into the same pass, unless something watches it or an exporter writes it down.
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    _modules: dict[str, Any]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        forward = super().forward  # type: ignore[misc]
         drop, act = self._modules.get("drop"), self._modules.get("act")
         alone = type(act) is torch.nn.ReLU and (drop is None or type(drop) is torch.nn.Identity)
-        if alone and not has_hooks(act) and not has_hooks(drop):
-            return super().forward(input, None, "relu")
-        y = super().forward(input)
+        if alone and not has_hooks(act) and not has_hooks(drop) and not compiled.is_exporting():
+            return forward(input, None, "relu")
+        y = forward(input)
         y = y if drop is None else drop(y)
         return y if act is None else act(y)
 
 
-class _BatchNormAct2d(ThenDropAndAct, BatchNorm2d):
+class _BatchNormAct2d(ThenDropAndAct, BatchNorm2d):  # type: ignore[misc]
     pass
 
 
-class _SyncBatchNormAct(ThenDropAndAct, _SyncBatchNorm):
+class _SyncBatchNormAct(ThenDropAndAct, _SyncBatchNorm):  # type: ignore[misc]
+    pass
+
+
+class _FrozenBatchNormAct2d(ThenDropAndAct, _FrozenBatchNorm2d):  # type: ignore[misc]
     pass
 
 
@@ -82,6 +104,9 @@ _KNOWN: dict[str, Bases] = {
     "torch.nn.modules.batchnorm.SyncBatchNorm": lambda _: (_SyncBatchNorm,),
     "timm.layers.norm_act.BatchNormAct2d": lambda theirs: (_BatchNormAct2d, theirs),
     "timm.layers.norm_act.SyncBatchNormAct": lambda _: (_SyncBatchNormAct,),
+    "timm.layers.norm_act.FrozenBatchNormAct2d": lambda theirs: (_FrozenBatchNormAct2d, theirs),
+    "torchvision.ops.misc.FrozenBatchNorm2d": lambda theirs: (_FrozenBatchNorm2d, theirs),
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d": lambda theirs: (_FrozenBatchNorm2d, theirs),
     "timm.layers.split_batchnorm.SplitBatchNorm2d": lambda theirs: (theirs, BatchNorm2d),
 }
 

@@ -75,8 +75,9 @@ def convert(
         strict: False to convert what can be, and to leave the rest.
 
     Besides torch's three classes these become of a class of ours: subclasses whose ``forward`` is torch's own;
-    SyncBatchNorm, with its process group as ``group``; timm's BatchNormAct2d, SyncBatchNormAct and SplitBatchNorm2d;
-    and what `register` and ``also`` name. All but the synchronized ones stay instances of the class that they were of.
+    SyncBatchNorm, with its process group as ``group``; timm's BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d
+    and SplitBatchNorm2d; torchvision's and detectron2's FrozenBatchNorm2d; and what `register` and ``also`` name. All
+    but the synchronized ones stay instances of the class that they were of.
 
     Returns:
         model; with ``fuse`` a ``torch.fx.GraphModule`` in its place, on the same submodules and with the same
@@ -106,13 +107,14 @@ def convert(
     left: dict[str, str] = {}
     refused: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (_BatchNorm, *keep)):
+        if isinstance(module, (_BatchNorm, *keep)) or classes.theirs_of(type(module)):
             continue
         ours = classes.ours_for(type(module), also)
         if problem := _problem(module, ours):
             left[name or "model"] = problem
         elif ours is not None and (problem := _refused_settings(module)):
-            refused[name or "model"] = problem
+            if issubclass(ours, _BatchNorm):  # frozen ones with eps=0 go on as they are
+                refused[name or "model"] = problem
         elif ours is not None:
             found.append((module, ours))
     if left and strict:
@@ -127,7 +129,7 @@ def convert(
         result = model if fuse is None else fusing.fused(model, tuple(fuse), _BatchNorm)
     except BaseException:
         for module in changed:
-            if isinstance(module, _BatchNorm):
+            if classes.theirs_of(type(module)):
                 _revert(module)
         raise
     if group is not None:
@@ -168,7 +170,8 @@ def revert(model: Model) -> Model:
 
 def _convert(module: Any, ours: type) -> None:
     module.__class__ = ours
-    set_running_dtype(module, lambda buffer: running_dtype(buffer.device))
+    if isinstance(module, _BatchNorm):
+        set_running_dtype(module, lambda buffer: running_dtype(buffer.device))
     if hasattr(module, "converted"):
         module.converted()
 
@@ -176,7 +179,8 @@ def _convert(module: Any, ours: type) -> None:
 def _revert(module: Any) -> None:
     module.__class__ = classes.theirs_of(type(module))
     module.__dict__.pop("group", None)
-    set_running_dtype(module, lambda _: torch.float32 if module.weight is None else module.weight.dtype)
+    parameter = module.bias if module.weight is None else module.weight
+    set_running_dtype(module, lambda _: torch.float32 if parameter is None else parameter.dtype)
 
 
 #: What the code of ours reads of a module.
@@ -206,7 +210,7 @@ def _problem(module: Any, ours: type | None) -> str:
 
 def _refused_settings(module: Any) -> str:
     try:
-        _settings.eps(module.eps), _settings.momentum(module.momentum)
+        _settings.eps(module.eps), _settings.momentum(getattr(module, "momentum", None))
     except (TypeError, ValueError) as error:
         return f"a {type(module).__name__} with settings that anybn refuses: {error}"
     return ""

@@ -6,7 +6,6 @@ On (8, 16) it is Python that takes the time, 5 us, and autograd 3 more: what is 
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from anybn import _lock
-from anybn.backends.numpy import kernels
 from anybn.backends.registry import backend_for
 from anybn.backends.torch import TorchBackend, cpu
 from anybn.backends.torch.autograd import Recorded, op_by_op_here
@@ -34,18 +32,6 @@ _FLOAT32, _FLOAT64 = torch.float32, torch.float64
 #: What autograd gives the tensors to that it is to keep, if that is somebody's own function; torch does not say
 #: publicly, and before it said at all, there might always be one.
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
-
-
-@functools.cache
-def _steps() -> Any:
-    """`anybn.kernels.cpu.step`, or None without Numba; imported with the first small tensor."""
-    return importlib.import_module("anybn.kernels.cpu.step") if kernels().__name__.endswith(".operations") else None
-
-
-@functools.cache
-def _examples() -> dict[torch.dtype, np.ndarray]:
-    """Empty arrays of the dtypes that the compiled steps know on this processor, by which they tell dtypes apart."""
-    return {dtype: np.empty(0, seen) for dtype, seen in cpu.DTYPES.items() if kernels().supports(np.dtype(seen))}
 
 
 def _is_plain(a: Any) -> bool:
@@ -83,7 +69,7 @@ def fast_forward(
             recomputes = _current_graph_task_id() != -1
             return fast_forward_on_cuda(chosen, module, x, residual, activation is not None, recomputes)
         return None
-    steps, parameters, buffers = _steps(), module._parameters, module._buffers
+    steps, parameters, buffers = cpu.steps(), module._parameters, module._buffers
     try:
         weight, bias = parameters["weight"], parameters["bias"]
         mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
@@ -93,7 +79,7 @@ def fast_forward(
     if len(shape) not in module._ranks or shape[1] != channels:
         return None
     parameter_dtype, of_channels = _FLOAT32 if weight is None else weight.dtype, (channels,)
-    of_batch, size, examples = module.training or mean is None, x.numel(), _examples()
+    of_batch, size, examples = module.training or mean is None, x.numel(), cpu.examples()
     example, parameter_example = examples.get(dtype), examples.get(parameter_dtype)
     if not (
         example is not None

@@ -1,20 +1,16 @@
-"""`anybn.recalibrate` for torch models: the inputs of their batch norms, watched by hooks."""
+"""`anybn.recalibrate` for torch models: what reaches their batch norms."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import torch
 
 from anybn._population import Participants, Population, with_progress
-
-Layer = torch.nn.modules.batchnorm._BatchNorm
-
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+from anybn.torch.watching import BUFFERS, Layer, check, evaluating, normalizing_with_batches, observed, run_model
 
 
 class _StopForward(BaseException):
@@ -35,8 +31,8 @@ def recalibrate(
     what = f"{[(names[m], m.num_features) for m in layers]}, one pass: {one_pass}"
     participants = Participants(group, what, layers[0].running_mean if layers else torch.zeros(0))
     with participants.failing_together():
-        _check(layers, batches, one_pass)
-    run = _forward if forward is None else forward
+        check(layers, batches, one_pass)
+    run = run_model if forward is None else forward
 
     def run_all(description: str) -> Iterator[None]:
         for batch in with_progress(batches, progress, description):
@@ -44,29 +40,12 @@ def recalibrate(
                 run(model, batch)
             yield
 
-    with _evaluating(model), _restored_on_error(layers):
+    with evaluating(model), _restored_on_error(layers):
         if one_pass:
             _in_one_pass(layers, run_all, participants)
         else:
             _one_by_one(layers, run_all, participants)
     return model
-
-
-def _check(layers: list[Any], batches: Any, one_pass: bool) -> None:
-    for layer in layers:
-        if isinstance(layer, torch.nn.modules.lazy.LazyModuleMixin):
-            raise ValueError("a batch norm of the model is lazy and has no channels yet: run a batch through it first")
-    if not layers:
-        raise ValueError("the model has no batch norm with running statistics: there is nothing to set")
-    if not one_pass and len(layers) > 1 and iter(batches) is batches:
-        raise ValueError(
-            f"batches is an iterator, which can be read once, and {len(layers)} batch norms take as many passes: pass "
-            "a list or a DataLoader, or one_pass=True, which is approximate"
-        )
-
-
-def _forward(model: torch.nn.Module, batch: Any) -> Any:
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def _in_one_pass(layers: list[Any], run_all: Callable[[str], Iterator[None]], participants: Participants) -> None:
@@ -75,7 +54,7 @@ def _in_one_pass(layers: list[Any], run_all: Callable[[str], Iterator[None]], pa
     def observe(layer: Any, x: torch.Tensor) -> None:
         seen[layer].add(x, 1)
 
-    with participants.failing_together(), _observed(layers, observe), _normalizing_with_batches(layers):
+    with participants.failing_together(), observed(layers, observe), normalizing_with_batches(layers):
         for _ in run_all("recalibrate"):
             pass
     participants.agree_on_layer(0)
@@ -92,7 +71,7 @@ def _one_by_one(layers: list[Any], run_all: Callable[[str], Iterator[None]], par
     done: list[Any] = []
     while len(done) < len(layers):
         next_layer = _NextLayer(done)
-        with participants.failing_together(), _observed(layers, next_layer):
+        with participants.failing_together(), observed(layers, next_layer):
             for _ in run_all(f"batch norm {len(done) + 1} of {len(layers)}"):
                 next_layer.end_batch()
         index = None if next_layer.layer is None else layers.index(next_layer.layer)
@@ -140,64 +119,11 @@ def _write(layer: Any, population: Population) -> None:
 
 
 @contextmanager
-def _observed(layers: list[Any], observe: Callable[[Any, torch.Tensor], None]) -> Iterator[None]:
-    def hook(layer: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        observe(layer, args[0] if args else options["input"])
-
-    try:
-        for layer in layers:
-            layer.register_forward_pre_hook(hook, with_kwargs=True)
-        yield
-    finally:  # not by handles: an interrupt can come before one is kept
-        for layer in layers:
-            for key in [key for key, found in layer._forward_pre_hooks.items() if found is hook]:
-                del layer._forward_pre_hooks[key]
-                layer._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients; and without torch.compile, whose graphs call no hooks."""
-    modes = {module: module.training for module in model.modules()}
-    set_stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if set_stance is not None and "torch._dynamo" in sys.modules:  # else nothing has been compiled
-            stack.enter_context(set_stance("force_eager"))
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-
-@contextmanager
-def _normalizing_with_batches(layers: list[Any]) -> Iterator[None]:
-    """Without running statistics, layers normalize with the batch's and learn nothing; without a group, with no other
-    member's."""
-    held = [
-        (layer, {name: layer._buffers[name] for name in _BUFFERS[:2]}, vars(layer).get("group")) for layer in layers
-    ]
-    try:
-        for layer, statistics, group in held:
-            layer._buffers.update(dict.fromkeys(statistics))
-            if group is not None:
-                layer.group = None
-        yield
-    finally:
-        for layer, statistics, group in held:
-            layer._buffers.update(statistics)
-            if group is not None:
-                layer.group = group
-
-
-@contextmanager
 def _restored_on_error(layers: list[Any]) -> Iterator[None]:
     before = [
         (layer._buffers[name], layer._buffers[name].clone())
         for layer in layers
-        for name in _BUFFERS
+        for name in BUFFERS
         if layer._buffers[name] is not None
     ]
     try:

@@ -95,9 +95,15 @@ class ModuleStore(Store):
     def block(self, value: Any) -> None:
         self._module._block = value
 
+    def given(self, name: str) -> Array | None:
+        return getattr(self.arrays, name)
+
     def snapshot(self) -> Arrays:
         with _lock.commits:
-            return Arrays(*(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in self.arrays))
+            arrays = self.arrays
+            return arrays._replace(
+                **{name: a.detach().clone() for name, a in arrays.named().items() if isinstance(a, torch.Tensor)}
+            )
 
     def placed_beside(self, backend: Backend, x: Array) -> tuple[Arrays, Arrays]:
         arrays, device = self.arrays, backend.device_of(x)
@@ -117,7 +123,7 @@ class ModuleStore(Store):
 
     # -- writing, in place and all under the lock of every state -----------------------------------------------
 
-    def adopt(self, backend: Backend, before: Arrays, placed: Arrays) -> None:
+    def adopt(self, backend: Backend, x: Array, before: Arrays, placed: Arrays) -> None:
         """It stays where it is."""
 
     def learn(self, batch: Batch) -> None:

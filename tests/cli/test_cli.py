@@ -119,6 +119,16 @@ def test_spans():
     assert demo.spans(["numpy", "torch", "torch", "numpy"]) == [("numpy", 1, 1), ("torch", 2, 3), ("numpy", 4, 4)]
 
 
+@pytest.mark.parametrize("ending", cli.PICTURES)
+def test_curves_in_every_format(ending, tmp_path):
+    runs = [demo.Run(name, None, [1.0, 0.5, 0.2], [0.8, 0.9, 0.95], ["numpy", "torch", "numpy"]) for name in "abc"]
+    path = tmp_path / f"curves{ending.upper()}"
+    demo.draw(path, "conv", *runs)
+    starts = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".eps": b"%!PS", ".jpg": b"\xff\xd8"}
+    starts |= {".webp": b"RIFF", ".tif": (b"II*", b"MM\x00*")}
+    assert path.read_bytes().startswith(starts[ending])
+
+
 # -- demo: the command -----------------------------------------------------------------------------------------
 
 

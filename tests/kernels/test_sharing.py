@@ -83,6 +83,8 @@ def team(request, monkeypatch):
     torch = pytest.importorskip("torch", reason="torch: not installed")
     if openmp.team() is None:
         pytest.skip("torch has no OpenMP threads that can be shared here")
+    monkeypatch.setattr(sharing, "REST", 0)
+    monkeypatch.setattr(sharing, "_crowded_until", 0)
     before_torch = torch.get_num_threads()
 
     def choose(count):
@@ -139,6 +141,25 @@ def test_a_failure_comes_after_everybody_has_stopped(team, caller_fails):
     done, claims = np.zeros(4, int), np.zeros(1, int)
     sharing.share(count, 4, 1, done, claims)  # they are still there
     assert (done == 1).all()
+
+
+def test_a_crowded_team_is_left_alone(team, monkeypatch):
+    """For as long as it waited, twenty times; then it is asked again."""
+    team(2)
+    now = 1_000
+    monkeypatch.setattr(sharing.time, "monotonic_ns", lambda: now)
+    monkeypatch.setattr(sharing, "REST", 20)
+    taken = []
+
+    def kernel(tickets, waits):
+        taken.append(bool(tickets[sharing.OPENMP]))
+        tickets[sharing.WAITED] = waits
+
+    for waits in (sharing.CROWDED, 10 * sharing.CROWDED, 0):
+        sharing.share(kernel, 4, 1, waits)
+    now += 200 * sharing.CROWDED
+    sharing.share(kernel, 4, 1, 0)
+    assert taken == ([True, True, False, True] if sharing.openmp.team() else [False] * 4)
 
 
 def test_callers_at_the_same_time(team):

@@ -86,6 +86,47 @@ def test_a_weight_or_a_bias_alone(options, absent):
     assert oracle.error(bn(x), oracle.normalize(x, statistics.mean, statistics.var()), "float64") <= 4
 
 
+def test_torchs_arguments_by_position():
+    bn = anybn.BatchNorm1d(128, 1e-3, None, False, False)
+    assert bn.state._settings() | {"num_features": 128, "eps": 1e-3, "momentum": None} == bn.state._settings()
+    assert (bn.state.affine, bn.state.track_running_stats) == (False, False)
+    with pytest.raises(TypeError, match="positional arguments"):
+        anybn.BatchNorm1d(128, 1e-3, None, False, False, True)
+    with pytest.raises(TypeError, match="num_features is missing: pass the number of channels, or a state="):
+        anybn.BatchNorm()
+
+
+def test_the_states_arrays_on_the_layer(target):
+    bn = anybn.BatchNorm(3)
+    x = target.array((inputs.normal((8, 3)) + 2).astype(np.float32))
+    bn(x)
+    assert bn.weight is bn.state.weight
+    assert bn.running_mean is bn.state.running_mean
+    assert bn.num_batches_tracked == 1
+    bn.weight = target.array(np.full(3, 2, np.float32))
+    bn.running_var = target.array(np.full(3, 4.0), "float64" if target.has_float64 else "float32")
+    assert np.array_equal(target.numpy(bn.state.weight), np.full(3, 2))
+    assert np.array_equal(target.numpy(bn.state.running_var), np.full(3, 4))
+    assert list(bn.parameters()) == ["weight", "bias"]
+    twin = bn.copy()
+    assert twin.state == bn.state
+    twin.reset()
+    assert twin.state != bn.state
+    assert twin.state == anybn.BatchNormState(3)
+    twin.load_state_dict(bn.state_dict())
+    assert twin.state == bn.state
+
+
+def test_layers_and_files(tmp_path):
+    pytest.importorskip("safetensors", reason="checkpoints need safetensors")
+    bn = anybn.BatchNorm(3, eps=1e-3)
+    bn(inputs.normal((8, 3)))
+    bn.save(tmp_path / "bn")
+    again = anybn.BatchNorm(state=anybn.BatchNormState.load(tmp_path / "bn"))
+    assert again.state == bn.state
+    assert repr(again) == repr(bn)
+
+
 def test_repr():
     bn = anybn.BatchNorm2d(8, momentum=None, activation="relu", affine=False)
     assert repr(bn) == (

@@ -1,17 +1,17 @@
-"""What type checkers make of the README's Python and of typed.py."""
+"""What type checkers make of the Python in README.md and docs/, and of typed.py."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from pages import DOCS, ROOT, blocks_of
 
-ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 CASES = ROOT / "tests" / "typed.py"
-#: Lines of the README that a checker refuses, and why they stay.
+#: Lines of them that a checker refuses, and why they stay.
 REFUSED = {
     "print(whole.count, ": "of what Moments add up to, sum() says that it may be 0",
     "anybn.batch_norm(rng.normal(size=(256, 32)), live": "to torch, any attribute of a module is a tensor or a module",
@@ -27,11 +27,12 @@ PYRIGHT = {
 
 @pytest.fixture(scope="module")
 def tour(tmp_path_factory):
-    """The README's Python in one file, without what needs Keras or Flax."""
+    """The Python of README.md and of these pages in one file, without what needs Keras or Flax."""
     pytest.importorskip("torch", reason="torch: not installed, pip install torch")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    pages = README, *(DOCS / f"{name}.md" for name in ("numpy", "padding", "freeze", "migrating", "dask", "processes"))
+    blocks = [block for page in pages for block in blocks_of(page, without=("keras", "flax"))]
     file = tmp_path_factory.mktemp("types") / "tour.py"
-    file.write_text("\n\n".join(block for block in blocks if not re.search(r"^(import keras|from flax)", block, re.M)))
+    file.write_text("\n\n".join(blocks))
     return file
 
 

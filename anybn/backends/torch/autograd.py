@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction  # Function minus its checks for torch.func, which take 1.4 us
 from torch.compiler import is_compiling
 
+from anybn.backends.torch import cpu
 from anybn.core import formulas
 from anybn.core.call import Call, Gradients, RowSpec, Spec, Statistics
 
@@ -97,10 +98,14 @@ class Recorded(_SingleLevelFunction):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, mask, y = ctx.saved_tensors
         statistics, wants, (backend, spec, group, bias) = ctx.statistics, ctx.needs_input_grad, ctx.call
+        call, grads = Call(x, spec, weight, bias, None, mask, group), None
         if isinstance(statistics, np.ndarray):
-            statistics = _statistics_of_rows(statistics, x)
-        call = Call(x, spec, weight, bias, None, mask, group)
-        grads = differentiated(backend, call, statistics, dy, None if y is None else y > 0, wants[3])
+            if not torch.is_grad_enabled() and not has_no_memory(dy):
+                grads = cpu.gradients_in_one_step(call, statistics, dy, y, wants[3])
+            if grads is None:
+                statistics = _statistics_of_rows(statistics, x)
+        if grads is None:
+            grads = differentiated(backend, call, statistics, dy, y, wants[3])
         return grads.x, grads.weight, grads.bias, grads.residual, None, None, None, None, None
 
 
@@ -172,6 +177,8 @@ def differentiated(
     if call.group is not None and is_compiling():  # a call of backward in a compiled function
         eagerly = torch.compiler.disable(differentiated)  # see `eagerly` in `anybn.torch.compiled`
         return eagerly(backend, call, statistics, dy, active, wants_residual)
+    if torch.is_grad_enabled() and active is not None:
+        active = active > 0
     if torch.is_grad_enabled() and statistics.count is not None and (call.group is not None or call.x.numel()):
         statistics = backend.statistics(call)
     return backend.gradients(call, statistics, dy, active, wants_residual)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import ctypes
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
@@ -162,6 +163,36 @@ class TorchBackend(Backend):
     def twin(self, x: torch.Tensor) -> torch.Tensor:
         return copy.deepcopy(x) if x.is_leaf else self.copy(x)
 
+    def watch(self, x: torch.Tensor) -> Callable[[], Any]:
+        if in_torch_func() or dispatches(x) or x.is_neg() or (x.is_inference() and not x.is_cpu):
+            return object
+        if not x.is_cpu:
+            return lambda: (x._version, x.data_ptr())
+        if not x.is_contiguous():
+            return lambda: self._to_numpy(x).tobytes()
+        # Its bytes: a write through ``x.data`` is counted by no version.
+        address = x.data_ptr()
+        memory = (ctypes.c_char * x.nbytes).from_address(address) if address else None
+        return lambda: memory.raw if memory is not None and x.data_ptr() == address else object()
+
+    def lasts(self, x: torch.Tensor) -> bool:
+        return not (x.requires_grad or dispatches(x) or self.is_traced(x))
+
+    def moved(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return x.to(device)
+
+    def is_trained(self, x: torch.Tensor) -> bool:
+        return x.requires_grad
+
+    def relocated(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        if not x.is_leaf:
+            return x.to(device)
+        x.data = x.data.to(device)  # as torch.nn.Module.to does
+        return x
+
+    def device_name(self, x: torch.Tensor) -> str:
+        return str(x.device)
+
     def refilled(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         if not (old.is_leaf and old.requires_grad):
             return new
@@ -259,8 +290,12 @@ class TorchBackend(Backend):
         active: torch.Tensor | None,
         wants_residual: bool,
     ) -> Gradients:
+        """See `Backend.gradients`; active may also be y itself, which kernels for the CPU read as it is."""
         recorded = self.records(dy, call.x, call.weight) or dispatches(dy) or has_no_memory(dy)
-        if recorded or not (chosen := self._kernels_for(call)):
+        chosen = None if recorded else self._kernels_for(call)
+        if active is not None and active.dtype is not torch.bool and chosen is not cpu:
+            active = active > 0
+        if not chosen:
             return super().gradients(call, statistics, dy, active, wants_residual)
         if call.group is None:
             return chosen.gradients(call, statistics, dy, active, wants_residual)

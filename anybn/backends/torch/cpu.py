@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,26 @@ from anybn import _settings
 from anybn.backends.numpy import kernels
 from anybn.core.call import Call, Gradients, Statistics, Update
 from anybn.core.formulas import Over
+from anybn.kernels.cpu.threads import undisturbed
 
 #: As kernels see them: 16-bit numbers as their bits.
 DTYPES = {getattr(torch, name): np.dtype(bits) for name, (_, bits, _) in _settings.DTYPES.items()}
 _SEEN = DTYPES | {torch.bool: np.dtype(bool)}
+
+
+@functools.cache
+def steps() -> Any:
+    """`anybn.kernels.cpu.step`, or None without Numba; imported with the first small tensor."""
+    if not kernels().__name__.endswith(".operations"):
+        return None
+    return undisturbed(functools.partial(importlib.import_module, "anybn.kernels.cpu.step"))
+
+
+@functools.cache
+def examples() -> dict[torch.dtype, np.ndarray]:
+    """Empty arrays of the dtypes that the compiled steps know on this processor, by which they tell dtypes apart."""
+    return {dtype: np.empty(0, seen) for dtype, seen in DTYPES.items() if kernels().supports(np.dtype(seen))}
+
 
 NO_MEMORY = "has no memory: its storage was freed, as FSDP does between the passes; gather it first"
 
@@ -56,12 +74,12 @@ def gradients(
     wants_residual: bool,
     over: Over | None = None,
 ) -> Gradients:
-    views = Call(_view(call.x), call.spec, _numbers(call.weight))
-    dx, dweight, dbias, _ = kernels().gradients(views, _views(statistics), _view(dy), _view(active), over)
-    dx = _tensor(dx, call.x.dtype)
-    dresidual = dy if wants_residual else None
-    if dresidual is not None and active is not None:
-        dresidual = torch.where(active, dy, dy.new_zeros(()))
+    """See `anybn.core.formulas.gradients`; active may be y itself, after a relu."""
+    views, masked = Call(_view(call.x), call.spec, _numbers(call.weight)), wants_residual and active is not None
+    dx, dweight, dbias, found = kernels().gradients(views, _views(statistics), _view(dy), _view(active), masked, over)
+    dx, dresidual = _tensor(dx, call.x.dtype), dy if wants_residual else None
+    if masked:
+        dresidual = _tensor(found, dy.dtype)
     return Gradients(dx, *_parameter_gradients(call, dweight, dbias), dresidual)
 
 
@@ -70,6 +88,47 @@ def _parameter_gradients(call: Call, dweight: Any, dbias: Any) -> tuple[Any, Any
     return (
         None if weight is None else torch.from_numpy(dweight).to(weight.dtype),
         None if bias is None else torch.from_numpy(dbias).to(bias.dtype),
+    )
+
+
+def gradients_in_one_step(
+    call: Call, statistics: np.ndarray, dy: torch.Tensor, y: torch.Tensor | None, wants_residual: bool
+) -> Gradients | None:
+    """`gradients` where a compiled step went forward, whose rows of statistics these are; None if dy lies otherwise."""
+    x, spec, weight, bias = call[:4]
+    if not (_is_plain(x, x) and _is_plain(dy, x) and (y is None or _is_plain(y, x))):
+        return None
+    parameter = bias if weight is None else weight
+    example = parameter_example = examples()[x.dtype]
+    dx, dresidual, dweight, dbias = torch.empty_like(x), dy if wants_residual else None, None, None
+    if y is not None and wants_residual:
+        dresidual = torch.empty_like(x)
+    if parameter is not None:
+        if not (_is_plain(parameter, parameter) and parameter.shape == (x.shape[1],)):
+            return None
+        parameter_example = examples()[parameter.dtype]
+        dweight = None if weight is None else torch.empty_like(weight)
+        if bias is not None:
+            if not _is_plain(bias, parameter):
+                return None
+            dbias = torch.empty_like(bias)
+    tensors = (dy, x, y, dx, None if dresidual is dy else dresidual, weight, dweight, dbias)
+    addresses = [0 if a is None else a.data_ptr() for a in tensors]
+    sizes, plan = (x.numel(), x.shape[1], len(statistics) > 2), steps().plans(x.shape, example.itemsize)[2]
+    steps().backward(example, parameter_example, *addresses, *sizes, spec.eps, statistics, *plan)
+    return Gradients(dx, dweight, dbias, dresidual)
+
+
+def _is_plain(a: torch.Tensor, like: torch.Tensor) -> bool:
+    """Whether a's values lie one after the other in memory of its own, as many and of the dtype as like's."""
+    return (
+        (type(a) is torch.Tensor or type(a) is torch.nn.Parameter)
+        and a.dtype is like.dtype
+        and a.shape == like.shape
+        and a.is_contiguous()
+        and a.is_cpu
+        and not a.is_neg()
+        and a.data_ptr() != 0
     )
 
 

@@ -71,18 +71,18 @@ def backward(
     rows: Tensor,
     weight: Tensor | None,
     like_bias: Tensor | None,
-    active: Tensor | None,
+    y: Tensor | None,
     of_batch: bool,
     axis: int,
     eps: float,
     wants_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias, dresidual); empty are those of a weight or bias that is None and of a residual that is not
-    asked for, which is to be asked for behind a relu only. like_bias: anything of bias's dtype. of_batch: the
-    statistics are x's own."""
+    asked for, which is to be asked for behind a relu only. like_bias: anything of bias's dtype. y is given behind a
+    relu; of_batch: the statistics are x's own."""
     count = x.numel() // x.shape[axis] if of_batch else None
-    call = Call(x, Spec(axis, eps, active is not None), weight, like_bias)
-    dx, *others = _TORCH.gradients(call, _statistics(x, rows, count), dy, active, wants_residual)
+    call = Call(x, Spec(axis, eps, y is not None), weight, like_bias)
+    dx, *others = _TORCH.gradients(call, _statistics(x, rows, count), dy, y, wants_residual)
     dweight, dbias, dresidual = (rows.new_empty(0) if a is None else a for a in others)
     if wants_residual and dresidual.stride() != dx.stride():  # it may lie like dy
         dresidual = torch.empty_like(dx).copy_(dresidual)
@@ -96,7 +96,7 @@ def _(
     rows: Tensor,
     weight: Any,
     like_bias: Any,
-    active: Any,
+    y: Any,
     of_batch: Any,
     axis: Any,
     eps: Any,
@@ -150,12 +150,11 @@ def _like(bias: Tensor | None) -> Tensor | None:
 def _gradients(ctx: Any, dy: Tensor, of_residual: bool) -> tuple[Tensor | None, ...]:
     """Of x, weight, bias and, if that is wanted, residual."""
     x, rows, weight, like_bias, y = ctx.saved_tensors
-    active = None if y is None else y > 0
-    wants_residual = of_residual and active is not None
+    wants_residual = of_residual and y is not None
     dx, dweight, dbias, dresidual = backward(
-        dy, x, rows, weight, like_bias, active, ctx.of_batch, ctx.axis, ctx.eps, wants_residual
+        dy, x, rows, weight, like_bias, y, ctx.of_batch, ctx.axis, ctx.eps, wants_residual
     )
-    if active is None or not of_residual:
+    if y is None or not of_residual:
         dresidual = dy if of_residual else None
     return dx, None if weight is None else dweight, None if like_bias is None else dbias, dresidual
 

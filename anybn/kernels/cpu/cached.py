@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 
-from anybn.kernels.cpu.threads import undisturbed
+from anybn.kernels.cpu.threads import held_in_forks, undisturbed
 
 #: Why compiled code is not kept, in words for a user; or "".
 problem = ""
@@ -84,32 +83,8 @@ class _Files(FunctionCache):
                     old.unlink()
 
 
-#: Numba's and LLVM's, in the order in which Numba takes them.
-_locks: tuple[Any, ...] = (global_compiler_lock._lock, llvmlite.binding.ffi.lib._lock._lock)
-#: Seconds that a fork waits for them at most: who has them may need what the forking thread holds.
-_PATIENCE = 60
-
-
-def _before_fork() -> None:
-    """No thread compiles while the process forks: a child would have locks that nobody opens, and half a kernel."""
-    for lock in _locks:
-        lock.acquire(timeout=_PATIENCE)
-
-
-def _after_fork(in_child: bool) -> None:
-    for lock in _locks:
-        if lock._is_owned():
-            lock.release()
-        elif in_child:
-            lock._at_fork_reinit()
-
-
-if hasattr(os, "register_at_fork"):  # Windows does not fork
-    os.register_at_fork(
-        before=_before_fork,
-        after_in_parent=functools.partial(_after_fork, False),
-        after_in_child=functools.partial(_after_fork, True),
-    )
+# As Numba takes them. Whoever holds them may compile what is not ours.
+held_in_forks.extend((global_compiler_lock._lock, llvmlite.binding.ffi.lib._lock._lock))
 
 
 class _Kernel(CPUDispatcher):

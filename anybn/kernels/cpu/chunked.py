@@ -260,7 +260,9 @@ class _Backward:
         dy, active = self.arrays.others
         assert dy is not None
         values = as_float64(dy[block])
-        return values if active is None else np.where(active[block], values, 0.0)
+        if active is None:
+            return values
+        return np.where(active[block] if active.dtype == bool else as_float64(active[block]) > 0, values, 0.0)
 
     def xhat(self, block: Block) -> np.ndarray:
         c, (_, mean, shift, _, _) = block[1], self.statistics
@@ -282,13 +284,19 @@ class _Backward:
 
         return arrays.sums(sums_of)
 
-    def dx(self, mean_dy: np.ndarray | None, mean_dy_xhat: np.ndarray | None) -> np.ndarray:
-        """``scale * (dy - mean_dy - xhat * mean_dy_xhat)``; without the means for constant statistics."""
+    def dx(
+        self, mean_dy: np.ndarray | None, mean_dy_xhat: np.ndarray | None, dresidual: np.ndarray | None = None
+    ) -> np.ndarray:
+        """``scale * (dy - mean_dy - xhat * mean_dy_xhat)``, without the means for constant statistics; and fills
+        dresidual with dy, 0 where it does not count."""
         arrays, dx = self.arrays, np.empty_like(self.arrays.dense)
         out, blocks = arrays.reshape(dx), arrays.blocks(whole=False)
+        residual_out = None if dresidual is None else arrays.reshape(dresidual)
 
         def task(i: int) -> None:
             block, c, g = blocks[i], blocks[i][1], self.dy(blocks[i])
+            if residual_out is not None:
+                _store(residual_out, block, arrays.shown(block, g))
             if mean_dy is not None and mean_dy_xhat is not None:
                 xhat = self.xhat(block)
                 xhat *= arrays.along(mean_dy_xhat[c])
@@ -303,16 +311,24 @@ class _Backward:
 
 @_quiet
 def gradients(
-    call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None, over: Over | None = None
+    call: Call,
+    statistics: Statistics,
+    dy: np.ndarray,
+    active: np.ndarray | None,
+    wants_residual: bool,
+    over: Over | None = None,
 ) -> Gradients:
-    """See `anybn.core.formulas.gradients`; weight's and bias's in float64, the residual's left out."""
-    backward = _Backward(call, statistics, dy, active)
+    """See `anybn.core.formulas.gradients`; weight's and bias's in float64. active may be y itself, after a relu."""
+    backward, dresidual = _Backward(call, statistics, dy, active), dy if wants_residual else None
+    if wants_residual and not (active is None and call.mask is None):
+        dresidual = np.empty_like(backward.arrays.dense)
+    filled = None if dresidual is dy else dresidual
     dbias, dweight = backward.sums()
     if statistics.count is None:
-        return Gradients(backward.dx(None, None), dweight, dbias, None)
+        return Gradients(backward.dx(None, None, filled), dweight, dbias, dresidual)
     sum_dy, sum_dy_xhat = (dbias, dweight) if over is None else over(dbias, dweight)
     n = max(statistics.count, 1) if isinstance(statistics.count, int) else np.maximum(statistics.count, 1)
-    return Gradients(backward.dx(sum_dy / n, sum_dy_xhat / n), dweight, dbias, None)
+    return Gradients(backward.dx(sum_dy / n, sum_dy_xhat / n, filled), dweight, dbias, dresidual)
 
 
 @_quiet

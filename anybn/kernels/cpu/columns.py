@@ -36,6 +36,7 @@ from anybn.kernels.cpu.values import (
     if_given,
     load,
     normalized,
+    put,
     scales_of,
     shift_in,
     store,
@@ -174,14 +175,16 @@ def write_y(x, y, residual, floor, mean, shift, scale, bias, width, r0, r1, k0, 
 
 
 @njit(**EXACT)
-def write_dx(dy, x, active, dx, columns, shift, width, r0, r1, k0, k1):
-    """dx in columns k0 to k1 of rows r0 to r1, with what `spread_gradients` put into columns."""
+def write_dx(dy, x, active, dx, dresidual, columns, shift, width, r0, r1, k0, k1):
+    """dx and the residual's gradient in columns k0 to k1 of rows r0 to r1, with what `spread_gradients` put into
+    columns."""
     mean, mean_dy, slope, scale = columns[0], columns[2], columns[3], columns[4]
     for r in range(r0, r1):
         row, out, drow = part_of(x, width, r, k0, k1), part_of(dx, width, r, k0, k1), part_of(dy, width, r, k0, k1)
-        arow = part_of(active, width, r, k0, k1)
+        arow, residual_row = part_of(active, width, r, k0, k1), part_of(dresidual, width, r, k0, k1)
         for k in range(len(row)):
             g = active_dy(drow[k], at(arow, k))
+            put(residual_row, k, g)
             store(out, k, dx_of(g, row[k], mean[k], at(shift, k), mean_dy[k], slope[k], scale[k]))
 
 
@@ -266,7 +269,7 @@ def train(tickets, x, y, residual, floor, eps, weight, bias, statistics, width, 
 
 @shared(**KERNEL)
 def backward(
-    tickets, dy, x, active, dx, count, eps, weight, mean, shift, var, gradients, width, inner, panel
+    tickets, dy, x, active, dx, dresidual, count, eps, weight, mean, shift, var, gradients, width, inner, panel
 ):  # fmt: skip
     """The gradient of panels; count is 0 where the statistics are constants."""
     channels, rows = len(mean), -(-len(x) // width)
@@ -282,7 +285,7 @@ def backward(
             for c in range(c0, c1):
                 finish_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, gradients)
             spread_gradients(mean, shift, gradients, inner, k0, columns)
-            write_dx(dy, x, active, dx, columns, shifts, width, 0, rows, k0, k1)
+            write_dx(dy, x, active, dx, dresidual, columns, shifts, width, 0, rows, k0, k1)
         first, last = proceed(tickets, last - first)
 
 
@@ -353,7 +356,7 @@ def normalize_parts(
 
 
 @shared(**KERNEL)
-def gradient_parts(tickets, dy, x, active, dx, mean, shift, gradients, width, inner, panel, stripe):
+def gradient_parts(tickets, dy, x, active, dx, dresidual, mean, shift, gradients, width, inner, panel, stripe):
     columns, spread_for = np.empty((5, panel)), -1
     shifts = if_given(shift, columns[1])
     first, last = begin(tickets)
@@ -363,7 +366,7 @@ def gradient_parts(tickets, dy, x, active, dx, mean, shift, gradients, width, in
             if p != spread_for:
                 spread_gradients(mean, shift, gradients, inner, k0, columns)
                 spread_for = p
-            write_dx(dy, x, active, dx, columns, shifts, width, r0, r1, k0, k1)
+            write_dx(dy, x, active, dx, dresidual, columns, shifts, width, r0, r1, k0, k1)
         first, last = proceed(tickets, last - first)
 
 

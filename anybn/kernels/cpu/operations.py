@@ -102,27 +102,36 @@ def _writable(statistics: Statistics) -> tuple[np.ndarray, np.ndarray | None, np
 
 
 def gradients(
-    call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None, over: Over | None = None
+    call: Call,
+    statistics: Statistics,
+    dy: np.ndarray,
+    active: np.ndarray | None,
+    wants_residual: bool,
+    over: Over | None = None,
 ) -> Gradients:
-    """See `anybn.core.formulas.gradients`; weight's and bias's in float64, the residual's left out."""
+    """See `anybn.core.formulas.gradients`; weight's and bias's in float64. active may be y itself, after a relu."""
     layout, x, inputs = _inputs(call, dy, active)
     plan, spec, dx = plan_of(layout, x.itemsize, 2), call.spec, np.empty_like(x)
+    dresidual = dy if wants_residual else None
+    if wants_residual and active is not None:
+        dresidual = np.empty_like(x)
+    outputs = (layout.flat(dx), None if dresidual is None or dresidual is dy else layout.flat(dresidual))
     count = 0 if statistics.count is None else layout.outer * layout.inner
     mean, shift, var = _writable(statistics)
     if plan.fits and over is None:
         found, weight = np.empty((5, layout.channels)), parameter(call.weight, layout.channels, 1.0)
         per_channel = (count, spec.eps, weight, mean, shift, var, found)
         kernel = _KERNELS[plan.kernels].backward
-        share(kernel, *plan.tasks, *inputs, layout.flat(dx), *per_channel, *plan.of_task)
-        return Gradients(dx, found[DWEIGHT], found[DBIAS], None)
+        share(kernel, *plan.tasks, *inputs, *outputs, *per_channel, *plan.of_task)
+        return Gradients(dx, found[DWEIGHT], found[DBIAS], dresidual)
     found = _summed_gradients(plan, inputs, call, mean, shift, var, 0 if over else count)
     if over is not None:
         with np.errstate(all="ignore"):
             sum_dy, sum_dy_xhat = over(found[DBIAS], found[DWEIGHT])
             found[MEAN_DY] = sum_dy / statistics.count
             found[SLOPE] = sum_dy_xhat / statistics.count / np.sqrt(var + spec.eps)
-    _write_dx(plan, inputs, layout.flat(dx), mean, shift, found)
-    return Gradients(dx, found[DWEIGHT], found[DBIAS], None)
+    _write_dx(plan, inputs, outputs, mean, shift, found)
+    return Gradients(dx, found[DWEIGHT], found[DBIAS], dresidual)
 
 
 def gradient_sums(
@@ -150,7 +159,7 @@ def dx(
         if mean_dy is not None and mean_dy_xhat is not None:
             found[MEAN_DY] = mean_dy
             found[SLOPE] = mean_dy_xhat * formulas.reciprocal_std(np, statistics, call.spec.eps)
-    _write_dx(plan_of(layout, x.itemsize, 2), inputs, layout.flat(dx), mean, shift, found)
+    _write_dx(plan_of(layout, x.itemsize, 2), inputs, (layout.flat(dx), None), mean, shift, found)
     return dx
 
 
@@ -180,12 +189,12 @@ def _summed_gradients(
 def _write_dx(
     plan: Plan,
     inputs: tuple[Any, ...],
-    dx: np.ndarray,
+    outputs: tuple[Any, ...],
     mean: np.ndarray,
     shift: np.ndarray | None,
     found: np.ndarray,
 ) -> None:
-    share(_KERNELS[plan.kernels].gradient_parts, *plan.parts, *inputs, dx, mean, shift, found, *plan.of_part)
+    share(_KERNELS[plan.kernels].gradient_parts, *plan.parts, *inputs, *outputs, mean, shift, found, *plan.of_part)
 
 
 def updated_running_statistics(update: Update, statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:

@@ -31,7 +31,6 @@ _ulong = getattr(types, f"uint{8 * ctypes.sizeof(ctypes.c_ulong)}")
 _allocate_lock = types.ExternalFunction("PyThread_allocate_lock", types.int64())
 _acquire_lock = types.ExternalFunction("PyThread_acquire_lock", types.int32(types.int64, types.int32))
 _release_lock = types.ExternalFunction("PyThread_release_lock", types.void(types.int64))
-_free_lock = types.ExternalFunction("PyThread_free_lock", types.void(types.int64))
 _start_new_thread = types.ExternalFunction("PyThread_start_new_thread", _ulong(types.int64, types.int64))
 _NO_THREAD = np.iinfo(f"u{ctypes.sizeof(ctypes.c_ulong)}").max
 
@@ -61,6 +60,7 @@ def parallel(pool, function, data, threads):
     for i in range(0, end, SIZE):
         while not _becomes(helpers, i + CALL, address + 1, False):
             pass
+    call[0] = 0  # Numba frees an array after the last line that names it
 
 
 @njit

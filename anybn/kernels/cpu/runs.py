@@ -31,6 +31,7 @@ from anybn.kernels.cpu.values import (
     finish_statistics,
     load,
     normalized,
+    put,
     scales_of,
     shift_in,
     store,
@@ -132,16 +133,19 @@ def write_y(x, y, residual, floor, mean, shift, scale, bias, length, segments, f
 
 
 @njit(**EXACT)
-def write_dx(dy, x, active, dx, mean, shift, gradients, length, segments, first, last):
-    """dx in segments first to last."""
+def write_dx(dy, x, active, dx, dresidual, mean, shift, gradients, length, segments, first, last):
+    """dx and the residual's gradient in segments first to last."""
     for number in range(first, last):
         start, stop = segment(number, length, segments)
         c = number // segments % len(mean)
         m, s = mean[c], at(shift, c)
         mean_dy, slope, k = gradients[MEAN_DY, c], gradients[SLOPE, c], gradients[SCALE, c]
         row, drow, arow, out = x[start:stop], dy[start:stop], cut(active, start, stop), dx[start:stop]
+        residual_row = cut(dresidual, start, stop)
         for i in range(len(row)):
-            store(out, i, dx_of(active_dy(drow[i], at(arow, i)), row[i], m, s, mean_dy, slope, k))
+            g = active_dy(drow[i], at(arow, i))
+            put(residual_row, i, g)
+            store(out, i, dx_of(g, row[i], m, s, mean_dy, slope, k))
 
 
 # -- tasks: groups of channels ---------------------------------------------------------------------------------
@@ -172,7 +176,7 @@ def train(tickets, x, y, residual, floor, eps, weight, bias, statistics, length,
 
 
 @shared(**KERNEL)
-def backward(tickets, dy, x, active, dx, count, eps, weight, mean, shift, var, gradients, length, group):
+def backward(tickets, dy, x, active, dx, dresidual, count, eps, weight, mean, shift, var, gradients, length, group):
     """The gradient of groups of channels; count is 0 where the statistics are constants."""
     channels = len(mean)
     sums = np.empty((4, channels))
@@ -184,7 +188,7 @@ def backward(tickets, dy, x, active, dx, count, eps, weight, mean, shift, var, g
             for c in range(c0, c1):
                 finish_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, gradients)
             for run in range(0, len(x) // length, channels):
-                write_dx(dy, x, active, dx, mean, shift, gradients, length, 1, run + c0, run + c1)
+                write_dx(dy, x, active, dx, dresidual, mean, shift, gradients, length, 1, run + c0, run + c1)
         first, last = proceed(tickets, last - first)
 
 
@@ -226,10 +230,10 @@ def normalize_parts(tickets, x, y, residual, floor, eps, weight, bias, mean, shi
 
 
 @shared(**KERNEL)
-def gradient_parts(tickets, dy, x, active, dx, mean, shift, gradients, length, segments):
+def gradient_parts(tickets, dy, x, active, dx, dresidual, mean, shift, gradients, length, segments):
     first, last = begin(tickets)
     while first < last:
-        write_dx(dy, x, active, dx, mean, shift, gradients, length, segments, first, last)
+        write_dx(dy, x, active, dx, dresidual, mean, shift, gradients, length, segments, first, last)
         first, last = proceed(tickets, last - first)
 
 

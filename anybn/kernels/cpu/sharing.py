@@ -9,6 +9,7 @@ everybody has. All of it is one step of Python's: no signal comes between.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,16 +23,19 @@ from anybn.kernels.cpu.primitives import (
     invoke,
     invoke_parallel,
     look,
+    nanoseconds,
     outlined,
     restore_environment,
     save_environment,
+    swap_if,
 )
 from anybn.kernels.cpu.threads import ENVIRONMENT, get_num_threads
 
 #: The tickets of a call: the next number, how many are done, how many go with one claim, how many there are; how many
 #: threads may work, and how many have come; the addresses of OpenMP's entry and of our pool, 0 for what is not to be
-#: used, of the kernel and of its arguments; the caller's floating-point environment.
-NEXT, DONE, STEP, COUNT, THREADS, COME, OPENMP, POOL, KERNEL, ARGUMENTS, CALLERS = range(11)
+#: used, of the kernel and of its arguments; when all numbers were done, and for how long OpenMP went on waiting, in
+#: nanoseconds; the caller's floating-point environment.
+NEXT, DONE, STEP, COUNT, THREADS, COME, OPENMP, POOL, KERNEL, ARGUMENTS, FINISHED, WAITED, CALLERS = range(13)
 SIZE = CALLERS + ENVIRONMENT
 
 
@@ -72,6 +76,8 @@ def _join(tickets):
         restore_environment(tickets, CALLERS)
         invoke(tickets[KERNEL], tickets[ARGUMENTS])
         restore_environment(own, 0)
+        if tickets[OPENMP] != 0 and look(tickets, DONE) >= tickets[COUNT]:
+            swap_if(tickets, FINISHED, 0, nanoseconds())
 
 
 @njit
@@ -85,6 +91,8 @@ def run(tickets, kernel, arguments):
         join, data = outlined(_join, (tickets,))
         if tickets[OPENMP] != 0:
             invoke_parallel(tickets[OPENMP], join, data)
+            if tickets[FINISHED] != 0:
+                tickets[WAITED] = nanoseconds() - tickets[FINISHED]
         else:
             pool.parallel(tickets[POOL], join, data, tickets[THREADS])
     if look(tickets, DONE) < tickets[COUNT]:
@@ -117,6 +125,14 @@ def shared(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 # -- in Python -------------------------------------------------------------------------------------------------
 
 
+#: Nanoseconds that OpenMP may wait when nothing is left to do, before it counts as crowded, and how many times as long
+#: it is then left alone. It waits for each of its threads, until the system gives it a CPU: beside processes that want
+#: all of them, that took 20 to 90 ms for calls that our own pool, which waits for nobody who has not come, did in 2.
+CROWDED, REST = 1_000_000, 20
+
+_crowded_until = 0
+
+
 def share(kernel: Callable[..., None], count: int, step: int, *arguments: Any) -> None:
     """``kernel(tickets, *arguments)`` on this thread and others, until ``count`` numbers are done.
 
@@ -124,13 +140,16 @@ def share(kernel: Callable[..., None], count: int, step: int, *arguments: Any) -
     on who claims which. Where one claim takes all, nobody is asked to help. Returns, or raises MemoryError, after the
     last thread has left the kernel: nothing is written to an array afterwards.
     """
+    global _crowded_until
     tickets = np.zeros(SIZE, np.int64)
     tickets[STEP], tickets[COUNT] = step, count
     if count > step and (threads := min(get_num_threads(), -(-count // step))) > 1:
-        if (team := openmp.team()) is None:
+        if (team := openmp.team()) is None or time.monotonic_ns() < _crowded_until:
             tickets[POOL] = pool.pool_of(threads - 1)
         elif not team.in_parallel():
             tickets[OPENMP] = team.parallel
         if tickets[OPENMP] or tickets[POOL]:
             tickets[THREADS] = threads
     kernel(tickets, *arguments)
+    if tickets[WAITED] > CROWDED:
+        _crowded_until = time.monotonic_ns() + REST * int(tickets[WAITED])

@@ -21,7 +21,7 @@ from anybn.kernels.cpu.cached import cached
 from anybn.kernels.cpu.plan import plan_of
 from anybn.kernels.cpu.primitives import integers, pointer
 from anybn.kernels.cpu.sharing import alone
-from anybn.kernels.cpu.values import M2, MEAN, load, shift_in, update_running
+from anybn.kernels.cpu.values import DBIAS, DWEIGHT, M2, MEAN, SHIFT, VAR, load, shift_in, store, update_running
 from anybn.kernels.layout import Layout
 
 _COMPILED = {"nogil": True, "error_model": "numpy"}
@@ -145,12 +145,71 @@ def evaluate(
     return True
 
 
+@cached(**_COMPILED)
+def store_all(like, address, values):
+    if address != 0:
+        out = carray(pointer(like, address), (len(values),))
+        for c in range(len(values)):
+            store(out, c, values[c])
+
+
+@cached(**_COMPILED)
+def backward(
+    like_x,
+    like_weight,
+    dy,
+    x,
+    y,
+    dx,
+    dresidual,
+    weight,
+    dweight,
+    dbias,
+    size,
+    channels,
+    of_batch,
+    eps,
+    statistics,
+    tasks,
+    width,
+    inner,
+    panel,
+):
+    """Fill dx, and what else has an address of dresidual, dweight and dbias, as `columns.backward` does.
+
+    statistics are those that `train` filled, of_batch, or the copies of `evaluate`. y is 0 unless it went through relu;
+    then dy counts where y is above 0.
+    """
+    rows = np.zeros((3, channels))  # mean, shift and variance
+    rows[MEAN] = statistics[0]
+    rows[VAR] = statistics[VAR] if of_batch else statistics[1]
+    if of_batch:
+        rows[SHIFT] = statistics[SHIFT]
+    w, gradients = parameter(like_weight, weight, channels, 1.0), np.empty((5, channels))
+    dy_in, x_in = carray(pointer(like_x, dy), (size,)), carray(pointer(like_x, x), (size,))
+    dx_in = carray(pointer(like_x, dx), (size,))
+    tickets = alone(tasks)
+    count = size // channels if of_batch else 0
+    given = (count, eps, w, rows[MEAN], shift_in(rows, x_in), rows[VAR], gradients, width, inner, panel)
+    if y == 0:
+        columns.backward(tickets, dy_in, x_in, None, dx_in, None, *given)
+    elif dresidual == 0:
+        y_in = carray(pointer(like_x, y), (size,))
+        columns.backward(tickets, dy_in, x_in, y_in, dx_in, None, *given)
+    else:
+        y_in, dresidual_in = carray(pointer(like_x, y), (size,)), carray(pointer(like_x, dresidual), (size,))
+        columns.backward(tickets, dy_in, x_in, y_in, dx_in, dresidual_in, *given)
+    store_all(like_weight, dweight, gradients[DWEIGHT])
+    store_all(like_weight, dbias, gradients[DBIAS])
+
+
 @functools.lru_cache(maxsize=1024)
 def plans(shape, itemsize):
-    """The last arguments of `train` and of `evaluate` for a contiguous array with its channels on axis 1; None for one
-    of long planes, or too large for one thread's cache."""
+    """The last arguments of `train`, of `evaluate` and of `backward` for a contiguous array with its channels on axis
+    1; None for one of long planes, or too large for one thread's cache."""
     outer, channels, inner = shape[0], shape[1], math.prod(shape[2:])
-    plan = plan_of(Layout(tuple(range(len(shape))), outer, channels, inner), itemsize, 1)
-    if plan.kernels != "columns" or not plan.fits:
+    layout = Layout(tuple(range(len(shape))), outer, channels, inner)
+    plan, of_two = plan_of(layout, itemsize, 1), plan_of(layout, itemsize, 2)
+    if plan.kernels != "columns" or not plan.fits or not of_two.fits:
         return None
-    return (plan.tasks[0], *plan.of_task), (plan.parts[0], *plan.of_part)
+    return (plan.tasks[0], *plan.of_task), (plan.parts[0], *plan.of_part), (of_two.tasks[0], *of_two.of_task)

@@ -52,16 +52,42 @@ def set_num_threads(count: int) -> None:
     _num_threads = _settings.positive("count", count)
 
 
-# -- a task that no signal interrupts --------------------------------------------------------------------------
+# -- tasks that neither signals nor forks come between ---------------------------------------------------------
 
 _here = threading.local()
+#: Locks that a thread takes before it forks, in this order; the first is that of `undisturbed`.
+held_in_forks: list[Any] = [threading.RLock()]
+#: Seconds that it waits for one at most: who has it may wait for something that the forking thread holds.
+_PATIENCE = 60
+
+
+def _before_fork() -> None:
+    for lock in held_in_forks:
+        lock.acquire(timeout=_PATIENCE)
+
+
+def _after_fork(in_child: bool) -> None:
+    for lock in held_in_forks:
+        if lock._is_owned():
+            lock.release()
+        elif in_child:
+            lock._at_fork_reinit()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=partial(_after_fork, False),
+        after_in_child=partial(_after_fork, True),
+    )
 
 
 def undisturbed(task: Callable[[], Any]) -> Any:
-    """What it returns or raises, from a thread of its own: KeyboardInterrupt strikes in the main thread alone.
+    """What it returns or raises, for the imports and compilations of a first call.
 
-    It would leave Numba half done, being compiled or imported, to fail, hang or crash ever after. Who is interrupted
-    leaves the thread to finish.
+    KeyboardInterrupt would leave them half done, to fail, hang or crash ever after. It strikes the main thread alone,
+    so the task has a thread of its own; who is interrupted leaves that to finish. A fork would leave the child with
+    locks that nobody opens, Python's for modules and Numba's, so it waits for the task.
     """
     if hasattr(_here, "undisturbed") or sys.is_finalizing():  # a thread that starts now would wait for ever
         return task()
@@ -70,7 +96,8 @@ def undisturbed(task: Callable[[], Any]) -> Any:
     def complete() -> None:
         _here.undisturbed = True
         try:
-            outcome.set_result(task())
+            with held_in_forks[0]:
+                outcome.set_result(task())
         except BaseException as error:
             outcome.set_exception(error)
 

@@ -179,12 +179,39 @@ def normalized(value, mean, shift, scale, bias, residual, floor):
     return floor if v < floor else v  # NaN stays
 
 
+def is_active(value):
+    """Whether dy counts: what a mask says, or whether y is above 0 where y itself is given."""
+    raise NotImplementedError
+
+
+@overload(is_active, inline="always")
+def _is_active(value):
+    if value == types.boolean:
+        return lambda value: value
+    infinity = {types.uint16: 0x7F80, types.int16: 0x7C00}.get(value)  # the last of positive bits that is no NaN
+    if infinity is not None:
+        return lambda value: value > 0 and value <= infinity
+    return lambda value: value > 0.0
+
+
+def put(out, i, value):
+    """`store` where there is an out."""
+    raise NotImplementedError
+
+
+@overload(put, inline="always")
+def _put(out, i, value):
+    if isinstance(out, types.NoneType):
+        return lambda out, i, value: None
+    return lambda out, i, value: store(out, i, value)
+
+
 @njit(**EXACT)
 def active_dy(dvalue, active):
-    """A value of dy as float64, 0 where it is not active."""
+    """A value of dy as float64, 0 where it is not active; see `is_active`."""
     dy = load(dvalue)
     if active is not None:
-        dy = dy if active else 0.0
+        dy = dy if is_active(active) else 0.0
     return dy
 
 

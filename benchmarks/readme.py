@@ -1,0 +1,63 @@
+"""The short tables of README.md, from benchmarks/results; it measures nothing.
+
+python benchmarks/readme.py
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from accuracy import HERE, fill
+from speed import LAYOUTS, OPS, TITLES, against_torch, of_part
+
+RESULTS = HERE / "results"
+INPUTS = "N(0, 1)", "mean 1e3, std 1", "mean 1e6, std 1", "float16, mean 1e3"
+COLUMNS = "torch NCHW", "flax", "keras/jax", "anybn, NumPy", "anybn, torch", "anybn, JAX float32"
+NOT_YET = "Not measured yet: `benchmarks/results/nets.jsonl` is to have it."
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+def speed() -> str:
+    rows = of_part(read("speed.jsonl"), library="torch", dtype="float32")
+    lines = [f"| torch's time / anybn's | {' | '.join(LAYOUTS)} |", "|---" * (len(LAYOUTS) + 1) + "|"]
+    for op in OPS:
+        parts = [of_part(rows, op=op, layout=layout) for layout in LAYOUTS]
+        if op in TITLES and all(parts):
+            ratios = [(mean, worst["ratio"]) for mean, worst in map(against_torch, parts)]
+            lines.append(
+                f"| {TITLES[op]} | " + " | ".join(f"{mean:.1f} ({worst:.1f})" for mean, worst in ratios) + " |"
+            )
+    versions = rows[0]["versions"]
+    where = f"{rows[0]['cpu']}, {rows[0]['threads']} threads, torch {versions['torch']}, numba {versions['numba']}"
+    return "\n".join(lines) + f"\n\nfloat32 tensors on {where}, {rows[0]['date']}; not measured again since."
+
+
+def accuracy() -> str:
+    record = json.loads((RESULTS / "accuracy.json").read_text())
+    lines = [f"| largest error of y (eps) | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(record['rows'][name][column] for column in COLUMNS)} |" for name in INPUTS]
+    versions = ", ".join(f"{name} {record['context'][name]}" for name in ("torch", "jax", "flax", "keras"))
+    return "\n".join(lines) + f"\n\nMeasured with {versions}."
+
+
+def nets() -> str:
+    """A row for each of nets.jsonl, which has the keys of gpu.jsonl: op, dtype, layout, us, torch_us, device, date."""
+    if not (RESULTS / "nets.jsonl").exists():
+        return NOT_YET
+    lines = ["| a training step | where | torch | anybn | torch / anybn |", "|---|---|---|---|---|"]
+    for row in read("nets.jsonl"):
+        what, ours, torch = f"{row['op']}, {row['dtype']}, {row['layout']}", row["us"] / 1e3, row["torch_us"] / 1e3
+        lines.append(f"| {what} | {row['device']} | {torch:.1f} ms | {ours:.1f} ms | {torch / ours:.2f} |")
+    return "\n".join(lines)
+
+
+#: The comments in README.md between which a table stands -> what makes it.
+TABLES = {"speed in short": speed, "accuracy in short": accuracy, "nets": nets}
+
+if __name__ == "__main__":
+    for part, make in TABLES.items():
+        fill(part, make())
