@@ -141,10 +141,7 @@ def test_the_names_of_testing_exist():
         assert found.__doc__ or isinstance(found, dict), f"{name} has no words of its own"
 
 
-def test_the_page_of_checkpoints():
-    page = PAGE.with_name("checkpoints.md")
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    scope: dict = {}
-    exec(compile(block, str(page), "exec"), scope)
+def test_the_page_of_checkpoints(capsys):
+    scope = run(capsys, "checkpoints.md", python_of("checkpoints.md"))
     assert np.allclose(scope["y"], 1 / np.sqrt(np.float32(0.01) + 1e-3), rtol=1e-6)
     assert sorted(scope["weights"]) == [f"stem.{name}" for name in ("bias", "running_mean", "running_var", "weight")]
