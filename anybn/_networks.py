@@ -312,7 +312,9 @@ def _values(
         try:
             if convention is not None and layer.convention != convention_called(convention):
                 raise CheckpointError(f"it is of {own}, not of {convention}")
-            arrays = replacements(layer, state._settings(), in_numpy(state._store.snapshot()._asdict()), own)
+            snapshot = state._store.snapshot()
+            exact = {field: snapshot.values_of(field) for field in snapshot.held()}
+            arrays = replacements(layer, state._settings(), in_numpy(snapshot.named()) | exact, own)
             settings = layer.convention.own_settings(state.eps, state.momentum)
             values[name] = arrays, {key: value for key, value in settings.items() if key in layer.settings}
         except ValueError as error:
