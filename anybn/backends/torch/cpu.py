@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from anybn import _settings
+from anybn._lock import undisturbed
 from anybn.backends.numpy import kernels
 from anybn.core.call import Call, Gradients, Statistics, Update
 from anybn.core.formulas import Over
-from anybn.kernels.cpu.threads import undisturbed
 
 #: As kernels see them: 16-bit numbers as their bits.
 DTYPES = {getattr(torch, name): np.dtype(bits) for name, (_, bits, _) in _settings.DTYPES.items()}
