@@ -1,12 +1,15 @@
-"""The lock of every change to a state, changes that nothing comes between, and what a forked child makes anew: locks,
-which a thread of its parent may hold, and threads, which it does not have."""
+"""The lock of every change to a state; changes that nothing comes between, and tasks that neither signals nor forks
+disturb; what a forked child makes anew: locks, which threads of its parent may hold, and threads, which it lacks."""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from functools import partial
 from operator import call
 from typing import Any
 
@@ -55,3 +58,59 @@ def at_once(actions: Iterable[Callable[[], Any]], undo: Iterable[Callable[[], An
 def _renew_commits() -> None:
     global commits
     commits = threading.RLock()
+
+
+# -- tasks that neither signals nor forks come between ---------------------------------------------------------
+
+_here = threading.local()
+#: Locks that a thread takes before it forks, in this order; the first is that of `undisturbed`.
+held_in_forks: list[Any] = [threading.RLock()]
+#: Seconds that it waits for one at most: who has it may wait for something that the forking thread holds.
+_PATIENCE = 60
+
+
+def _before_fork() -> None:
+    for lock in held_in_forks:
+        lock.acquire(timeout=_PATIENCE)
+
+
+def _after_fork(in_child: bool) -> None:
+    for lock in held_in_forks:
+        if lock._is_owned():
+            lock.release()
+        elif in_child:
+            lock._at_fork_reinit()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=partial(_after_fork, False),
+        after_in_child=partial(_after_fork, True),
+    )
+
+
+def undisturbed(task: Callable[[], Any]) -> Any:
+    """What it returns or raises: for the imports and compilations of a first call.
+
+    KeyboardInterrupt would leave them half done, to fail, hang or crash ever after. It strikes the main thread alone,
+    so the task has a thread of its own; who is interrupted leaves that to finish. A fork would leave the child with
+    locks that nobody opens, Python's for modules and Numba's, so it waits for the task.
+    """
+    if hasattr(_here, "undisturbed") or sys.is_finalizing():  # a thread that starts now would wait for ever
+        return task()
+    outcome: Future[Any] = Future()
+
+    def complete() -> None:
+        _here.undisturbed = True
+        try:
+            with held_in_forks[0]:
+                outcome.set_result(task())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    try:
+        threading.Thread(target=complete, name="anybn compiles").start()
+    except RuntimeError:  # there are no more threads to be had
+        return task()
+    return outcome.result()

@@ -709,10 +709,12 @@ def test_no_threads_to_be_had():
     survives(
         with_calls("""
         import os, resource, threading
-        anybn.set_num_threads(1)
+        from anybn.kernels.cpu import pool
+        anybn.set_num_threads(2)
         assert right()  # what is compiled, and read from disk, is
         if os.getuid() == 0:  # whom the limit does not hold for
             os.setuid(65534)
+        pool._renew()  # as in a forked child: there are none
         resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
         anybn.set_num_threads(4)
         try:

@@ -12,12 +12,13 @@ from typing import Any
 import array_api_compat.numpy
 import numpy as np
 
+from anybn._lock import undisturbed
 from anybn._settings import DTYPES, numpy_dtype
 from anybn.backends.base import Backend, beside_values
 from anybn.core import formulas
 from anybn.core.call import Array, Call, Gradients, Statistics, Update
 from anybn.groups import exchange
-from anybn.kernels.cpu import chunked, threads
+from anybn.kernels.cpu import chunked
 
 
 class NumPyBackend(Backend):
@@ -104,7 +105,8 @@ class NumPyBackend(Backend):
         """The kernels that take the arrays of such a call; None, for the core, where there is nothing in them."""
         if not call.x.size:
             return None
-        return kernels() if call.mask is None and kernels().supports(_bits(call.x).dtype) else chunked
+        chosen = kernels()
+        return chosen if chosen.supports(_bits(call.x).dtype) and chosen.takes(call) else chunked
 
     def statistics(self, call: Call) -> Statistics:
         if call.group is None and (chosen := self._kernels_for(call)):
@@ -184,7 +186,7 @@ def kernels() -> ModuleType:
     else `chunked`; imported with the first array for it."""
     if importlib.util.find_spec("numba") is None:
         return chunked
-    return threads.undisturbed(_import_operations)
+    return undisturbed(_import_operations)
 
 
 def _import_operations() -> ModuleType:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from anybn._lock import undisturbed
 from anybn.backends._needs import pip_line
 from anybn.backends.array_api import ArrayAPIBackend
 from anybn.backends.base import Backend, beside_values
@@ -86,9 +87,14 @@ def unregister_backend(name: str) -> None:
 
 def _read_entry_points() -> None:
     """Register what packages offer. One that cannot be loaded is left out, with a warning; the others are not."""
+    if not _entry_points_read:
+        for message in undisturbed(_register_entry_points):  # last, since a filter may make an error of one
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _register_entry_points() -> list[str]:
+    """What there is to warn of."""
     global _entry_points_read
-    if _entry_points_read:
-        return
     from importlib.metadata import entry_points  # 15 ms, a third of what NumPy takes
 
     _entry_points_read = True
@@ -105,19 +111,19 @@ def _read_entry_points() -> None:
             warned.append(
                 f"anybn goes on without the backend {entry_point.name!r}: {reason}; update {package} or uninstall it"
             )
-    for message in warned:  # last, since a filter may make an error of one
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return warned
 
 
 def _built_in(name: str) -> Backend | None:
     """The backend that a file in this folder has under this name: "torch-native" lies in that of torch."""
     library = name.partition("-")[0]
     if name not in _loaded and library in libraries():
-        for cls in tuple(vars(importlib.import_module(f"anybn.backends.{library}")).values()):
+        module = undisturbed(functools.partial(importlib.import_module, f"anybn.backends.{library}"))
+        for cls in tuple(vars(module).values()):
             if isinstance(cls, type) and issubclass(cls, Backend) and vars(cls).get("name") == name:
                 _loaded[name] = cls()
                 if cls.companion:
-                    importlib.import_module(cls.companion)
+                    undisturbed(functools.partial(importlib.import_module, cls.companion))
     return _loaded.get(name)
 
 

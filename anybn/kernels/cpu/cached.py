@@ -26,7 +26,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 
-from anybn.kernels.cpu.threads import held_in_forks, undisturbed
+from anybn._lock import held_in_forks, undisturbed
 
 #: Why compiled code is not kept, in words for a user; or "".
 problem = ""

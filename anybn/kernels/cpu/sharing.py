@@ -99,8 +99,7 @@ def run(tickets, kernel, arguments):
         raise MemoryError("there was no memory left to work with")
 
 
-_SOURCE = """
-def {name}({parameters}):
+_SOURCE = """def {name}({parameters}):
     function, data = outlined(kernel, ({parameters},))
     run(tickets, function, data)
 """
@@ -110,13 +109,16 @@ def shared(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Makes of a kernel, whose first argument are tickets, one that runs on as many threads as they say; a decorator.
 
     Numba takes no arguments whose number is open without making a tuple of them, which costs a microsecond: hence a
-    source with their names. ``options`` are Numba's.
+    source with their names. It says that it stands where the kernel does, which is where errors are to point to and
+    compiled code is kept. ``options`` are Numba's.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
         name, parameters = function.__name__, ", ".join(inspect.signature(function).parameters)
         made = {"__name__": function.__module__, "kernel": njit(function), "outlined": outlined, "run": run}
-        exec(compile(_SOURCE.format(name=name, parameters=parameters), __file__, "exec"), made)
+        lines_before = "\n" * (function.__code__.co_firstlineno - 1)
+        source = lines_before + _SOURCE.format(name=name, parameters=parameters)
+        exec(compile(source, inspect.getfile(function), "exec"), made)
         return cached(**options)(made[name])
 
     return decorate
