@@ -82,6 +82,10 @@ _NO_TRACE = _current_trace()
 _made_in: dict[int, Any] = {}
 
 
+def _made_here(x: Array) -> bool:
+    return id(x) in _made_in and _made_in[id(x)] == _current_trace()
+
+
 class JaxBackend(Backend):
     name = "jax"
     libraries = ("jax", "jaxlib")
@@ -134,10 +138,10 @@ class JaxBackend(Backend):
         new, old = _primal(new), _primal(old)
         if not isinstance(new, jax.core.Tracer):
             return True
-        return new._trace is old._trace if isinstance(old, jax.core.Tracer) else self.is_bound(old)
+        return (isinstance(old, jax.core.Tracer) and new._trace is old._trace) or _made_here(old)
 
     def is_bound(self, x: Array) -> bool:
-        return self.is_traced(x) or (id(x) in _made_in and _made_in[id(x)] == _current_trace())
+        return self.is_traced(x) or _made_here(x)
 
     def lasts(self, x: Array) -> bool:
         return not isinstance(x, jax.core.Tracer)

@@ -227,7 +227,7 @@ class Store:
 
     def _bound(self, backend: Backend, value: Array) -> tuple[Backend, Array]:
         """A constant as an array of the trace that the state is in, if it is in one, which it cannot leave."""
-        for array in self.arrays.held().values():
+        for array in self.arrays.held().values() if backend.lasts(value) else ():
             owner = backend_for(array)
             if owner.is_bound(array) and not (owner.owns(type(value)) and owner.is_bound(value)):
                 return owner, owner.from_numpy(backend.to_numpy(value), owner.device_of(array))
