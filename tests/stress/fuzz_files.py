@@ -260,6 +260,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()), help="a folder for files that fail")
     options = parser.parse_args()
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", ".* does not tell ", UserWarning)  # of eps, as many of these files do not
     faulthandler.enable()
     sys.addaudithook(_watch)
     readers = options.readers.split(",")
