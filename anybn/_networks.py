@@ -85,7 +85,8 @@ def load_batch_norms(source: Any, *, convention: ConventionName | None = None, *
     A file need not be trusted. Nothing in it is executed, no module is imported because it says so, and other layers'
     arrays are not taken. Those that are must come to less than 16 MiB and 8 times the file's size; the states, which
     are float64, and copies on the way need a few times that. Two things are left to others: torch's restricted
-    unpickler reads the pickle of a .pt file, runs nothing, but may build objects of any size; HDF5 reads Keras's.
+    unpickler reads the pickle of a .pt file, runs nothing, but may build objects of any size; HDF5 reads Keras's files,
+    and does not promise to end, or not to crash, on bytes that it did not write: take those only from whom you trust.
 
     Raises CheckpointError for a damaged or forged file, for a source without any batch norm, which says what was found
     there, and for layers that lack an array or have impossible ones, all of them named; BackendNotInstalled if the file
@@ -311,7 +312,9 @@ def _values(
         try:
             if convention is not None and layer.convention != convention_called(convention):
                 raise CheckpointError(f"it is of {own}, not of {convention}")
-            arrays = replacements(layer, state._settings(), in_numpy(state._store.snapshot()._asdict()), own)
+            snapshot = state._store.snapshot()
+            exact = {field: snapshot.values_of(field) for field in snapshot.held()}
+            arrays = replacements(layer, state._settings(), in_numpy(snapshot.named()) | exact, own)
             settings = layer.convention.own_settings(state.eps, state.momentum)
             values[name] = arrays, {key: value for key, value in settings.items() if key in layer.settings}
         except ValueError as error:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import array_api_compat.numpy
 import numpy as np
 
 from anybn import _checks
@@ -128,7 +127,7 @@ class Participants:
         of_all, (count, mean, m2, shift) = Population(len(moments.mean)), np.split(rows[:, 1:], 4, axis=1)
         total = count.sum(0).astype(np.int64)
         with np.errstate(all="ignore"):
-            s = merged(array_api_compat.numpy, total, count, mean, shift, m2)
+            s = merged(backend_for(mean).namespace(mean), total, count, mean, shift, m2)
         of_all.moments = Moments(total, s.mean, s.m2, s.shift)
         of_all.batches = int(rows[:, 0].sum())
         return of_all

@@ -1,7 +1,7 @@
 """Whole nets, as they are and converted: a training step and an evaluation, interleaved in one process.
 
     python benchmarks/nets.py                        # all of it, an hour, into benchmarks/results/nets.jsonl
-    python benchmarks/nets.py --readme               # and puts the table into README.md
+    python benchmarks/nets.py --docs                 # and puts tables into docs/speed.md and README.md
     python benchmarks/nets.py --net resnet18 --format last --rounds 5
 
 The contestants are a net of torch's (``torch``), the same one after `anybn.torch.convert` (``converted``), and after it
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accuracy import fill
 from torch import Tensor, nn
 
 import anybn
@@ -40,7 +41,6 @@ import anybn.torch
 from anybn.cli.timing import Run, interleaved, seconds_of_others
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
 CLASSES = 10
 
 
@@ -257,14 +257,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "".join(lines)
 
 
-def put_into_readme(text: str) -> None:
-    pattern = r"(<!-- nets -->\n).*?(<!-- /nets -->)"
-    content = README.read_text()
-    if not re.search(pattern, content, re.DOTALL):
-        raise SystemExit("README.md has no <!-- nets --> ... <!-- /nets -->")
-    README.write_text(re.sub(pattern, lambda m: m[1] + text + m[2], content, flags=re.DOTALL))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", action="append", choices=NETS, help="only these")
@@ -272,7 +264,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="as many as there are CPUs unless given")
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
     parser.add_argument("--out", type=Path, default=RESULTS / "nets.jsonl")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--docs", action="store_true", help="put the table into docs/speed.md, steps into README.md")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -285,8 +277,11 @@ def main() -> None:
             file.flush()
             print("  ", row["what"], row["ms"])
     print(table(rows))
-    if options.readme:
-        put_into_readme(table(rows))
+    if options.docs:
+        import readme  # late: it reads what was written
+
+        fill("nets table", table(rows).rstrip())
+        fill("nets", readme.nets())
 
 
 if __name__ == "__main__":

@@ -45,14 +45,17 @@ def accuracy() -> str:
 
 
 def nets() -> str:
-    """A row for each of nets.jsonl, which has the keys of gpu.jsonl: op, dtype, layout, us, torch_us, device, date."""
+    """Training steps of nets.jsonl, which `nets.py` writes: torch's time, and by how much the others' is less."""
     if not (RESULTS / "nets.jsonl").exists():
         return NOT_YET
-    lines = ["| a training step | where | torch | anybn | torch / anybn |", "|---|---|---|---|---|"]
-    for row in read("nets.jsonl"):
-        what, ours, torch = f"{row['op']}, {row['dtype']}, {row['layout']}", row["us"] / 1e3, row["torch_us"] / 1e3
-        lines.append(f"| {what} | {row['device']} | {torch:.1f} ms | {ours:.1f} ms | {torch / ours:.2f} |")
-    return "\n".join(lines)
+    rows = of_part(read("nets.jsonl"), what="step")
+    lines = ["| a training step of | torch | torch / converted | torch / with `fuse=` |", "|---|---|---|---|"]
+    for row in rows:
+        ms = row["ms"]
+        ratios = [f"{ms['torch'] / ms[name]:.2f}" if name in ms else "-" for name in ("converted", "fused")]
+        lines.append(f"| {row['net']}, {row['layout']} | {ms['torch']:.0f} ms | {' | '.join(ratios)} |")
+    where = f"{rows[0]['cpu']}, {rows[0]['threads']} threads, torch {rows[0]['versions']['torch']}, {rows[0]['date']}"
+    return "\n".join(lines) + f"\n\nfloat32 on {where}."
 
 
 #: The comments in README.md between which a table stands -> what makes it.

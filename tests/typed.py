@@ -55,6 +55,11 @@ def a_step(x: Floats, state: anybn.BatchNormState) -> None:
     assert_type(state.num_batches_tracked, int)
     assert_type(state.momentum, float | None)
     assert_type(state.copy(), anybn.BatchNormState)
+    assert_type(state.parameters(), dict[str, Any])
+    assert_type(state.equals(state.copy()), bool)
+    assert_type(anybn.BatchNorm1d(3, 1e-5, None, False).copy(), anybn.BatchNorm1d)
+    for name, gradient in grads.items():
+        setattr(state, name, gradient)
 
 
 def modules(model: torch.nn.Sequential, x: torch.Tensor) -> None:

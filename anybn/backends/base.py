@@ -187,6 +187,10 @@ class Backend:
         """Whether x, made during a call, may be kept after it: not if it means something only inside a trace."""
         return True
 
+    def is_bound(self, x: Array) -> bool:
+        """Whether x belongs to a trace that is under way: a state that holds x can hold what is traced there."""
+        return False
+
     def moved(self, x: Array, device: Any) -> Array:
         """x on another device of the library; differentiable where the library is."""
         return self.from_numpy(self.to_numpy(x), device)
@@ -214,16 +218,12 @@ class Backend:
 
     def device_name(self, x: Array) -> str:
         """Where x lies within the library, as `device` takes it."""
-        return _name_of(self.device_of(x))
+        device = self.device_of(x)
+        return "" if device is None else _name_of(device)
 
     def may_store(self, new: Array, old: Array) -> bool:
         """Whether a state may hold new in place of old after the call: not if new means something only inside it."""
         return True
-
-    def in_place_of(self, present: Array, value: Array) -> Array:
-        """value as a state takes it in place of present: where traced calls may store what they make, there they may
-        after it."""
-        return value
 
     def write_problem(self, out: Array) -> str:
         """Why out cannot be written to, and what to do; or ""."""

@@ -134,9 +134,10 @@ class JaxBackend(Backend):
         new, old = _primal(new), _primal(old)
         if not isinstance(new, jax.core.Tracer):
             return True
-        if isinstance(old, jax.core.Tracer) and new._trace is old._trace:
-            return True
-        return id(old) in _made_in and _made_in[id(old)] == _current_trace()
+        return new._trace is old._trace if isinstance(old, jax.core.Tracer) else self.is_bound(old)
+
+    def is_bound(self, x: Array) -> bool:
+        return self.is_traced(x) or (id(x) in _made_in and _made_in[id(x)] == _current_trace())
 
     def lasts(self, x: Array) -> bool:
         return not isinstance(x, jax.core.Tracer)
@@ -146,12 +147,6 @@ class JaxBackend(Backend):
             return ""
         device = min(x.devices(), key=lambda device: device.id)
         return f"{device.platform}:{device.id}"
-
-    def in_place_of(self, present: Array, value: Array) -> Array:
-        """A copy of a constant from outside where present was made in this trace, to which the copy belongs then."""
-        if self.is_traced(value) or _made_in.get(id(present), _NO_TRACE) == _NO_TRACE:
-            return value
-        return self.from_numpy(np.asarray(value), None)
 
     def detached(self, x: Array) -> Array:
         return _primal(x)

@@ -105,7 +105,8 @@ class NumPyBackend(Backend):
         """The kernels that take the arrays of such a call; None, for the core, where there is nothing in them."""
         if not call.x.size:
             return None
-        return kernels() if call.mask is None and kernels().supports(_bits(call.x).dtype) else chunked
+        chosen = kernels()
+        return chosen if chosen.supports(_bits(call.x).dtype) and chosen.takes(call) else chunked
 
     def statistics(self, call: Call) -> Statistics:
         if call.group is None and (chosen := self._kernels_for(call)):

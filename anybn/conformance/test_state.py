@@ -250,3 +250,18 @@ def test_out(target: Target) -> None:
     dx = oracle.gradients(x * 2 - 1, x, statistics.mean, statistics.var(), count=statistics.count).x
     size = np.abs(x * 2 - 1).max()
     assert oracle.error(target.numpy(pullback(dy).x), dx, "float32", size) <= 4
+
+
+@pytest.mark.quick
+def test_evaluation_leaves_the_state_at_home(target: Target) -> None:
+    """Elsewhere it reads a replica, which follows what is written to the state."""
+    state, x = anybn.BatchNormState(3), batches(1)[0]
+    anybn.batch_norm(x, state, training=True)
+    arrays, mean, var = state._arrays, state.running_mean, state.running_var
+    for factor in (1.0, 2.0):
+        state.weight[...] = factor
+        for _ in range(2):
+            y = target.numpy(anybn.batch_norm(target.array(x), state))
+            expected = oracle.normalize(x, mean, var, weight=np.full(3, factor))
+            assert oracle.error(y, expected, "float32", 10) <= 4
+    assert state._arrays is arrays

@@ -71,7 +71,7 @@ class Arrays(NamedTuple):
             wanted = numpy_dtype(_wanted_dtype(name, parameter_dtype))
             kept = numpy_dtype(dtype_of(name, parameter_dtype, backend, device))
             with np.errstate(over="ignore"):
-                full = given.astype(wanted)
+                full = read_only(given.astype(wanted))
                 rounded = full.astype(kept)
             array = backend.from_numpy(rounded, device)
             new[name] = array = backend.frozen(array) if name.startswith("running") else array
@@ -211,7 +211,7 @@ class Replicas(dict[Any, Replica]):
         made = placed(home, parameter_dtype, backend, device)
         if all(map(backend.lasts, made.held().values())):
             self[backend, device] = Replica(home, watched, made)
-            for key in tuple(self)[: -self.MOST]:
+            for key in list(self)[: -self.MOST]:
                 self.pop(key, None)
         return made
 

@@ -22,6 +22,7 @@ class Settings:
 
     @property
     def num_features(self) -> int:
+        """C, the number of channels."""
         return self._store.num_features
 
     @property
@@ -40,10 +41,12 @@ class Settings:
 
     @property
     def track_running_stats(self) -> bool:
+        """Whether there are running statistics."""
         return self._arrays.running_mean is not None
 
     @property
     def eps(self) -> float:
+        """What is added to the variance."""
         return self._store.eps
 
     @eps.setter
@@ -52,6 +55,7 @@ class Settings:
 
     @property
     def momentum(self) -> float | None:
+        """The weight of a new batch; None for the average over all batches."""
         return self._store.momentum
 
     @momentum.setter
@@ -60,6 +64,7 @@ class Settings:
 
     @property
     def ddof(self) -> int:
+        """``running_var`` averages ``m2 / (count - ddof)``."""
         return self._store.ddof
 
     @ddof.setter

@@ -128,6 +128,7 @@ class BatchNormState(Settings):
 
     @property
     def weight(self) -> Array:
+        """gamma, ``(C,)``; None where it is left out."""
         return self._store.given("weight")
 
     @weight.setter
@@ -136,6 +137,7 @@ class BatchNormState(Settings):
 
     @property
     def bias(self) -> Array:
+        """beta, ``(C,)``; None where it is left out."""
         return self._store.given("bias")
 
     @bias.setter
@@ -144,6 +146,7 @@ class BatchNormState(Settings):
 
     @property
     def running_mean(self) -> Array:
+        """``(C,)``, what evaluation subtracts; None without track_running_stats."""
         return self._arrays.running_mean
 
     @running_mean.setter
@@ -152,6 +155,7 @@ class BatchNormState(Settings):
 
     @property
     def running_var(self) -> Array:
+        """``(C,)``, what evaluation divides by the root of; None without track_running_stats."""
         return self._arrays.running_var
 
     @running_var.setter
@@ -160,6 +164,7 @@ class BatchNormState(Settings):
 
     @property
     def num_batches_tracked(self) -> int:
+        """Training batches so far."""
         n: Any = self._arrays.num_batches_tracked
         try:
             return n if isinstance(n, int) or not hasattr(n, "ndim") or n.ndim else int(n)

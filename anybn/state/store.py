@@ -196,6 +196,7 @@ class Store:
         """Take value as it is where its dtype allows (a torch Parameter stays itself); the state moves beside it."""
         backend = backend_for(value, name)
         _checks.state_array(backend, name, value, self.num_features)
+        backend, value = self._bound(backend, value)
         device = backend.device_of(value)
         wanted = dtype_of(name, self.dtype, backend, device)
         dtype = backend.dtype(wanted)
@@ -214,17 +215,23 @@ class Store:
             for other, array in others.held().items():
                 if backend.owns(type(array)) and backend.overlaps(value, array):
                     raise ValueError(f"{name} shares memory with {other}: give it a copy")
+            if not backend.owns(type(getattr(arrays, name))):  # else it is replaced, and not left behind
+                others = arrays
+            others = with_trained_moved(others, self.private, backend, device)._replace(**{name: None})  # type: ignore[arg-type]
             if not backend.is_traced(value):
-                replaced = backend.owns(type(getattr(arrays, name)))  # by one of its library, and so not left behind
-                others = with_trained_moved(others if replaced else arrays, self.private, backend, device)
-                others = placed(others._replace(**{name: None}), self.dtype, backend, device)  # type: ignore[arg-type]
-            present, kept = getattr(arrays, name), stored
-            if present is not None and backend.owns(type(present)):
-                kept = backend.in_place_of(present, stored)
-            return others._replace(**{name: kept})
+                others = placed(others, self.dtype, backend, device)
+            return others._replace(**{name: stored})
 
         self.swap(change)
         self.private.discard(name)
+
+    def _bound(self, backend: Backend, value: Array) -> tuple[Backend, Array]:
+        """A constant as an array of the trace that the state is in, if it is in one, which it cannot leave."""
+        for array in self.arrays.held().values():
+            owner = backend_for(array)
+            if owner.is_bound(array) and not (owner.owns(type(value)) and owner.is_bound(value)):
+                return owner, owner.from_numpy(backend.to_numpy(value), owner.device_of(array))
+        return backend, value
 
     def fill(self, values: dict[str, Any]) -> None:
         """Take over NumPy values and a count by field name, at once, where the present ones are and in their dtypes."""

@@ -104,12 +104,14 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Arrays of other libraries are taken too, and ``assign=True`` does not change the statistics' precision."""
+        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         for name in ("weight", "bias", *BUFFERS):
             value = state_dict.get(prefix + name)
             if value is not None and not isinstance(value, torch.Tensor):
                 state_dict[prefix + name] = torch.as_tensor(as_tensor(backend_for(value, prefix + name), value))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        set_running_dtype(self, lambda buffer: running_dtype(buffer.device))
+        for name, dtype in dtypes.items():
+            self._buffers[name] = self._buffers[name].to(dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """The running statistics go where fn leads, but keep their precision: ``half()`` would make them useless."""

@@ -10,7 +10,7 @@ import functools
 import importlib.machinery
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -142,7 +142,13 @@ _TOLD: dict[str, Callable[[ModuleType], None]] = {
     "torch.utils.mkldnn": _to_mkldnn,
     "torch.export._trace": _exporting("_export"),
     "torch.onnx._internal.torchscript_exporter.utils": _exporting("_export"),
+    "torch.onnx.utils": _exporting("_export"),  # where it was before torch 2.9
 }
+
+
+def _wrap(name: str, module: ModuleType) -> None:
+    with suppress(AttributeError, ImportError):  # a torch that has it elsewhere goes on without
+        _TOLD[name](module)
 
 
 class _WhenImported:
@@ -156,7 +162,7 @@ class _WhenImported:
 
             def exec_module(module: ModuleType) -> None:
                 load(module)
-                _TOLD[name](module)
+                _wrap(name, module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -164,7 +170,7 @@ class _WhenImported:
 
 def tell() -> None:
     """Wrap them all, once in a process."""
-    for name, wrap in _TOLD.items():
+    for name in _TOLD:
         if name in sys.modules:
-            wrap(sys.modules[name])
+            _wrap(name, sys.modules[name])
     sys.meta_path.insert(0, _WhenImported)  # type: ignore[arg-type]

@@ -364,3 +364,22 @@ def test_a_state_made_inside_vmap_trains(like):
     jax.vmap(with_state_of_outer_trace)(xs)
     with pytest.raises(anybn.StateError, match="was not passed into this traced call"):
         jax.vmap(lambda x: anybn.batch_norm(x, outer[0], training=True))(xs)
+
+
+@pytest.mark.parametrize("library", [np, jnp])
+def test_constants_may_be_assigned_in_a_trace(library):
+    """To a state that is made inside, or passed in: it learns from them there, and has no tracer left outside."""
+    x, mean = jnp.asarray(inputs.normal((8, 3)).astype(np.float32)), library.asarray([1.0, 2.0, 3.0])
+
+    def step(x, state=None):
+        state = anybn.BatchNormState(3, like=x) if state is None else state
+        state.running_mean = mean
+        anybn.batch_norm(x, state, training=True)
+        return state
+
+    expected = step(x, anybn.BatchNormState(3))
+    for found in (jax.jit(step)(x), jax.jit(step)(x, anybn.BatchNormState(3)), jax.jit(step)(x, expected.copy())):
+        assert np.allclose(found.running_mean, expected.running_mean, rtol=1e-6)
+    outside = anybn.BatchNormState(3, like=x)
+    with pytest.raises(anybn.StateError, match="the state was not passed into this traced call"):
+        jax.jit(lambda x: step(x, outside).running_mean)(x)

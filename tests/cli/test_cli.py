@@ -40,7 +40,7 @@ def test_info_lists_what_is_installed_and_how_to_install_the_rest(capsys, monkey
     assert any(line.startswith("cupy") and line.endswith("not usable: it finds no device to run on") for line in lines)
     assert any(line.startswith("jax") and line.endswith("not usable: RuntimeError: no plugin") for line in lines)
     missing = lines[lines.index("Not installed:") + 1 :]
-    assert {line.split()[0] for line in missing} == {"torch", "dask", "array_api_strict"}
+    assert {line.split()[0] for line in missing} == {"torch", "dask", "array_api_strict", "mlx", "ndonnx"}
     assert all("pip install" in line for line in missing)
 
 

@@ -32,15 +32,6 @@ def test_the_reference_has_everything_public():
 
     shown = set(re.findall(r"^::: anybn\.(\w+)$", (REFERENCE / "anybn.md").read_text(), re.M))
     assert shown == set(anybn.__all__) - {"backends"}  # a function and a package: its entry has another path
-    for module in (
-        "torch",
-        "jax",
-        "variants",
-        "norms",
-        "interop",
-        "distributed",
-        "diagnosis",
-        "backends",
-        "conformance",
-    ):
+    frameworks = "torch", "jax", "flax", "equinox", "haiku", "keras"
+    for module in (*frameworks, "variants", "norms", "interop", "distributed", "diagnosis", "backends", "conformance"):
         assert f"::: anybn.{module}\n" in (REFERENCE / f"{module}.md").read_text()

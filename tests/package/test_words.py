@@ -5,12 +5,14 @@ import inspect
 
 import pytest
 
-MODULES = "variants", "norms", "interop", "distributed", "diagnosis", "backends", "torch", "jax"
+FRAMEWORKS = "torch", "jax", "flax", "equinox", "haiku", "keras"
+MODULES = "variants", "norms", "interop", "distributed", "diagnosis", "backends", *FRAMEWORKS
 
 
 @pytest.mark.parametrize("name", ["anybn", *(f"anybn.{name}" for name in MODULES)])
-def test_a_docstring_for_everything_public(name):
-    if (framework := name.removeprefix("anybn.")) in ("torch", "jax"):
+def test_a_docstring_for_everything_public(name, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    if (framework := name.removeprefix("anybn.")) in FRAMEWORKS:
         pytest.importorskip(framework, reason=f"{framework}: not installed")
     module = importlib.import_module(name)
     things = {name: getattr(module, name) for name in getattr(module, "__all__", ())}

@@ -114,6 +114,28 @@ def test_an_optimizer_is_a_loop(target, x, options):
         assert oracle.error(target.numpy(getattr(state, name)), expected, "float32", 4) <= 2
 
 
+def test_adam_across_libraries(target):
+    """Its moments go along with asarray; the weights are those that NumPy alone would have made."""
+
+    def trained(places):
+        state, moments = anybn.BatchNormState(3), {}
+        for step in range(6):
+            x = places[step % len(places)]((inputs.normal((8, 3), step) + 1).astype(np.float32))
+            y, pullback = anybn.batch_norm_vjp(x, state, training=True)
+            grads = pullback(y - 1)
+            for name, parameter in state.parameters().items():
+                m, v = (anybn.asarray(a, like=x) for a in moments.get(name, (np.zeros(3, np.float32),) * 2))
+                m, v = 0.9 * m + 0.1 * grads[name], 0.99 * v + 0.01 * grads[name] ** 2
+                moments[name] = m, v
+                setattr(state, name, parameter - 0.1 * m / (v**0.5 + 1e-3))
+        return state.to("numpy")
+
+    alone, switched = trained([np.asarray]), trained([np.asarray, target.array])
+    for name, parameter in alone.parameters().items():
+        assert np.abs(parameter - (1 if name == "weight" else 0)).max() > 0.1
+        assert np.allclose(getattr(switched, name), parameter, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_are_a_tuple_and_a_mapping():
     x = np.ones((4, 3), np.float32)
     _, pullback = anybn.batch_norm_vjp(x, anybn.BatchNormState(3, bias=False))

@@ -317,6 +317,11 @@ def test_parameters_are_not_left_behind(with_parameters):
         with pytest.raises(anybn.StateError, match=message):
             move()
         assert state._arrays is arrays
+    for place in PLACES:
+        if place.backend.name != "torch":
+            with pytest.raises(anybn.StateError, match="requires grad, and whoever trains it"):
+                state.weight = place.array(np.ones(3, np.float32))
+            assert state._arrays is arrays
     assert state.copy().to("numpy").backend == "numpy"  # nobody can hold what nobody was given
     twin = state.copy()
     held = twin.parameters()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import itertools
+import json
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ import tempfile
 import time
 import tracemalloc
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -129,6 +131,51 @@ def onnx_files(folder: Path) -> Iterator[Path]:
         yield folder / f"{name}.onnx"
 
 
+def keras_files(folder: Path) -> Iterator[Path]:
+    """As Keras 3 writes them, the layers of a model by number, and as Keras 2 did, by name."""
+    import h5py
+
+    layers = {"batch_normalization": {}, "batch_normalization_1": {"scale": False, "epsilon": 1e-4, "axis": [3]}}
+    entries = [
+        {"class_name": "BatchNormalization", "config": {"name": f"bn{i}", "epsilon": 1e-3, "momentum": 0.9, **own}}
+        for i, own in enumerate(layers.values())
+    ]
+    entries.append({"class_name": "Dense", "config": {"name": "dense", "units": 3}})
+    config = {"class_name": "Functional", "config": {"name": "net", "layers": entries}}
+    names = {
+        False: ["gamma", "beta", "moving_mean", "moving_variance"],
+        True: ["beta", "moving_mean", "moving_variance"],
+    }
+    rng = np.random.default_rng(0)
+
+    def numbered(path: Path) -> None:
+        with h5py.File(path, "w") as file:
+            file.create_group("vars").attrs["name"] = "net"
+            for i, (layer, own) in enumerate(layers.items()):
+                group = file.create_group(f"layers/{layer}/vars")
+                group.attrs["name"] = f"bn{i}"
+                for j, _ in enumerate(names[bool(own)]):
+                    group[str(j)] = rng.uniform(size=5).astype("f4")
+            file["layers/dense/vars/0"] = rng.normal(size=(5, 3))
+
+    weights_path = folder / "model.weights.h5"
+    numbered(weights_path)
+    for name, compression in (("plain", zipfile.ZIP_STORED), ("compressed", zipfile.ZIP_DEFLATED)):
+        with zipfile.ZipFile(folder / f"{name}.keras", "w", compression) as archive:
+            archive.writestr("metadata.json", '{"keras_version": "3.15.1"}')
+            archive.writestr("config.json", json.dumps(config))
+            archive.writestr("model.weights.h5", weights_path.read_bytes())
+        yield folder / f"{name}.keras"
+    weights_path.unlink()
+    with h5py.File(folder / "named.h5", "w") as file:
+        file.attrs["model_config"] = json.dumps(config)
+        for i, own in enumerate(layers.values()):
+            for name in names[bool(own)]:
+                file[f"model_weights/bn{i}/bn{i}/{name}"] = rng.uniform(size=5).astype("f4")
+        file["model_weights/dense/dense/kernel"] = rng.normal(size=(5, 3))
+    yield folder / "named.h5"
+
+
 def _load(path: Path) -> dict[str, anybn.BatchNormState]:
     return {"": anybn.BatchNormState.load(path)}
 
@@ -140,6 +187,7 @@ READERS: dict[str, tuple[Callable[[Path], Iterator[Path]], Callable, mutation.Mu
     "npz": (npz_files, anybn.load_batch_norms, mutation.of_zip),
     "pt": (torch_files, anybn.load_batch_norms, mutation.of_zip),
     "onnx": (onnx_files, anybn.load_batch_norms, mutation.of_onnx),
+    "keras": (keras_files, anybn.load_batch_norms, mutation.of_keras),
 }
 
 
@@ -237,7 +285,7 @@ def fuzz(reader: str, seed: int, cases: int, until: float, folder: Path, keep: P
             break
         random = Random(f"{seed} {reader} {case}")
         (path, content), (_, other) = random.choice(contents), random.choice(contents)
-        by_container = random.random() < 0.6 and not path.name.startswith("legacy")
+        by_container = reader == "keras" or (random.random() < 0.6 and not path.name.startswith("legacy"))
         content = (of_container if by_container else mutation.of_bytes)(random, content, other)
         path = folder / f"case{path.suffix}"
         path.write_bytes(content)
@@ -260,7 +308,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()), help="a folder for files that fail")
     options = parser.parse_args()
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", ".* does not tell ", UserWarning)  # of eps, as many of these files do not
+    warnings.filterwarnings("ignore", ".* does not tell e", UserWarning)  # eps, which is said of whole files too
     faulthandler.enable()
     sys.addaudithook(_watch)
     readers = options.readers.split(",")

@@ -6,7 +6,9 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from random import Random
+from typing import Any
 
 from anybn.checkpoints import files
 
@@ -118,6 +120,68 @@ def of_zip(random: Random, content: bytes, other: bytes) -> bytes:
             if name != chosen or random.random() < 0.95:
                 zipped.writestr(name, member, random.choice((zipfile.ZIP_STORED,) * 9 + (zipfile.ZIP_DEFLATED,)))
     return target.getvalue()
+
+
+def of_keras(random: Random, content: bytes, other: bytes) -> bytes:
+    """The config as JSON, or the arrays; in a file of Keras 2 the attribute that holds the config."""
+    if not content.startswith(b"PK"):
+        return _of_hdf5(random, content, other)
+    target = io.BytesIO()
+    chosen = random.choice(("config.json", "model.weights.h5"))
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(target, "w") as zipped:
+        for name in source.namelist():
+            member = source.read(name)
+            if name == chosen == "config.json":
+                member = json.dumps(_json(random, json.loads(member))).encode()
+            elif name == chosen:
+                member = _of_hdf5(random, member, member)
+            if name != chosen or random.random() < 0.95:
+                zipped.writestr(name, member, random.choice((zipfile.ZIP_STORED,) * 9 + (zipfile.ZIP_DEFLATED,)))
+    return target.getvalue()
+
+
+def _of_hdf5(random: Random, content: bytes, other: bytes) -> bytes:
+    """Links, shapes, dtypes and attributes, in a file that HDF5 itself has written.
+
+    No bytes of it: HDF5 does not promise to end on those, and was seen not to in an attribute with a wrong length.
+    """
+    import h5py
+
+    buffer = io.BytesIO(content)
+    with h5py.File(buffer, "r+") as file:
+        for _ in range(random.choice((1, 1, 2))):
+            paths: list[str] = []
+            file.visit(paths.append)
+            with suppress(OSError, ValueError, KeyError, RuntimeError, IndexError):  # a change that HDF5 refuses
+                _change_hdf5(random, file, random.choice(paths), paths)
+    return buffer.getvalue()
+
+
+def _change_hdf5(random: Random, file: Any, path: str, paths: list[str]) -> None:
+    import h5py
+    import numpy as np
+
+    kind = random.randrange(8)
+    if kind in (0, 1, 2, 3, 7):
+        del file[path]
+    if kind == 1:
+        target = random.choice(("/etc/hostname", "absent.h5", "."))
+        file[path] = random.choice((h5py.SoftLink(random.choice(paths)), h5py.ExternalLink(target, "/x")))
+    elif kind == 2:
+        shape = random.choice(((), (0,), (5, 5), (2**40,), (6,)))
+        dtype = random.choice(("f4", "f8", "i4", "S3", "c8", "f2"))
+        file.create_dataset(path, shape, dtype, chunks=True if shape == (2**40,) else None)
+    elif kind == 3:
+        file[path] = np.array(random.choice((np.nan, -1.0, np.inf, 1e300)) * np.ones(5))
+    elif kind == 4:
+        key = random.choice(("name", "dtype", "model_config", "canary"))
+        file[path].attrs[key] = random.choice(("bfloat16", "", "bn1", 3, np.ones(3), "[" * 300, "a/b"))
+    elif kind == 5:
+        file.attrs["model_config"] = json.dumps(_json(random, json.loads(file.attrs["model_config"])))
+    elif kind == 6:
+        file[path + random.choice(("x", "1", "/vars/0", "/gamma"))] = np.ones(5, "f4")
+    elif kind == 7:
+        file.create_dataset(path, (5,), "f4", external=[(random.choice(("/etc/hostname", "absent")), 0, 20)])
 
 
 def of_onnx(random: Random, content: bytes, other: bytes) -> bytes:

@@ -15,6 +15,7 @@ import pytest
         ("npz", ["safetensors"]),
         ("pt", ["safetensors", "torch"]),
         ("onnx", ["safetensors", "onnx"]),
+        ("keras", ["safetensors", "h5py"]),
     ],
 )
 def test_mutated_files(tmp_path, reader, libraries):

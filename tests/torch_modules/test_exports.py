@@ -15,6 +15,8 @@ from torch_modules.pairs import PAIRS, X, assert_close, buffers_of, nn  # noqa: 
 
 import anybn.torch  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, about what its exporters use
+
 #: What float32 statistics allow, of values around 1 to 10: mean, variance, scale and shift are rounded, and y.
 UNIT = 4 * 2**-20
 
@@ -122,7 +124,6 @@ def test_exported_programs_take_checkpoints():
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore")  # torch's own, about what its compiler uses
 @pytest.mark.slow
 def test_packages_of_aotinductor_run(tmp_path):
     ours, theirs = both()
@@ -143,7 +144,6 @@ def onnx_model(model, dynamo, training):
     return onnx.load_from_string(file.getvalue())
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, about what its exporters use
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_onnx_has_the_nodes_of_the_original(dynamo, training):

@@ -60,7 +60,7 @@ def test_parametrized_and_without_bias():
         without = anybn.torch.BatchNorm2d(3, bias=False)
         (without(X) ** 3).sum().backward()
         assert without.bias is None
-        assert without.state.copy().bias.tolist() == [0, 0, 0]
+        assert without.state.copy().bias is None
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -242,9 +242,11 @@ class TorchBackend(Backend):
         """The kernels for what is only to be computed, if they take it; else None, for the core."""
         x = call.x
         chosen = self._kernels_on(x.device)
-        if chosen is None or call.mask is not None or not x.numel() or op_by_op() or not chosen.supports(x):
+        if chosen is None or not x.numel() or op_by_op() or not chosen.supports(x):
             return None
-        return None if dispatches(x, call.weight, call.bias, call.residual, call.out) else chosen
+        if dispatches(x, call.weight, call.bias, call.residual, call.out, call.mask):
+            return None
+        return chosen if call.mask is None or (chosen is cpu and cpu.takes_mask(call)) else None
 
     def statistics(self, call: Call) -> Statistics:
         if call.group is None:

@@ -42,8 +42,13 @@ def supports(x: torch.Tensor) -> bool:
     return x.dtype in DTYPES and not x.is_neg() and bool(kernels().supports(DTYPES[x.dtype]))
 
 
+def takes_mask(call: Call) -> bool:
+    """Whether there are kernels for the call's mask."""
+    return bool(kernels().takes(Call(_view(call.x), call.spec, mask=_view(call.mask))))
+
+
 def batch_statistics(call: Call) -> Statistics:
-    return _from_views(kernels().batch_statistics(Call(_view(call.x), call.spec)))
+    return _from_views(kernels().batch_statistics(Call(_view(call.x), call.spec, mask=_view(call.mask))))
 
 
 def train(call: Call) -> tuple[torch.Tensor, Statistics, None]:
@@ -75,7 +80,8 @@ def gradients(
     over: Over | None = None,
 ) -> Gradients:
     """See `anybn.core.formulas.gradients`; active may be y itself, after a relu."""
-    views, masked = Call(_view(call.x), call.spec, _numbers(call.weight)), wants_residual and active is not None
+    views = Call(_view(call.x), call.spec, _numbers(call.weight), mask=_view(call.mask))
+    masked = wants_residual and not (active is None and call.mask is None)
     dx, dweight, dbias, found = kernels().gradients(views, _views(statistics), _view(dy), _view(active), masked, over)
     dx, dresidual = _tensor(dx, call.x.dtype), dy if wants_residual else None
     if masked:
@@ -197,9 +203,9 @@ def _tensor(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 def _in_views(call: Call) -> Call:
     """The call as kernels take it; without out where that is lazily negated, whose memory has the other sign."""
-    x, spec, weight, bias, residual, _, _, _, out = call
+    x, spec, weight, bias, residual, mask, _, _, out = call
     target = None if out is None or out.is_neg() else _view(out)
-    return Call(_view(x), spec, _numbers(weight), _numbers(bias), _view(residual), None, None, None, target)
+    return Call(_view(x), spec, _numbers(weight), _numbers(bias), _view(residual), _view(mask), None, None, target)
 
 
 def _delivered(y: np.ndarray, call: Call) -> torch.Tensor:

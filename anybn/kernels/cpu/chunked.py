@@ -1,4 +1,4 @@
-"""What `operations` does, in NumPy alone: for calls with a mask, and where Numba is not installed.
+"""What `operations` does, in NumPy alone: for masks that it has no kernels for, and where Numba is not installed.
 
 Work goes on in blocks that fit the cache, in float64, on the same threads: NumPy lets go of the interpreter's lock
 inside each operation. Channels first, a block is some whole channels, which are finished before the next; in rows, it
@@ -29,6 +29,11 @@ _quiet = np.errstate(all="ignore")  # decorates what works with values that may 
 
 def supports(dtype: np.dtype) -> bool:
     return dtype in (np.float32, np.float64, np.uint16, np.int16)
+
+
+def takes(_: Call) -> bool:
+    """Any mask."""
+    return True
 
 
 # -- arrays in blocks ------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ It is cut into rows of ``width`` values, the last one maybe shorter, where colum
 ``k // inner % C``. Rows of a few channels are joined to wide ones, so that there is something to vectorize over. What a
 column needs of its channel is spread over the columns before the rows are gone through, and sums are gathered after.
 
+A mask is one value for each row: rows are not joined then, and a row is what all channels have at one position.
+
 A thread claims *panels*, some columns over all rows, each worked on while it lies in the cache; or, where a panel is
 too large for that or the statistics are given, stripes of panels, some rows of them.
 """
@@ -39,6 +41,7 @@ from anybn.kernels.cpu.values import (
     put,
     scales_of,
     shift_in,
+    shown,
     store,
 )
 
@@ -92,7 +95,7 @@ def part_of(x, width, r, k0, k1):
 
 
 @njit(**SUMS)
-def block_column_sums(x, width, r0, r1, k0, k1, origin, b1, b2):
+def block_column_sums(x, mask, width, r0, r1, k0, k1, origin, b1, b2):
     fill(b1, 0.0)
     fill(b2, 0.0)
     whole = min(r1, len(x) // width)
@@ -100,21 +103,23 @@ def block_column_sums(x, width, r0, r1, k0, k1, origin, b1, b2):
     for r in range(r0, even, 4):  # four rows for each pass over the sums, which lie in memory
         x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + 1, k0, k1)
         x2, x3 = part_of(x, width, r + 2, k0, k1), part_of(x, width, r + 3, k0, k1)
+        m0, m1, m2, m3 = at(mask, r), at(mask, r + 1), at(mask, r + 2), at(mask, r + 3)
         for k in range(len(x0)):
             o = origin[k]
-            d0, d1, d2, d3 = load(x0[k]) - o, load(x1[k]) - o, load(x2[k]) - o, load(x3[k]) - o
+            d0, d1 = shown(load(x0[k]) - o, m0), shown(load(x1[k]) - o, m1)
+            d2, d3 = shown(load(x2[k]) - o, m2), shown(load(x3[k]) - o, m3)
             b1[k] += (d0 + d1) + (d2 + d3)
             b2[k] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
     for r in range(even, r1):
-        row = part_of(x, width, r, k0, k1)
+        row, m = part_of(x, width, r, k0, k1), at(mask, r)
         for k in range(len(row)):
-            d = load(row[k]) - origin[k]
+            d = shown(load(row[k]) - origin[k], m)
             b1[k] += d
             b2[k] += d * d
 
 
 @njit(**SUMS)
-def block_column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, b1, b2):
+def block_column_gradient_sums(dy, x, active, mask, width, r0, r1, k0, k1, origin, b1, b2):
     fill(b1, 0.0)
     fill(b2, 0.0)
     whole = min(r1, len(x) // width)
@@ -123,21 +128,22 @@ def block_column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, b1,
         x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + 1, k0, k1)
         dy0, dy1 = part_of(dy, width, r, k0, k1), part_of(dy, width, r + 1, k0, k1)
         a0, a1 = part_of(active, width, r, k0, k1), part_of(active, width, r + 1, k0, k1)
+        m0, m1 = at(mask, r), at(mask, r + 1)
         for k in range(len(x0)):
-            g0, g1 = active_dy(dy0[k], at(a0, k)), active_dy(dy1[k], at(a1, k))
+            g0, g1 = shown(active_dy(dy0[k], at(a0, k)), m0), shown(active_dy(dy1[k], at(a1, k)), m1)
             b1[k] += g0 + g1
-            b2[k] += g0 * (load(x0[k]) - origin[k]) + g1 * (load(x1[k]) - origin[k])
+            b2[k] += g0 * shown(load(x0[k]) - origin[k], m0) + g1 * shown(load(x1[k]) - origin[k], m1)
     for r in range(even, r1):
         row, drow = part_of(x, width, r, k0, k1), part_of(dy, width, r, k0, k1)
-        arow = part_of(active, width, r, k0, k1)
+        arow, m = part_of(active, width, r, k0, k1), at(mask, r)
         for k in range(len(row)):
-            g = active_dy(drow[k], at(arow, k))
+            g = shown(active_dy(drow[k], at(arow, k)), m)
             b1[k] += g
-            b2[k] += g * (load(row[k]) - origin[k])
+            b2[k] += g * shown(load(row[k]) - origin[k], m)
 
 
 @njit(**EXACT)
-def column_sums(x, width, r0, r1, k0, k1, origin, s1, s2):
+def column_sums(x, mask, width, r0, r1, k0, k1, origin, s1, s2):
     """``sum(x - origin)`` and ``sum((x - origin)**2)`` of columns k0 to k1 over rows r0 to r1."""
     b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
     fill(lost1, 0.0)
@@ -145,13 +151,13 @@ def column_sums(x, width, r0, r1, k0, k1, origin, s1, s2):
     fill(s1, 0.0)
     fill(s2, 0.0)
     for r in range(r0, r1, ROW_BLOCK):
-        block_column_sums(x, width, r, min(r + ROW_BLOCK, r1), k0, k1, origin, b1, b2)
+        block_column_sums(x, mask, width, r, min(r + ROW_BLOCK, r1), k0, k1, origin, b1, b2)
         add_compensated(s1, lost1, b1)
         add_compensated(s2, lost2, b2)
 
 
 @njit(**EXACT)
-def column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, s1, s2):
+def column_gradient_sums(dy, x, active, mask, width, r0, r1, k0, k1, origin, s1, s2):
     """``sum(dy)`` and ``sum(dy * (x - origin))`` of columns k0 to k1 over rows r0 to r1; dy is 0 where not active."""
     b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
     fill(lost1, 0.0)
@@ -159,33 +165,35 @@ def column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, origin, s1, s2):
     fill(s1, 0.0)
     fill(s2, 0.0)
     for r in range(r0, r1, ROW_BLOCK):
-        block_column_gradient_sums(dy, x, active, width, r, min(r + ROW_BLOCK, r1), k0, k1, origin, b1, b2)
+        block_column_gradient_sums(dy, x, active, mask, width, r, min(r + ROW_BLOCK, r1), k0, k1, origin, b1, b2)
         add_compensated(s1, lost1, b1)
         add_compensated(s2, lost2, b2)
 
 
 @njit(**EXACT)
-def write_y(x, y, residual, floor, mean, shift, scale, bias, width, r0, r1, k0, k1):
+def write_y(x, y, residual, mask, floor, mean, shift, scale, bias, width, r0, r1, k0, k1):
     """y in columns k0 to k1 of rows r0 to r1, with the channels' values spread."""
     for r in range(r0, r1):
         row, out = part_of(x, width, r, k0, k1), part_of(y, width, r, k0, k1)
-        residual_row = part_of(residual, width, r, k0, k1)
+        residual_row, m = part_of(residual, width, r, k0, k1), at(mask, r)
         for k in range(len(row)):
-            store(out, k, normalized(row[k], mean[k], at(shift, k), scale[k], bias[k], at(residual_row, k), floor))
+            v = normalized(row[k], mean[k], at(shift, k), scale[k], bias[k], at(residual_row, k), floor)
+            store(out, k, shown(v, m))
 
 
 @njit(**EXACT)
-def write_dx(dy, x, active, dx, dresidual, columns, shift, width, r0, r1, k0, k1):
+def write_dx(dy, x, active, mask, dx, dresidual, columns, shift, width, r0, r1, k0, k1):
     """dx and the residual's gradient in columns k0 to k1 of rows r0 to r1, with what `spread_gradients` put into
     columns."""
     mean, mean_dy, slope, scale = columns[0], columns[2], columns[3], columns[4]
     for r in range(r0, r1):
         row, out, drow = part_of(x, width, r, k0, k1), part_of(dx, width, r, k0, k1), part_of(dy, width, r, k0, k1)
         arow, residual_row = part_of(active, width, r, k0, k1), part_of(dresidual, width, r, k0, k1)
+        m = at(mask, r)
         for k in range(len(row)):
             g = active_dy(drow[k], at(arow, k))
-            put(residual_row, k, g)
-            store(out, k, dx_of(g, row[k], mean[k], at(shift, k), mean_dy[k], slope[k], scale[k]))
+            put(residual_row, k, shown(g, m))
+            store(out, k, shown(dx_of(g, row[k], mean[k], at(shift, k), mean_dy[k], slope[k], scale[k]), m))
 
 
 @njit(**EXACT)
@@ -195,19 +203,19 @@ def channels_of(k0, k1, width, inner, channels):
 
 
 @njit(**EXACT)
-def stripe_sums(x, width, inner, r0, r1, k0, k1, columns, sums):
+def stripe_sums(x, mask, width, inner, r0, r1, k0, k1, columns, sums):
     """`column_sums` with the origins spread in ``columns[0]``, gathered by channel into ``sums[0]`` and ``sums[1]``;
     ``columns[1]`` and ``columns[2]`` are scratch."""
     s1, s2 = columns[1][: k1 - k0], columns[2][: k1 - k0]
-    column_sums(x, width, r0, r1, k0, k1, columns[0], s1, s2)
+    column_sums(x, mask, width, r0, r1, k0, k1, columns[0], s1, s2)
     gather_both(s1, s2, width, inner, k0, k1, sums)
 
 
 @njit(**EXACT)
-def stripe_gradient_sums(dy, x, active, width, inner, r0, r1, k0, k1, columns, sums):
+def stripe_gradient_sums(dy, x, active, mask, width, inner, r0, r1, k0, k1, columns, sums):
     """`column_gradient_sums` with the origins spread in ``columns[0]``, gathered by channel; as `stripe_sums`."""
     s1, s2 = columns[1][: k1 - k0], columns[2][: k1 - k0]
-    column_gradient_sums(dy, x, active, width, r0, r1, k0, k1, columns[0], s1, s2)
+    column_gradient_sums(dy, x, active, mask, width, r0, r1, k0, k1, columns[0], s1, s2)
     gather_both(s1, s2, width, inner, k0, k1, sums)
 
 
@@ -254,16 +262,16 @@ def train(tickets, x, y, residual, floor, eps, weight, bias, statistics, width, 
             for c in range(c0, c1):
                 mean[c] = load(x[c * inner])
             spread(mean, inner, k0, columns[0])
-            stripe_sums(x, width, inner, 0, rows, k0, k1, columns, sums)
+            stripe_sums(x, None, width, inner, 0, rows, k0, k1, columns, sums)
             if shift is not None:
                 for c in range(c0, c1):
                     mean[c] += sums[0, c] / count
                 spread(mean, inner, k0, columns[0])
-                stripe_sums(x, width, inner, 0, rows, k0, k1, columns, sums)
+                stripe_sums(x, None, width, inner, 0, rows, k0, k1, columns, sums)
             for c in range(c0, c1):
                 finish_statistics(c, count, sums[0, c], sums[1, c], eps, weight, statistics, shift)
             spread_all(mean, shift, scale, bias, inner, k0, columns)
-            write_y(x, y, residual, floor, columns[0], shifts, columns[2], columns[3], width, 0, rows, k0, k1)
+            write_y(x, y, residual, None, floor, columns[0], shifts, columns[2], columns[3], width, 0, rows, k0, k1)
         first, last = proceed(tickets, last - first)
 
 
@@ -280,12 +288,12 @@ def backward(
         for p in range(first, last):
             k0, k1 = p * panel, min((p + 1) * panel, width)
             spread(mean, inner, k0, columns[0])
-            stripe_gradient_sums(dy, x, active, width, inner, 0, rows, k0, k1, columns, sums)
+            stripe_gradient_sums(dy, x, active, None, width, inner, 0, rows, k0, k1, columns, sums)
             c0, c1 = channels_of(k0, k1, width, inner, channels)
             for c in range(c0, c1):
                 finish_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, gradients)
             spread_gradients(mean, shift, gradients, inner, k0, columns)
-            write_dx(dy, x, active, dx, dresidual, columns, shifts, width, 0, rows, k0, k1)
+            write_dx(dy, x, active, None, dx, dresidual, columns, shifts, width, 0, rows, k0, k1)
         first, last = proceed(tickets, last - first)
 
 
@@ -301,7 +309,7 @@ def stripe_of(number, x, width, panel, stripe):
 
 
 @shared(**KERNEL)
-def sum_parts(tickets, x, origin, partial, width, inner, panel, stripe):
+def sum_parts(tickets, x, mask, origin, partial, width, inner, panel, stripe):
     """`stripe_sums` of stripes, each at its place in ``partial``, ``(2, stripes, C)``."""
     sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
     spread_for = -1
@@ -312,7 +320,7 @@ def sum_parts(tickets, x, origin, partial, width, inner, panel, stripe):
             if p != spread_for:
                 spread(origin, inner, k0, columns[0])
                 spread_for = p
-            stripe_sums(x, width, inner, r0, r1, k0, k1, columns, sums)
+            stripe_sums(x, mask, width, inner, r0, r1, k0, k1, columns, sums)
             c0, c1 = channels_of(k0, k1, width, inner, len(origin))
             for c in range(c0, c1):
                 partial[0, r0 // stripe, c], partial[1, r0 // stripe, c] = sums[0, c], sums[1, c]
@@ -320,7 +328,7 @@ def sum_parts(tickets, x, origin, partial, width, inner, panel, stripe):
 
 
 @shared(**KERNEL)
-def gradient_sum_parts(tickets, dy, x, active, origin, partial, width, inner, panel, stripe):
+def gradient_sum_parts(tickets, dy, x, active, mask, origin, partial, width, inner, panel, stripe):
     """`stripe_gradient_sums` of stripes, each at its place in ``partial``, ``(2, stripes, C)``."""
     sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
     spread_for = -1
@@ -331,7 +339,7 @@ def gradient_sum_parts(tickets, dy, x, active, origin, partial, width, inner, pa
             if p != spread_for:
                 spread(origin, inner, k0, columns[0])
                 spread_for = p
-            stripe_gradient_sums(dy, x, active, width, inner, r0, r1, k0, k1, columns, sums)
+            stripe_gradient_sums(dy, x, active, mask, width, inner, r0, r1, k0, k1, columns, sums)
             c0, c1 = channels_of(k0, k1, width, inner, len(origin))
             for c in range(c0, c1):
                 partial[0, r0 // stripe, c], partial[1, r0 // stripe, c] = sums[0, c], sums[1, c]
@@ -340,7 +348,7 @@ def gradient_sum_parts(tickets, dy, x, active, origin, partial, width, inner, pa
 
 @shared(**KERNEL)
 def normalize_parts(
-    tickets, x, y, residual, floor, eps, weight, bias, mean, shift, var, width, inner, panel, stripe
+    tickets, x, y, residual, mask, floor, eps, weight, bias, mean, shift, var, width, inner, panel, stripe
 ):  # fmt: skip
     scale, columns, spread_for = scales_of(var, eps, weight), np.empty((4, panel)), -1
     shifts = if_given(shift, columns[1])
@@ -351,12 +359,12 @@ def normalize_parts(
             if p != spread_for:
                 spread_all(mean, shift, scale, bias, inner, k0, columns)
                 spread_for = p
-            write_y(x, y, residual, floor, columns[0], shifts, columns[2], columns[3], width, r0, r1, k0, k1)
+            write_y(x, y, residual, mask, floor, columns[0], shifts, columns[2], columns[3], width, r0, r1, k0, k1)
         first, last = proceed(tickets, last - first)
 
 
 @shared(**KERNEL)
-def gradient_parts(tickets, dy, x, active, dx, dresidual, mean, shift, gradients, width, inner, panel, stripe):
+def gradient_parts(tickets, dy, x, active, mask, dx, dresidual, mean, shift, gradients, width, inner, panel, stripe):
     columns, spread_for = np.empty((5, panel)), -1
     shifts = if_given(shift, columns[1])
     first, last = begin(tickets)
@@ -366,7 +374,7 @@ def gradient_parts(tickets, dy, x, active, dx, dresidual, mean, shift, gradients
             if p != spread_for:
                 spread_gradients(mean, shift, gradients, inner, k0, columns)
                 spread_for = p
-            write_dx(dy, x, active, dx, dresidual, columns, shifts, width, r0, r1, k0, k1)
+            write_dx(dy, x, active, mask, dx, dresidual, columns, shifts, width, r0, r1, k0, k1)
         first, last = proceed(tickets, last - first)
 
 

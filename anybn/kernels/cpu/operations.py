@@ -16,10 +16,10 @@ from anybn.core import formulas
 from anybn.core.call import Call, Gradients, Spec, Statistics, Update
 from anybn.core.formulas import Over
 from anybn.kernels.cpu import columns, rows, runs, values
-from anybn.kernels.cpu.plan import EVALUATED_RUN, Plan, plan_of
+from anybn.kernels.cpu.plan import EVALUATED_RUN, RUN, Plan, plan_of, takes_mask
 from anybn.kernels.cpu.sharing import share
 from anybn.kernels.cpu.values import DBIAS, DWEIGHT, MEAN_DY, SCALE, SLOPE
-from anybn.kernels.layout import Layout, as_float64, delivered, destination, match_layouts, parameter
+from anybn.kernels.layout import Layout, as_float64, delivered, destination, layout_of, match_layouts, parameter
 
 row_kernels = rows  # see `Backend.normalize_rows`
 _KERNELS = {"runs": runs, "columns": columns}
@@ -30,16 +30,35 @@ def supports(dtype: np.dtype) -> bool:
     return dtype in (np.float32, np.float64, np.uint16) or (dtype == np.int16 and values.converts_half())
 
 
+def takes(call: Call) -> bool:
+    """Whether there are kernels for the call's mask, if it has one: for one that all channels share."""
+    if call.mask is None:
+        return True
+    if call.mask.shape[call.spec.axis] != 1:
+        return call.x.shape[call.spec.axis] == 1
+    layout = layout_of(call.x, call.spec.axis) or layout_of(np.empty_like(call.x), call.spec.axis)
+    return layout is not None and takes_mask(layout)
+
+
+def _positions(call: Call, layout: Layout) -> np.ndarray | None:
+    """The mask in the order of memory, one value for all channels: ``(outer * inner,)``, not of x's size."""
+    mask, axis = call.mask, call.spec.axis
+    if mask is None:
+        return None
+    shape = tuple(1 if i == axis else size for i, size in enumerate(call.x.shape))
+    return np.array(np.broadcast_to(mask, shape).transpose(layout.order), order="C").reshape(-1)
+
+
 # -- forward ---------------------------------------------------------------------------------------------------
 
 
 def train(call: Call) -> tuple[np.ndarray, Statistics]:
     """y and the statistics of x."""
-    x, spec, weight, bias, residual, _, _, _, out = call
+    x, spec, weight, bias, residual, mask, _, _, out = call
     layout, x, (residual,) = match_layouts(x, spec.axis, residual)
     plan = plan_of(layout, x.itemsize, 1)
-    if not plan.fits:
-        call = Call(x, spec, weight, bias, residual, None, None, None, out)
+    if not plan.fits or mask is not None:
+        call = Call(x, spec, weight, bias, residual, mask, None, None, out)
         statistics = batch_statistics(call)
         return evaluate(call, statistics), statistics
     y, found = destination(x, out), np.empty((5, layout.channels))
@@ -56,15 +75,23 @@ def train(call: Call) -> tuple[np.ndarray, Statistics]:
 def batch_statistics(call: Call) -> Statistics:
     """Mean and variance of every channel."""
     layout, x, _ = match_layouts(call.x, call.spec.axis)
-    plan = plan_of(layout, x.itemsize, 1)
+    mask, count, first = _positions(call, layout), layout.outer * layout.inner, 0
+    plan = plan_of(layout, x.itemsize, 1, masked=mask is not None)
     x = layout.flat(x)
 
     def sums(origin: np.ndarray) -> Any:
-        return _summed(plan, _KERNELS[plan.kernels].sum_parts, x, origin)
+        return _summed(plan, _KERNELS[plan.kernels].sum_parts, x, mask, origin)
 
+    if mask is not None:
+        count = int(np.count_nonzero(mask))
+        outer, inner = divmod(int(mask.argmax()), layout.inner)
+        first = outer * layout.channels * layout.inner + inner
     with np.errstate(all="ignore"):
-        origin = as_float64(x[plan.first])
-        return formulas.statistics_of_sums(sums, origin, layout.outer * layout.inner, x.dtype != np.float64)
+        origin = as_float64(x[first : first + plan.first.stop - plan.first.step + 1 : plan.first.step])
+        if not count:
+            origin = np.zeros_like(origin)
+        statistics = formulas.statistics_of_sums(sums, origin, max(count, 1), x.dtype != np.float64)
+        return statistics._replace(count=count)
 
 
 def _summed(plan: Plan, kernel: Any, *arguments: Any) -> np.ndarray:
@@ -79,9 +106,10 @@ def evaluate(call: Call, statistics: Statistics) -> np.ndarray:
     """y with given statistics."""
     x, spec, weight, bias, residual, _, _, _, out = call
     layout, x, (residual,) = match_layouts(x, spec.axis, residual)
-    plan = plan_of(layout, x.itemsize, 1, EVALUATED_RUN)
+    mask = _positions(call, layout)
+    plan = plan_of(layout, x.itemsize, 1, EVALUATED_RUN, mask is not None)
     y = destination(x, out)
-    arrays = (layout.flat(x), layout.flat(y), None if residual is None else layout.flat(residual), _floor(spec))
+    arrays = (layout.flat(x), layout.flat(y), None if residual is None else layout.flat(residual), mask, _floor(spec))
     parameters = (spec.eps, parameter(weight, layout.channels, 1.0), parameter(bias, layout.channels, 0.0))
     kernel = _KERNELS[plan.kernels].normalize_parts
     share(kernel, *plan.parts, *arrays, *parameters, *_writable(statistics), *plan.of_part)
@@ -111,25 +139,30 @@ def gradients(
 ) -> Gradients:
     """See `anybn.core.formulas.gradients`; weight's and bias's in float64. active may be y itself, after a relu."""
     layout, x, inputs = _inputs(call, dy, active)
-    plan, spec, dx = plan_of(layout, x.itemsize, 2), call.spec, np.empty_like(x)
+    plan, spec, dx = _backward_plan(call, layout), call.spec, np.empty_like(x)
     dresidual = dy if wants_residual else None
-    if wants_residual and active is not None:
+    if wants_residual and not (active is None and call.mask is None):
         dresidual = np.empty_like(x)
     outputs = (layout.flat(dx), None if dresidual is None or dresidual is dy else layout.flat(dresidual))
-    count = 0 if statistics.count is None else layout.outer * layout.inner
+    if statistics.count is None:
+        count = 0
+    else:
+        count = layout.outer * layout.inner if call.mask is None else max(int(statistics.count), 1)
     mean, shift, var = _writable(statistics)
-    if plan.fits and over is None:
+    if plan.fits and over is None and call.mask is None:
         found, weight = np.empty((5, layout.channels)), parameter(call.weight, layout.channels, 1.0)
         per_channel = (count, spec.eps, weight, mean, shift, var, found)
         kernel = _KERNELS[plan.kernels].backward
-        share(kernel, *plan.tasks, *inputs, *outputs, *per_channel, *plan.of_task)
+        share(kernel, *plan.tasks, *inputs[:3], *outputs, *per_channel, *plan.of_task)
         return Gradients(dx, found[DWEIGHT], found[DBIAS], dresidual)
     found = _summed_gradients(plan, inputs, call, mean, shift, var, 0 if over else count)
     if over is not None:
         with np.errstate(all="ignore"):
             sum_dy, sum_dy_xhat = over(found[DBIAS], found[DWEIGHT])
-            found[MEAN_DY] = sum_dy / statistics.count
-            found[SLOPE] = sum_dy_xhat / statistics.count / np.sqrt(var + spec.eps)
+            n: Any = statistics.count
+            n = max(n, 1) if isinstance(n, int) else np.maximum(n, 1)
+            found[MEAN_DY] = sum_dy / n
+            found[SLOPE] = sum_dy_xhat / n / np.sqrt(var + spec.eps)
     _write_dx(plan, inputs, outputs, mean, shift, found)
     return Gradients(dx, found[DWEIGHT], found[DBIAS], dresidual)
 
@@ -138,8 +171,8 @@ def gradient_sums(
     call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """``sum(dy)`` and ``sum(dy * xhat)`` per channel, of a part of an array."""
-    layout, x, inputs = _inputs(call, dy, active)
-    found = _summed_gradients(plan_of(layout, x.itemsize, 2), inputs, call, *_writable(statistics), 0)
+    layout, _, inputs = _inputs(call, dy, active)
+    found = _summed_gradients(_backward_plan(call, layout), inputs, call, *_writable(statistics), 0)
     return found[DBIAS], found[DWEIGHT]
 
 
@@ -159,15 +192,20 @@ def dx(
         if mean_dy is not None and mean_dy_xhat is not None:
             found[MEAN_DY] = mean_dy
             found[SLOPE] = mean_dy_xhat * formulas.reciprocal_std(np, statistics, call.spec.eps)
-    _write_dx(plan_of(layout, x.itemsize, 2), inputs, (layout.flat(dx), None), mean, shift, found)
+    _write_dx(_backward_plan(call, layout), inputs, (layout.flat(dx), None), mean, shift, found)
     return dx
 
 
 def _inputs(call: Call, dy: np.ndarray, active: np.ndarray | None) -> tuple[Layout, np.ndarray, tuple[Any, ...]]:
-    """x and its layout; and what backward kernels read, in flat memory."""
+    """x and its layout; and what backward kernels read, in flat memory: dy, x, active, and for parts the mask."""
     layout, x, (dy_like, active) = match_layouts(call.x, call.spec.axis, dy, active)
     assert dy_like is not None
-    return layout, x, (layout.flat(dy_like), layout.flat(x), None if active is None else layout.flat(active))
+    active = None if active is None else layout.flat(active)
+    return layout, x, (layout.flat(dy_like), layout.flat(x), active, _positions(call, layout))
+
+
+def _backward_plan(call: Call, layout: Layout) -> Plan:
+    return plan_of(layout, call.x.itemsize, 2, RUN, call.mask is not None)
 
 
 def _summed_gradients(

@@ -27,6 +27,9 @@ RUN = 256
 #: The same for evaluation, which sums nothing: 119 us by runs and 136 by columns on (32, 256, 14, 14); 0.70 ms and 1.11
 #: on (32, 1024, 14, 14), which the cores' own caches do not hold.
 EVALUATED_RUN = 128
+#: The same with a mask, whose runs are those of the channels. The sums of a run, 16 bytes, are kept until they are
+#: merged: at this length they take a quarter of what float32 values take.
+MASKED_RUN = 16
 #: Columns gone through at once: mean, scale and bias, 24 KB, fit the innermost cache beside one array. Backward reads
 #: two arrays, and its joined rows are half as wide: (32, 28, 28, 128) takes 1.10 ms in place of 1.34.
 WIDTH = 1024
@@ -93,9 +96,17 @@ class Plan(NamedTuple):
     """shape of the parts' sums"""
 
 
+def takes_mask(layout: Layout) -> bool:
+    """Whether the kernels take a mask of positions on this layout: one value of it stands for a row of all channels, or
+    one run of it for a run of each channel."""
+    return layout.inner == 1 or layout.inner >= MASKED_RUN
+
+
 @functools.lru_cache(maxsize=1024)
-def plan_of(layout: Layout, itemsize: int, arrays: int, run: int = RUN) -> Plan:
-    """The plan for arrays of this layout, so many of which are read."""
+def plan_of(layout: Layout, itemsize: int, arrays: int, run: int = RUN, masked: bool = False) -> Plan:
+    """The plan for arrays of this layout, so many of which are read; with a mask, in parts alone."""
+    if masked:
+        run = MASKED_RUN
     outer, channels, inner = layout.outer, layout.channels, layout.inner
     values, whole = outer * channels * inner, channels * inner
     nbytes = values * itemsize * arrays
@@ -113,7 +124,7 @@ def plan_of(layout: Layout, itemsize: int, arrays: int, run: int = RUN) -> Plan:
             of_part=(inner, segments),
             partial=(2, outer, channels, segments),
         )
-    joined = max(1, min(WIDTH // arrays // whole, outer))
+    joined = 1 if masked else max(1, min(WIDTH // arrays // whole, outer))
     width, rows = joined * whole, -(-outer // joined)
     unit = width if joined > 1 else inner  # columns that hold channels whole
 

@@ -95,7 +95,7 @@ def weighted_run_sums(drow, row, weight, mean, shift, rstd, length, dweight, dbi
     """`weighted_sums`; and adds to the gradients of the parameters."""
     s1 = s2 = lost1 = lost2 = 0.0
     for c in range(len(weight)):
-        r1, r2 = run_gradient_sums(drow, row, None, c * length, (c + 1) * length, mean)
+        r1, r2 = run_gradient_sums(drow, row, None, None, c * length, (c + 1) * length, 0, mean)
         if shift is not None:
             r2 -= shift * r1
         dbias[c] += r1
@@ -127,10 +127,10 @@ def forward(tickets, x, y, values, centered, eps, weight, bias, length, statisti
         for r in range(first, last):
             start, stop = r * values, (r + 1) * values
             mean[r] = load(x[start]) if centered else 0.0
-            s1, s2 = run_sums(x, start, stop, mean[r])
+            s1, s2 = run_sums(x, None, start, stop, 0, mean[r])
             if shift is not None and centered:
                 mean[r] += s1 / values
-                s1, s2 = run_sums(x, start, stop, mean[r])
+                s1, s2 = run_sums(x, None, start, stop, 0, mean[r])
             finish_statistics(r, values, s1 if centered else 0.0, s2, eps, None, statistics, shift)
             row, out, m, s, rstd = x[start:stop], y[start:stop], mean[r], at(shift, r), statistics[SCALE, r]
             p = start // length % len(weight)

@@ -34,6 +34,7 @@ from anybn.kernels.cpu.values import (
     put,
     scales_of,
     shift_in,
+    shown,
     store,
 )
 
@@ -41,43 +42,48 @@ from anybn.kernels.cpu.values import (
 
 
 @njit(**SUMS)
-def block_sums(row, origin):
+def block_sums(row, mrow, origin):
     s1 = s2 = 0.0
     for i in range(len(row)):
-        d = load(row[i]) - origin
+        d = shown(load(row[i]) - origin, at(mrow, i))
         s1 += d
         s2 += d * d
     return s1, s2
 
 
 @njit(**SUMS)
-def block_gradient_sums(drow, row, arow, origin):
+def block_gradient_sums(drow, row, arow, mrow, origin):
     s1 = s2 = 0.0
     for i in range(len(row)):
-        dy = active_dy(drow[i], at(arow, i))
+        dy = shown(active_dy(drow[i], at(arow, i)), at(mrow, i))
         s1 += dy
-        s2 += dy * (load(row[i]) - origin)
+        s2 += dy * shown(load(row[i]) - origin, at(mrow, i))
     return s1, s2
 
 
 @njit(**EXACT)
-def run_sums(x, first, last, origin):
-    """``sum(x - origin)`` and ``sum((x - origin)**2)`` from value first to last."""
+def run_sums(x, mask, first, last, behind, origin):
+    """``sum(x - origin)`` and ``sum((x - origin)**2)`` from value first to last.
+
+    The mask's value for ``x[i]`` is ``mask[i - behind]``, see `behind_of`; mask may be None.
+    """
     s1 = s2 = lost1 = lost2 = 0.0
     for start in range(first, last, RUN_BLOCK):
-        b1, b2 = block_sums(x[start : min(start + RUN_BLOCK, last)], origin)
+        stop = min(start + RUN_BLOCK, last)
+        b1, b2 = block_sums(x[start:stop], cut(mask, start - behind, stop - behind), origin)
         s1, lost1 = compensated(s1, lost1, b1)
         s2, lost2 = compensated(s2, lost2, b2)
     return s1, s2
 
 
 @njit(**EXACT)
-def run_gradient_sums(dy, x, active, first, last, origin):
+def run_gradient_sums(dy, x, active, mask, first, last, behind, origin):
     """``sum(dy)`` and ``sum(dy * (x - origin))`` from value first to last, with 0 for dy where it is not active."""
     s1 = s2 = lost1 = lost2 = 0.0
     for start in range(first, last, RUN_BLOCK):
         stop = min(start + RUN_BLOCK, last)
-        b1, b2 = block_gradient_sums(dy[start:stop], x[start:stop], cut(active, start, stop), origin)
+        shown_here = cut(mask, start - behind, stop - behind)
+        b1, b2 = block_gradient_sums(dy[start:stop], x[start:stop], cut(active, start, stop), shown_here, origin)
         s1, lost1 = compensated(s1, lost1, b1)
         s2, lost2 = compensated(s2, lost2, b2)
     return s1, s2
@@ -97,7 +103,7 @@ def group_sums(x, c0, c1, length, origin, sums):
         fill(sums[i][c0:c1], 0.0)
     for r in range(0, len(x), len(origin) * length):
         for c in range(c0, c1):
-            s1, s2 = run_sums(x, r + c * length, r + (c + 1) * length, origin[c])
+            s1, s2 = run_sums(x, None, r + c * length, r + (c + 1) * length, 0, origin[c])
             add_compensated_to(sums, c, s1, s2)
 
 
@@ -108,7 +114,7 @@ def group_gradient_sums(dy, x, active, c0, c1, length, origin, sums):
         fill(sums[i][c0:c1], 0.0)
     for r in range(0, len(x), len(origin) * length):
         for c in range(c0, c1):
-            s1, s2 = run_gradient_sums(dy, x, active, r + c * length, r + (c + 1) * length, origin[c])
+            s1, s2 = run_gradient_sums(dy, x, active, None, r + c * length, r + (c + 1) * length, 0, origin[c])
             add_compensated_to(sums, c, s1, s2)
 
 
@@ -121,31 +127,38 @@ def segment(number, length, segments):
 
 
 @njit(**EXACT)
-def write_y(x, y, residual, floor, mean, shift, scale, bias, length, segments, first, last):
-    """y in segments first to last."""
-    for number in range(first, last):
-        start, stop = segment(number, length, segments)
-        c = number // segments % len(mean)
-        m, s, k, b = mean[c], at(shift, c), scale[c], bias[c]
-        row, out, residual_row = x[start:stop], y[start:stop], cut(residual, start, stop)
-        for i in range(len(row)):
-            store(out, i, normalized(row[i], m, s, k, b, at(residual_row, i), floor))
+def behind_of(run, channels, length):
+    """How far a run's values lie behind theirs in the mask, which has one run for all channels."""
+    return (run - run // channels) * length
 
 
 @njit(**EXACT)
-def write_dx(dy, x, active, dx, dresidual, mean, shift, gradients, length, segments, first, last):
+def write_y(x, y, residual, mask, floor, mean, shift, scale, bias, length, segments, first, last):
+    """y in segments first to last."""
+    for number in range(first, last):
+        start, stop = segment(number, length, segments)
+        c, behind = number // segments % len(mean), behind_of(number // segments, len(mean), length)
+        m, s, k, b = mean[c], at(shift, c), scale[c], bias[c]
+        row, out, residual_row = x[start:stop], y[start:stop], cut(residual, start, stop)
+        mrow = cut(mask, start - behind, stop - behind)
+        for i in range(len(row)):
+            store(out, i, shown(normalized(row[i], m, s, k, b, at(residual_row, i), floor), at(mrow, i)))
+
+
+@njit(**EXACT)
+def write_dx(dy, x, active, mask, dx, dresidual, mean, shift, gradients, length, segments, first, last):
     """dx and the residual's gradient in segments first to last."""
     for number in range(first, last):
         start, stop = segment(number, length, segments)
-        c = number // segments % len(mean)
+        c, behind = number // segments % len(mean), behind_of(number // segments, len(mean), length)
         m, s = mean[c], at(shift, c)
         mean_dy, slope, k = gradients[MEAN_DY, c], gradients[SLOPE, c], gradients[SCALE, c]
         row, drow, arow, out = x[start:stop], dy[start:stop], cut(active, start, stop), dx[start:stop]
-        residual_row = cut(dresidual, start, stop)
+        residual_row, mrow = cut(dresidual, start, stop), cut(mask, start - behind, stop - behind)
         for i in range(len(row)):
             g = active_dy(drow[i], at(arow, i))
-            put(residual_row, i, g)
-            store(out, i, dx_of(g, row[i], m, s, mean_dy, slope, k))
+            put(residual_row, i, shown(g, at(mrow, i)))
+            store(out, i, shown(dx_of(g, row[i], m, s, mean_dy, slope, k), at(mrow, i)))
 
 
 # -- tasks: groups of channels ---------------------------------------------------------------------------------
@@ -171,7 +184,7 @@ def train(tickets, x, y, residual, floor, eps, weight, bias, statistics, length,
             for c in range(c0, c1):
                 finish_statistics(c, count, sums[0, c], sums[1, c], eps, weight, statistics, shift)
             for run in range(0, len(x) // length, channels):
-                write_y(x, y, residual, floor, mean, shift, scale, bias, length, 1, run + c0, run + c1)
+                write_y(x, y, residual, None, floor, mean, shift, scale, bias, length, 1, run + c0, run + c1)
         first, last = proceed(tickets, last - first)
 
 
@@ -188,7 +201,7 @@ def backward(tickets, dy, x, active, dx, dresidual, count, eps, weight, mean, sh
             for c in range(c0, c1):
                 finish_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, gradients)
             for run in range(0, len(x) // length, channels):
-                write_dx(dy, x, active, dx, dresidual, mean, shift, gradients, length, 1, run + c0, run + c1)
+                write_dx(dy, x, active, None, dx, dresidual, mean, shift, gradients, length, 1, run + c0, run + c1)
         first, last = proceed(tickets, last - first)
 
 
@@ -196,44 +209,45 @@ def backward(tickets, dy, x, active, dx, dresidual, count, eps, weight, mean, sh
 
 
 @shared(**KERNEL)
-def sum_parts(tickets, x, origin, partial, length, segments):
+def sum_parts(tickets, x, mask, origin, partial, length, segments):
     """`run_sums` of segments, each at its place in ``partial``, ``(2, N, C, segments)``."""
     s1, s2 = partial[0].reshape(-1), partial[1].reshape(-1)
     first, last = begin(tickets)
     while first < last:
         for number in range(first, last):
             start, stop = segment(number, length, segments)
-            s1[number], s2[number] = run_sums(x, start, stop, origin[number // segments % len(origin)])
+            c, behind = number // segments % len(origin), behind_of(number // segments, len(origin), length)
+            s1[number], s2[number] = run_sums(x, mask, start, stop, behind, origin[c])
         first, last = proceed(tickets, last - first)
 
 
 @shared(**KERNEL)
-def gradient_sum_parts(tickets, dy, x, active, origin, partial, length, segments):
+def gradient_sum_parts(tickets, dy, x, active, mask, origin, partial, length, segments):
     """`run_gradient_sums` of segments, each at its place in ``partial``, ``(2, N, C, segments)``."""
     s1, s2 = partial[0].reshape(-1), partial[1].reshape(-1)
     first, last = begin(tickets)
     while first < last:
         for number in range(first, last):
             start, stop = segment(number, length, segments)
-            c = number // segments % len(origin)
-            s1[number], s2[number] = run_gradient_sums(dy, x, active, start, stop, origin[c])
+            c, behind = number // segments % len(origin), behind_of(number // segments, len(origin), length)
+            s1[number], s2[number] = run_gradient_sums(dy, x, active, mask, start, stop, behind, origin[c])
         first, last = proceed(tickets, last - first)
 
 
 @shared(**KERNEL)
-def normalize_parts(tickets, x, y, residual, floor, eps, weight, bias, mean, shift, var, length, segments):
+def normalize_parts(tickets, x, y, residual, mask, floor, eps, weight, bias, mean, shift, var, length, segments):
     scale = scales_of(var, eps, weight)
     first, last = begin(tickets)
     while first < last:
-        write_y(x, y, residual, floor, mean, shift, scale, bias, length, segments, first, last)
+        write_y(x, y, residual, mask, floor, mean, shift, scale, bias, length, segments, first, last)
         first, last = proceed(tickets, last - first)
 
 
 @shared(**KERNEL)
-def gradient_parts(tickets, dy, x, active, dx, dresidual, mean, shift, gradients, length, segments):
+def gradient_parts(tickets, dy, x, active, mask, dx, dresidual, mean, shift, gradients, length, segments):
     first, last = begin(tickets)
     while first < last:
-        write_dx(dy, x, active, dx, dresidual, mean, shift, gradients, length, segments, first, last)
+        write_dx(dy, x, active, mask, dx, dresidual, mean, shift, gradients, length, segments, first, last)
         first, last = proceed(tickets, last - first)
 
 

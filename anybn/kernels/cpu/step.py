@@ -138,10 +138,10 @@ def evaluate(
     tickets, split = alone(parts), (width, inner, panel, stripe)
     given = (floor, eps, w, b, copies[0], None, copies[1])
     if residual == 0:
-        columns.normalize_parts(tickets, x_in, y_in, None, *given, *split)
+        columns.normalize_parts(tickets, x_in, y_in, None, None, *given, *split)
     else:
         residual_in = carray(pointer(like_x, residual), (size,))
-        columns.normalize_parts(tickets, x_in, y_in, residual_in, *given, *split)
+        columns.normalize_parts(tickets, x_in, y_in, residual_in, None, *given, *split)
     return True
 
 

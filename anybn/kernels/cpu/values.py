@@ -168,6 +168,14 @@ def _shift_in(statistics, x):
 
 
 @njit(**EXACT)
+def shown(value, keep):
+    """value, or 0 where the mask does not keep it; keep is None without a mask."""
+    if keep is not None:
+        value = value if keep else 0.0
+    return value
+
+
+@njit(**EXACT)
 def normalized(value, mean, shift, scale, bias, residual, floor):
     """``max(floor, ((value - mean) - shift) * scale + bias + residual)``; shift and residual may be None."""
     v = load(value) - mean
