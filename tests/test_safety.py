@@ -950,6 +950,11 @@ def test_a_default_device_without_memory():
     torch.testing.assert_close(x.grad, other.grad)
     torch.testing.assert_close(residual.grad, other_residual.grad)
     assert int(m.num_batches_tracked) == 5
+    state = anybn.BatchNormState(4, like=x)
+    _, pullback = anybn.batch_norm_vjp(x, state, training=True, activation="relu", residual=residual)
+    with torch.device("meta"):
+        found = pullback(torch.ones(8, 4, device="cpu"))
+    torch.testing.assert_close(found.residual, other_residual.grad)
 
 
 def test_an_interrupted_recalibrate_leaves_no_hook(monkeypatch):

@@ -30,14 +30,18 @@ def test_mutated_files(tmp_path, reader, libraries):
 
 
 @pytest.mark.parametrize(
-    ("program", "what", "cases"),
-    [("interrupt_storm", "interrupts", 60), ("fork_storm", "forks", 12), ("fuzz_memory", "guarded arrays", 80)],
+    ("program", "what", "cases", "options"),
+    [
+        ("interrupt_storm", "interrupts", 60, []),
+        ("fork_storm", "forks", 12, []),
+        ("fuzz_memory", "guarded arrays", 40, ["--float32"]),
+    ],
 )
-def test_storms_and_guarded_memory(program, what, cases):
+def test_storms_and_guarded_memory(program, what, cases, options):
     pytest.importorskip("numba", reason="numba: not installed")
     if sys.platform == "win32":
         pytest.skip("needs signals, forks and memory pages of POSIX")
-    arguments = [str(Path(__file__).with_name(f"{program}.py")), "--cases", str(cases)]
+    arguments = [str(Path(__file__).with_name(f"{program}.py")), "--cases", str(cases), *options]
     run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"{what}: {cases} cases with seed 0: " in run.stdout
