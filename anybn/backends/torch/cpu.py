@@ -216,10 +216,16 @@ def _delivered(y: np.ndarray, call: Call) -> torch.Tensor:
 
 
 def _views(statistics: Statistics) -> Statistics:
-    return Statistics(statistics.count, *map(_float64, statistics[1:]))
+    count = statistics.count
+    if isinstance(count, torch.Tensor):
+        count = count.numpy()  # ours alone
+    return Statistics(count, *map(_float64, statistics[1:]))
 
 
 def _from_views(statistics: Statistics) -> Statistics:
     shift = None if statistics.shift is None else torch.from_numpy(statistics.shift)
     mean, var, m2 = map(torch.from_numpy, (statistics.mean, statistics.var, statistics.m2))
-    return Statistics(statistics.count, mean, shift, var, m2)
+    count = statistics.count
+    if not isinstance(count, int):  # of a mask
+        count = torch.from_numpy(np.asarray(count))
+    return Statistics(count, mean, shift, var, m2)

@@ -92,6 +92,11 @@ def store(out, i, value):
 
 @overload(store, inline="always")
 def _store(out, i, value):
+    return _storing(out)
+
+
+def _storing(out):
+    """How a value goes into out, by its type."""
     if out.dtype == types.uint16:
 
         def bfloat16(out, i, value):
@@ -211,7 +216,7 @@ def put(out, i, value):
 def _put(out, i, value):
     if isinstance(out, types.NoneType):
         return lambda out, i, value: None
-    return lambda out, i, value: store(out, i, value)
+    return _storing(out)
 
 
 @njit(**EXACT)
