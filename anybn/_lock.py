@@ -8,7 +8,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from functools import partial
 from operator import call
 from typing import Any
@@ -99,18 +98,25 @@ def undisturbed(task: Callable[[], Any]) -> Any:
     """
     if hasattr(_here, "undisturbed") or sys.is_finalizing():  # a thread that starts now would wait for ever
         return task()
-    outcome: Future[Any] = Future()
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+    ended = threading.Event()  # a Future needs logging, which takes 4 ms to import
 
     def complete() -> None:
         _here.undisturbed = True
         try:
             with held_in_forks[0]:
-                outcome.set_result(task())
+                outcome.append(task())
         except BaseException as error:
-            outcome.set_exception(error)
+            failure.append(error)
+        finally:
+            ended.set()
 
     try:
         threading.Thread(target=complete, name="anybn compiles").start()
     except RuntimeError:  # there are no more threads to be had
         return task()
-    return outcome.result()
+    ended.wait()
+    if failure:
+        raise failure[0]
+    return outcome[0]

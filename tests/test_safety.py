@@ -183,7 +183,8 @@ def test_running_statistics_in_16_bits(dtype, change, call):
 
     m, exact = anybn.torch.BatchNorm1d(4, momentum=0.3), anybn.torch.BatchNorm1d(4, momentum=0.3)
     change(torch, m, getattr(torch, dtype))
-    assert m.running_mean.dtype is getattr(torch, dtype)
+    # A file's are widened as they are loaded; what somebody does to the buffers themselves is theirs to decide.
+    assert m.running_mean.dtype is (torch.float64 if change is loaded else getattr(torch, dtype))
     step = m if call is None else call(torch, m)
     for seed in range(3):
         x = torch.from_numpy(np.random.default_rng(seed).normal(5, 3, (64, 4))).float()
@@ -714,6 +715,7 @@ def test_no_threads_to_be_had():
         assert right()  # what is compiled, and read from disk, is
         if os.getuid() == 0:  # whom the limit does not hold for
             os.setuid(65534)
+        helpers = pool._helpers  # which are there yet, and look at it
         pool._renew()  # as in a forked child: there are none
         resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
         anybn.set_num_threads(4)

@@ -40,4 +40,5 @@ def _haiku():
     batch_norm.BatchNorm = anybn.haiku.BatchNorm
 
 
-{"keras": _keras, "flax": _flax, "equinox": _equinox, "haiku": _haiku}[os.environ["ANYBN_SWAP"]]()
+def pytest_configure():
+    {"keras": _keras, "flax": _flax, "equinox": _equinox, "haiku": _haiku}[os.environ["ANYBN_SWAP"]]()

@@ -24,7 +24,12 @@ def convert_and_revert(model):
     """Every batch norm becomes ours, where it is, and what it was again, with the same values; checkpoints fit."""
     kinds = [type(module) for module in model.modules()]
     modules, names = list(model.modules()), list(model.state_dict())
-    before = {name: value.clone() for name, value in model.state_dict().items() if not value.is_meta}
+    before = model.state_dict()  # with its metadata, which MNASNet asks for
+    for name, value in list(before.items()):
+        if value.is_meta:
+            del before[name]
+        else:
+            before[name] = value.clone()
     text = repr(model)
     assert anybn.torch.convert(model) is model
     assert all(isinstance(module, anybn.torch.module._BatchNorm) for module in batch_norms(model))
