@@ -72,6 +72,44 @@ def test_modules_are_the_functional_form_bit_for_bit(shape, dtype, fused, way):
         assert oracle.error(y, expected, "float32") <= 0.500001
 
 
+@pytest.mark.parametrize("kind_of_dy", ["contiguous", "transposed", "expanded", "negated"])
+@pytest.mark.parametrize("parameters", [("weight", "bias"), ("weight",), ("bias",), ()], ids="-".join)
+def test_gradients_are_the_oracles(parameters, kind_of_dy, way):
+    """Of x, the parameters that there are, and a residual; for whatever dy the rest of a net gives."""
+    bn = anybn.torch.BatchNorm1d(16, activation="relu")
+    for name in ("weight", "bias"):
+        if name in parameters:
+            torch.nn.init.normal_(getattr(bn, name))
+        else:
+            setattr(bn, name, None)
+    x, residual = (torch.from_numpy(inputs.normal((8, 16), i)).float().requires_grad_() for i in (0, 1))
+    dy = torch.from_numpy(inputs.normal((8, 16), 2)).float()
+    dy = {
+        "contiguous": dy,
+        "transposed": dy.t().contiguous().t(),
+        "expanded": dy[:, :1].expand(8, 16),
+        "negated": torch.view_as_complex(torch.stack((dy, -dy), -1)).conj().imag,
+    }[kind_of_dy]
+    for training in (True, False):
+        bn.train(training)
+        y = bn(x, residual)
+        held = [getattr(bn, name) for name in parameters]
+        dx, *of_parameters, dresidual = torch.autograd.grad(y, [x, *held, residual], dy)
+        statistics = oracle.statistics(x.detach().numpy())
+        mean, var = statistics.mean, statistics.var()
+        if not training:
+            mean, var = bn.running_mean.numpy(), bn.running_var.numpy()
+        weight = None if bn.weight is None else bn.weight.detach().numpy()
+        active, dy_values = y.detach().numpy() > 0, dy.resolve_neg().numpy()
+        expected = oracle.gradients(
+            dy_values, x.detach().numpy(), mean, var, count=8 if training else None, weight=weight, active=active
+        )
+        assert oracle.error(dx.numpy(), expected.x, "float32", np.abs(expected.x).max()) <= 1
+        for name, value in zip(parameters, of_parameters, strict=True):
+            assert oracle.error(value.numpy(), getattr(expected, name), "float32", 1) <= 1
+        assert np.array_equal(dresidual.numpy(), np.where(active, dy_values, 0))
+
+
 def test_first_and_second_order():
     bn = anybn.torch.BatchNorm1d(3, dtype=torch.float64, activation="relu")
     x, residual = (torch.from_numpy(inputs.normal((5, 3), seed)).requires_grad_() for seed in (0, 1))
