@@ -102,30 +102,26 @@ def gradients_in_one_step(
 ) -> Gradients | None:
     """`gradients` where a compiled step went forward, whose rows of statistics these are; None if dy lies otherwise."""
     x, spec, weight, bias = call[:4]
-    if not (_is_plain(x, x) and _is_plain(dy, x) and (y is None or _is_plain(y, x))):
-        return None
     parameter = bias if weight is None else weight
-    example = parameter_example = examples()[x.dtype]
-    dx, dresidual, dweight, dbias = torch.empty_like(x), dy if wants_residual else None, None, None
-    if y is not None and wants_residual:
-        dresidual = torch.empty_like(x)
-    if parameter is not None:
-        if not (_is_plain(parameter, parameter) and parameter.shape == (x.shape[1],)):
-            return None
-        parameter_example = examples()[parameter.dtype]
-        dweight = None if weight is None else torch.empty_like(weight)
-        if bias is not None:
-            if not _is_plain(bias, parameter):
-                return None
-            dbias = torch.empty_like(bias)
-    tensors = (dy, x, y, dx, None if dresidual is dy else dresidual, weight, dweight, dbias)
-    addresses = [0 if a is None else a.data_ptr() for a in tensors]
+    example = examples().get(x.dtype)
+    parameter_example = example if parameter is None else examples().get(parameter.dtype)
+    if (
+        example is None
+        or parameter_example is None
+        or not all(a is None or _lies_like(x, a) for a in (x, dy, y))
+        or not all(a is None or (_lies_like(parameter, a) and a.shape == x.shape[1:2]) for a in (weight, bias))
+    ):
+        return None
+    dx, dweight, dbias = (None if a is None else torch.empty_like(a) for a in (x, weight, bias))
+    masked = wants_residual and y is not None
+    dmasked = torch.empty_like(x) if masked else None
+    addresses = [0 if a is None else a.data_ptr() for a in (dy, x, y, dx, dmasked, weight, dweight, dbias)]
     sizes, plan = (x.numel(), x.shape[1], len(statistics) > 2), steps().plans(x.shape, example.itemsize)[2]
     steps().backward(example, parameter_example, *addresses, *sizes, spec.eps, statistics, *plan)
-    return Gradients(dx, dweight, dbias, dresidual)
+    return Gradients(dx, dweight, dbias, dmasked if masked or not wants_residual else dy)
 
 
-def _is_plain(a: torch.Tensor, like: torch.Tensor) -> bool:
+def _lies_like(like: Any, a: torch.Tensor) -> bool:
     """Whether a's values lie one after the other in memory of its own, as many and of the dtype as like's."""
     return (
         (type(a) is torch.Tensor or type(a) is torch.nn.Parameter)
