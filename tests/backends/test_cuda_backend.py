@@ -17,12 +17,14 @@ import pytest
 from cuda_cpu import simulator
 
 import anybn
+from anybn.backends._on_gpu import CudaBackend
 from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend
 from anybn.conformance import inputs, test_accuracy, test_errors, test_gradients, test_state
 from anybn.conformance.targets import Target
+from anybn.core.call import Call
 from anybn.kernels.cuda import launch as _cuda
-from anybn.kernels.cuda.arrays import CudaArrays, CudaBackend
+from anybn.kernels.cuda.arrays import CudaArrays
 from anybn.kernels.cuda.launch import Gpu
 from anybn.kernels.cuda.plan import Launch
 
@@ -52,7 +54,14 @@ class Arrays(CudaArrays):
         return a.__array_interface__["data"][0]
 
 
-class Simulated(CudaBackend, NumPyBackend):
+class WithoutKernels(NumPyBackend):
+    """NumPy by the core alone, which is what CuPy has beside the kernels of batchnorm.cu."""
+
+    def _kernels_for(self, call: Call) -> None:
+        return None
+
+
+class Simulated(CudaBackend, WithoutKernels):
     name = "simulated"
 
     def __init__(self) -> None:

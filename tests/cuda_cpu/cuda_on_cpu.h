@@ -348,6 +348,24 @@ void await_copies() {
     groups.erase(groups.begin());
   }
 }
+/// What these PTX instructions do with subnormal numbers, whatever `FlushToZero` does to the others.
+inline double widened(float v) {
+  const unsigned bits = __float_as_int(v), size = bits & 0x7FFFFFFF;
+  const double w = size < 0x800000 ? size * 0x1p-149 : std::fabs(v);
+  return bits >> 31 ? -w : w;
+}
+inline float narrowed(double v) {
+#if defined(__SSE2__)
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before & ~0x8040u);
+  volatile double kept = v;
+  volatile float n = static_cast<float>(kept);
+  _mm_setcsr(before);
+  return n;
+#else
+  return static_cast<float>(v);
+#endif
+}
 inline float at_least(float v, float floor) { return v <= floor ? floor : v; }
 inline double of_rank(const double* p, int rank) {
   const auto offset = reinterpret_cast<const unsigned char*>(p) - shared_memory();

@@ -55,7 +55,8 @@ CALL = np.dtype(
 #: What differs from call to call of one kind: all pointers, and two numbers.
 _ADDRESSES, _NUMBERS = struct.Struct(f"={len(_POINTERS)}Q"), struct.Struct("=2d")
 _NUMBERS_AT: int = CALL.fields["eps"][1]  # type: ignore[index]
-_INDEX = {name: i for i, name in enumerate(_POINTERS)}
+#: Where a pointer is among those that `queue` takes.
+INDEX = {name: i for i, name in enumerate(_POINTERS)}
 #: Up to so many values of x, or so many of a channel, sums are taken in float64, value by value, even where that is
 #: slow: rounding errors do not average out in few values, and the time is that of the launch, or of memory.
 FEW, FEW_IN_A_CHANNEL = 1 << 15, 64
@@ -126,7 +127,7 @@ def queue(gpu: Gpu, kind: Kind, pointers: list[int], eps: float, momentum: float
     x, residual, dy, active, activated, y, dresidual, *_ = pointers
     misaligned = (x | residual | dy | activated | y | dresidual | active * TYPES[kind.dtype][1]) & 15
     alignment = (misaligned & -misaligned) or 16
-    if kind.op == "backward" and not kind.training and not pointers[_INDEX["dweight"]]:
+    if kind.op == "backward" and not kind.training and not pointers[INDEX["dweight"]]:
         kind = kind._replace(op="gradients")
     made, records = _prepared(kind, gpu.device, alignment)
     if made.cooperative and any(math.prod(one.grid) > gpu.resident(one) for one in made.launches if one.cooperative):
