@@ -169,22 +169,34 @@ def _prepared(kind: Kind, device: Device, alignment: int) -> tuple[Plan, tuple[b
 # -- a GPU, through CuPy -----------------------------------------------------------------------------------------------
 
 
+_NO_COMPILER = "CuPy cannot compile kernels here"
+
+
 @functools.cache
-def available() -> bool:
-    """Whether CuPy is here, with a GPU and a compiler. Imports it if it is installed; says why if it is of no use."""
+def problem() -> str:
+    """Why CuPy is of no use here, or "". Imports it if it is installed."""
     if importlib.util.find_spec("cupy") is None:
-        return False
+        return "CuPy is not installed"
     try:
         import cupy
 
-        if not cupy.cuda.is_available() or cupy.cuda.runtime.is_hip:
-            return False
+        if not cupy.cuda.is_available():
+            return "CuPy finds no CUDA GPU"
+        if cupy.cuda.runtime.is_hip:
+            return "CuPy is one for ROCm"
         cupy.RawModule(code='extern "C" __global__ void nothing() {}').get_function("nothing")
     except Exception as error:  # of a driver, a compiler, headers, a broken installation
         advice = "pip install 'anybn[cupy]' brings a compiler along, 'anybn[cupy12]' one for CUDA 12"
-        warnings.warn(f"CuPy cannot compile kernels here ({error}), anybn goes on without: {advice}", stacklevel=2)
-        return False
-    return True
+        return f"{_NO_COMPILER} ({error}): {advice}"
+    return ""
+
+
+@functools.cache
+def available() -> bool:
+    """Whether CuPy is here, with a GPU and a compiler. Warns where it is and has none."""
+    if (found := problem()).startswith(_NO_COMPILER):
+        warnings.warn(f"{found}; anybn goes on without", stacklevel=2)
+    return not found
 
 
 @functools.cache
