@@ -182,7 +182,10 @@ class _Recorded(_SingleLevelFunction):
             dweight = dbias = None
             parameter = ctx.bias if weight is None else weight
             if parameter is not None:  # kernels give both
-                dweight, dbias = torch.empty_like(parameter), torch.empty_like(parameter)
+                dtype = getattr(torch, kind.parameter_dtype)
+                if weight is not None and weight.dtype is not dtype:  # the module's dtype was changed after its call
+                    weight = weight.to(dtype)
+                dweight, dbias = torch.empty_like(parameter, dtype=dtype), torch.empty_like(parameter, dtype=dtype)
             pointers = [x.data_ptr(), 0, dy.data_ptr(), 0, _address(y), dx.data_ptr(), _address(dresidual)]
             pointers += [_address(weight), 0, *_row_addresses(rows, x), _address(dweight), _address(dbias), *[0] * 8]
             launch.queue(kernels.gpu(x), _backward_of(kind), pointers, eps, 0.0)

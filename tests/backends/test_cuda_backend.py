@@ -26,7 +26,7 @@ from anybn.core.call import Call
 from anybn.kernels.cuda import launch as _cuda
 from anybn.kernels.cuda.arrays import CudaArrays
 from anybn.kernels.cuda.launch import Gpu
-from anybn.kernels.cuda.plan import Launch
+from anybn.kernels.cuda.plan import Launch, plan
 
 simulator.needs_compiler()
 
@@ -234,30 +234,118 @@ def test_a_backend_of_which_nothing_can_be_computed_is_not_usable(target: Target
     assert not found.usable
 
 
+class Driver:
+    """It takes notes, and knows no context before a device was set: in a thread of its own, autograd may be the first
+    to use CUDA."""
+
+    CUDADriverError = type("CUDADriverError", (RuntimeError,), {})
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.notes: list[Any] = []
+        runtime = SimpleNamespace(setDevice=lambda ordinal: self.notes.append(f"device {ordinal}"))
+        for name in ("cupy_backends", "cupy_backends.cuda", "cupy_backends.cuda.api"):
+            monkeypatch.setitem(sys.modules, name, SimpleNamespace(driver=self, runtime=runtime))
+        monkeypatch.setattr(_cuda, "function", lambda ordinal, kernel: f"{kernel} on {ordinal}")
+        monkeypatch.setattr(_cuda, "device", lambda ordinal: simulator.H200)
+
+    def launchKernel(self, kernel: str, *how: Any) -> None:  # noqa: N802
+        if "device 3" not in self.notes:
+            raise self.CUDADriverError("CUDA_ERROR_INVALID_CONTEXT: invalid device context")
+        *how, parameters, extra = how
+        assert extra == 0
+        record = ctypes.string_at(ctypes.c_void_p.from_address(parameters).value, _cuda.CALL.itemsize)
+        self.notes.append((kernel, tuple(how), np.frombuffer(record, _cuda.CALL)[0]))
+
+    def launchCooperativeKernel(self, kernel: str, *how: Any) -> None:  # noqa: N802
+        self.launchKernel(f"together {kernel}", *how, 0)
+
+    def occupancyMaxActiveBlocksPerMultiprocessor(self, kernel: str, threads: int, shared: int) -> int:  # noqa: N802
+        return 1
+
+
 def test_what_the_driver_is_asked_to_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a driver that only takes notes, and knows no context before a device was set: in a thread of its own, autograd
-    may be the first to use CUDA."""
-    notes: list[Any] = []
+    """A call, to the last argument; and the blocks of a group all together."""
+    driver = Driver(monkeypatch)
+    gpu = _cuda.gpu.__wrapped__(3, 7, lambda nbytes: (0x5000, None))
+    pointers = {"x": 0x1000, "y": 0x2000, "mean": 0x3000, "var": 0x3100, "m2": 0x3200, "weight": 0x4000}
+    _cuda.call("train", gpu, (6, 3, 1024), "bfloat16", **pointers, eps=1e-3, relu=1, parameter_dtype="float16")
+    (planned,) = plan("train", (6, 3, 1024), "bfloat16", simulator.H200).launches
+    device, (kernel, how, record) = driver.notes
+    assert (device, kernel) == ("device 3", f"{planned.kernel} on 3")
+    assert how == (*planned.grid, 1, *planned.block, 1, planned.shared_bytes, 7)
+    assert {name: record[name] for name in pointers} == pointers
+    assert not any(record[name] for name in ("residual", "bias", "shift", "running_mean", "counter", "partials"))
+    assert [record[name] for name in ("n", "channels", "length", "keep", "width")] == [6, 3, 1024, planned.keep, 1]
+    assert [record[name] for name in ("eps", "relu", "weight_type", "exact")] == [1e-3, 1, 0, 1]
+    assert record["inverse"] == 1 / 6144
 
-    class CUDADriverError(RuntimeError):
-        pass
+    driver.notes[1:] = []
+    shape = 65536, 1024, 1
+    _cuda.call("train", gpu, shape, "bfloat16", **pointers, eps=1e-3)
+    (first, _, cleared), (second, how, record) = driver.notes[-2:]
+    clear, group = plan("train", shape, "bfloat16", simulator.H200).launches
+    assert (first, second) == ("clear_barriers on 3", f"together {group.kernel} on 3")
+    assert how == (*group.grid, 1, *group.block, 1, group.shared_bytes, 7)
+    assert cleared["barriers"] == record["barriers"] > record["partials"] == 0x5000 + 16 * 1024
+    assert clear.grid[0] == group.grid[0]
 
-    def launch(kernel: int, *how: int) -> None:
-        if "device 3" not in notes:
-            raise CUDADriverError("CUDA_ERROR_INVALID_CONTEXT: invalid device context")
-        *shape, shared, stream, parameters, extra = how
-        record = ctypes.cast(ctypes.c_void_p.from_address(parameters).value, ctypes.POINTER(ctypes.c_uint64))
-        notes.append((kernel, tuple(shape), shared, stream, extra, record[0]))
 
-    driver = SimpleNamespace(CUDADriverError=CUDADriverError, launchKernel=launch)
-    runtime = SimpleNamespace(setDevice=lambda ordinal: notes.append(f"device {ordinal}"))
-    for name, module in (("cupy_backends", None), ("cupy_backends.cuda", None), ("cupy_backends.cuda.api", driver)):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(driver=module, runtime=runtime))
-    monkeypatch.setattr(_cuda, "function", lambda ordinal, kernel: 1000 + len(kernel))
-    monkeypatch.setattr(_cuda, "device", lambda ordinal: simulator.H200)
-    gpu = _cuda.gpu.__wrapped__(3, 7, lambda nbytes: (0, None))
-    gpu.launch(Launch("commit", (5, 6), (32, 4), 99), bytearray((12345).to_bytes(8, "little") * 50))
-    assert notes == ["device 3", (1006, (5, 6, 1, 32, 4, 1), 99, 7, 0, 12345)]
+@pytest.mark.parametrize("largest", [1, 2, 8])
+def test_clusters_that_a_driver_refuses_are_not_planned(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
+    """A virtual GPU may take none, though its compute capability has them."""
+    asked = []
+
+    class RawModule:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def get_function(self, name: str) -> Any:
+            def run(grid: tuple[int], block: tuple[int], arguments: tuple[()]) -> None:
+                asked.append(name)
+                if grid[0] > largest:
+                    raise Driver.CUDADriverError("CUDA_ERROR_INVALID_CLUSTER_SIZE")
+
+            return run
+
+    properties = {"major": 9, "minor": 0, "multiProcessorCount": 78, "sharedMemPerBlockOptin": 232448}
+    runtime = SimpleNamespace(getDeviceProperties=lambda ordinal: properties | {"cooperativeLaunch": 1})
+    cuda = SimpleNamespace(runtime=runtime, driver=SimpleNamespace(CUDADriverError=Driver.CUDADriverError))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=RawModule, cuda=cuda))
+    device = _cuda.device.__wrapped__(0)
+    assert device.largest_cluster == largest
+    assert device.clusters == tuple(size for size in (1, 2, 4, 8) if size <= largest)
+    assert asked[0] == "nothing<8>"
+    for op in ("train", "backward"):
+        launched = plan(op, (64, 256, 56 * 56), "bfloat16", device).launches
+        assert all(launch.cluster <= largest for launch in launched)
+
+
+def test_what_cupy_makes_for_a_state_is_there_for_every_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host waits for the copy, but where a graph is captured, in which nothing can be waited for."""
+    cupy = pytest.importorskip("cupy", reason="cupy: not installed, pip install cupy-cuda13x")
+    from anybn.backends.cupy import CuPyBackend
+
+    notes: list[str] = []
+
+    class Stream:
+        capturing = False
+
+        def is_capturing(self) -> bool:
+            return self.capturing
+
+        def synchronize(self) -> None:
+            notes.append("waited")
+
+    stream = Stream()
+    monkeypatch.setattr(cupy.cuda, "Device", lambda device: nullcontext(notes.append(f"on {device}")))
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: stream)
+    monkeypatch.setattr(cupy, "array", lambda array: notes.append("copied"))
+    CuPyBackend().from_numpy(np.zeros(3), 2)
+    assert notes == ["on 2", "copied", "waited"]
+    notes.clear()
+    stream.capturing = True
+    CuPyBackend().from_numpy(np.zeros(3), 2)
+    assert notes == ["on 2", "copied"]
 
 
 def test_torch_tensors_by_their_pointers() -> None:

@@ -261,6 +261,24 @@ def test_a_step_of_a_module_is_two_launches(
         assert torch.allclose(a.float(), b.float(), atol=bar, rtol=bar)
 
 
+def test_a_module_whose_dtype_is_changed_before_its_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph has the Parameter itself, whose memory has another size then."""
+    kernels = Arrays()
+    monkeypatch.setattr(TorchBackend, "_kernels_on", lambda self, device: kernels)
+    module, twin = anybn.torch.BatchNorm2d(4), torch.nn.BatchNorm2d(4)
+    x, dy = (torch.from_numpy(inputs.normal((6, 4, 3, 3), s)).float().requires_grad_(s == 0) for s in range(2))
+    found = []
+    for bn in (module, twin):
+        with torch.no_grad():
+            bn.weight.copy_(torch.arange(4) + 0.5)
+        y = bn(x)
+        if bn is module:
+            bn.half()
+        found.append(torch.autograd.grad(y, x, dy)[0])
+    assert kernels.names() == ["train", "backward"]
+    assert torch.allclose(*found, atol=1e-5)
+
+
 def test_strides_of_axes_of_size_1_cost_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they come from a pooling to (N, C, 1, 1), and from the layers behind it; y and dx lie like x."""
     kernels = Arrays()

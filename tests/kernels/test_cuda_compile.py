@@ -57,15 +57,10 @@ def test_compiles_without_spills(registers: ModuleType, architecture: str) -> No
 
 
 #: What spills on GPUs that the kernels have not been tuned on; on those that they have, and on sm_80, nothing does.
-SPILLING = {
-    "75": {"train_group<float, 4, false>"},
-    "100": {"backward_group<float16, 8, false>", "backward_group<bfloat16, 8, false>"},
-    "120": {
-        "backward_group<float16, 8, false>",
-        "backward_group<bfloat16, 8, false>",
-        "backward_group<float, 4, true>",
-    },
+_IN_GROUPS = {
+    f"backward_group<{arguments}>" for arguments in ("float16, 8, false", "bfloat16, 8, false", "float, 4, true")
 }
+SPILLING = {"100": _IN_GROUPS, "120": _IN_GROUPS}
 
 
 def test_the_committed_table_has_every_kernel_and_says_which_spill(registers: ModuleType) -> None:
@@ -108,8 +103,8 @@ def test_of_an_h100_all_of_a_tile_is_loaded_before_it_is_used() -> None:
             assert counts.flight * threads >= 64 * 1024, f"{name}: {counts}"
 
 
-#: Instructions a value, to sum and to apply, that the kernels of one launch may take on an H100: what they took when they
-#: were last made shorter, and a little more.
+#: Instructions a value, to sum and to apply, that the kernels of one launch may take on an H100: what they took when
+#: they were last made shorter, and a little more.
 BUDGET = {("train", "bfloat16"): 14, ("train", "float"): 18, ("backward", "bfloat16"): 23, ("backward", "float"): 24}
 
 

@@ -10,6 +10,7 @@ struct Part {
   using Values = Vector<T, V>;
   static constexpr int ARRAYS = READ;
   static constexpr int VECTOR = V;
+  static constexpr bool NARROW = sizeof(T) == 2;
   static constexpr bool IN_ROWS = ROWS;
   static constexpr int LANES = ROWS ? V : 1;                 // columns of a thread
   static constexpr int UNROLL = V * sizeof(T) >= 16 ? 2 : (V >= 4 ? 4 : 8) / ARRAYS;  // vectors that are loaded before
@@ -169,7 +170,7 @@ struct Forward {
         return Pair64{d, d};
       });
     } else {
-      add_tile<P::K, P::STRIDE, sizeof(T) == 2>(total, values[0] + column, valid, origin, exact);
+      add_tile<P::K, P::STRIDE, P::NARROW>(total, values[0] + column, valid, origin, exact);
     }
   }
 
@@ -251,7 +252,7 @@ struct Backward {
         return Pair64{widened(values[1][i]), widened(values[0][i])};
       });
     } else {
-      add_gradient_tile<P::K, P::STRIDE, sizeof(T) == 2>(total, values[1] + column, values[0] + column, mean);
+      add_gradient_tile<P::K, P::STRIDE, P::NARROW>(total, values[1] + column, values[0] + column, mean);
     }
   }
 
@@ -375,10 +376,12 @@ __device__ inline void sum_copies(const typename Op::P& part, const Kept<typenam
   Walk<typename Op::P> ahead = walk;
 #pragma unroll
   for (int i = 0; i < AHEAD; ++i) start_tile<Op, false>(part, kept, ahead);
-  while (ahead.left >= Op::P::UNROLL) {
-    await_copies<AHEAD - 1>();
-    sum_tile<Op, true, true>(part, kept, walk, reference, total);
-    start_tile<Op, true>(part, kept, ahead);
+  if constexpr (FAST_DOUBLE || Op::P::NARROW) {  // else a tile takes so many instructions that this would not show
+    while (ahead.left >= Op::P::UNROLL) {
+      await_copies<AHEAD - 1>();
+      sum_tile<Op, true, true>(part, kept, walk, reference, total);
+      start_tile<Op, true>(part, kept, ahead);
+    }
   }
   while (walk.left >= Op::P::UNROLL) {  // of which the last copies are under way, or about to be
     await_copies<AHEAD - 1>();
@@ -413,9 +416,9 @@ __device__ inline void sum_part(const typename Op::P& part, const Kept<typename 
   if (walk.left > 0) sum_tile<Op, false, false>(part, kept, walk, reference, total);
 }
 
-/// y or dx of a tile that is KEPT, or, from the arrays themselves, of one that is not.
-template <class Op, bool RESIDUAL, bool WHOLE, bool KEPT>
-__device__ inline void apply_tile(const typename Op::P& part, const Kept<typename Op::P>& kept,
+/// y or dx of a tile, from what is kept of it, or from the arrays themselves.
+template <class Op, bool RESIDUAL, bool WHOLE>
+__device__ inline void apply_tile(bool is_kept, const typename Op::P& part, const Kept<typename Op::P>& kept,
                                   Walk<typename Op::P>& walk, const typename Op::Function* function,
                                   const Coefficients<Op>* channels) {
   using P = typename Op::P;
@@ -424,7 +427,7 @@ __device__ inline void apply_tile(const typename Op::P& part, const Kept<typenam
   const R floor = c.relu ? R(0) : R(MINUS_INFINITY);
   const Steps<P, WHOLE> steps(walk);
   typename Op::Loaded loaded[P::UNROLL];
-  if (KEPT) {
+  if (is_kept) {
     take<Op>(kept, steps, loaded);
   } else {
     load_all<Op>(c, steps, loaded);
@@ -503,15 +506,20 @@ __device__ inline void apply_with(const typename Op::P& part, const Kept<typenam
       return;
     }
   }
-  while (walk.left >= P::UNROLL && kept.has(walk.slot + (P::UNROLL - 1) * walk.slot_step)) {
-    apply_tile<Op, RESIDUAL, true, true>(part, kept, walk, function, channels);
-  }
-  while (walk.left >= P::UNROLL) apply_tile<Op, RESIDUAL, true, false>(part, kept, walk, function, channels);
-  if (walk.left <= 0) return;
-  if (kept.has(walk.slot + (walk.left - 1) * walk.slot_step)) {
-    apply_tile<Op, RESIDUAL, false, true>(part, kept, walk, function, channels);
+  const unsigned ahead = (P::UNROLL - 1) * walk.slot_step;
+  if constexpr (FAST_DOUBLE || P::NARROW) {  // else a tile takes so many instructions that this would not show
+    while (walk.left >= P::UNROLL && kept.has(walk.slot + ahead)) {
+      apply_tile<Op, RESIDUAL, true>(true, part, kept, walk, function, channels);
+    }
+    while (walk.left >= P::UNROLL) apply_tile<Op, RESIDUAL, true>(false, part, kept, walk, function, channels);
   } else {
-    apply_tile<Op, RESIDUAL, false, false>(part, kept, walk, function, channels);
+    while (walk.left >= P::UNROLL) {
+      apply_tile<Op, RESIDUAL, true>(kept.has(walk.slot + ahead), part, kept, walk, function, channels);
+    }
+  }
+  if (walk.left > 0) {
+    const bool is_kept = kept.has(walk.slot + (walk.left - 1) * walk.slot_step);
+    apply_tile<Op, RESIDUAL, false>(is_kept, part, kept, walk, function, channels);
   }
 }
 

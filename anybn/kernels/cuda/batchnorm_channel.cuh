@@ -267,10 +267,10 @@ __device__ inline Affine known_affine(const Call& c, long long channel) {
 }
 
 /// The mean that values of T are measured from in the sums of backward; what it leaves out comes in afterwards. Products
-/// in float64 need none.
+/// in float64 need none, nor do those of 16 bits, which are exact in float32.
 template <class T>
 __device__ inline typename Real<T>::type coarse_mean(double mean) {
-  if (FAST_DOUBLE && sizeof(T) < 8) return 0;
+  if (sizeof(T) == 2 || (FAST_DOUBLE && sizeof(T) == 4)) return 0;
   return static_cast<typename Real<T>::type>(mean);
 }
 

@@ -295,7 +295,8 @@ __device__ inline void add_tile(Sums<W>& total, const R* values, int valid, R or
   }
 }
 
-/// Adds sum(dy) and sum(dy * (x - mean)) of a tile; dy is 0 where there is nothing to add.
+/// Adds sum(dy) and sum(dy * (x - mean)) of a tile; dy is 0 where there is nothing to add. Of NARROW values, mean is 0 and
+/// the products are exact.
 template <int K, int STRIDE, bool NARROW, class R, class W>
 __device__ inline void add_gradient_tile(Sums<W>& total, const R* dy, const R* x, R mean) {
   Pair<R> s1 = {R(0), R(0)}, s2 = {R(0), R(0)};
@@ -303,8 +304,8 @@ __device__ inline void add_gradient_tile(Sums<W>& total, const R* dy, const R* x
   for (int k = 0; k < K; ++k) {
     const R g = dy[k * STRIDE];
     if (NARROW) {
-      s1.hi += g;
-      s2.hi = fused(g, x[k * STRIDE] - mean, s2.hi);
+      add(s1, g);
+      add(s2, g * x[k * STRIDE]);
       continue;
     }
     const Pair<R> d = two_sum(x[k * STRIDE], -mean), p = two_prod(g, d.hi);
