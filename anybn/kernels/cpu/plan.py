@@ -38,6 +38,9 @@ NARROW = 128
 #: Values of one parameter side by side, in a row, from which they get a loop of their own; fewer get a copy of the
 #: parameter each. With 64 in place of 32, the copies crowded the cache as soon as two threads shared it.
 ROW_RUN = 32
+#: Values of rows that are summed one after the other, then normalized: 16 KB of float32, half of the innermost cache.
+#: One division and one root of a row wait for those before; of several rows, they are done in lanes.
+ROW_GROUP = 1 << 12
 #: Values of a block of NumPy's, in `chunked`: 1 MB in float64. The system hands out 2 MB page by page every time, which
 #: takes up to four times as long, on (256, 1024); with half of it, training on (32, 64, 28, 28) takes 14 % longer.
 BLOCK = 1 << 17
