@@ -23,7 +23,7 @@ _SEEN = DTYPES | {torch.bool: np.dtype(bool)}
 
 @functools.cache
 def steps() -> Any:
-    """`anybn.kernels.cpu.step`, or None without Numba; imported with the first small tensor."""
+    """`anybn.kernels.cpu.step`, or None without Numba; imported with the first tensor."""
     if not kernels().__name__.endswith(".operations"):
         return None
     return undisturbed(functools.partial(importlib.import_module, "anybn.kernels.cpu.step"))
@@ -108,26 +108,27 @@ def gradients_in_one_step(
     if (
         example is None
         or parameter_example is None
-        or not all(a is None or _lies_like(x, a) for a in (x, dy, y))
-        or not all(a is None or (_lies_like(parameter, a) and a.shape == x.shape[1:2]) for a in (weight, bias))
+        or (plan := steps().steps_of(x.shape, x.stride(), example.itemsize)) is None
+        or not all(a is None or lies_like(x, a) for a in (x, dy, y))
+        or not all(a is None or (lies_like(parameter, a) and a.shape == x.shape[1:2]) for a in (weight, bias))
     ):
         return None
     dx, dweight, dbias = (None if a is None else torch.empty_like(a) for a in (x, weight, bias))
     masked = wants_residual and y is not None
     dmasked = torch.empty_like(x) if masked else None
-    addresses = [0 if a is None else a.data_ptr() for a in (dy, x, y, dx, dmasked, weight, dweight, dbias)]
-    sizes, plan = (x.numel(), x.shape[1], len(statistics) > 2), steps().plans(x.shape, example.itemsize)[2]
-    steps().backward(example, parameter_example, *addresses, *sizes, spec.eps, statistics, *plan)
+    arrays = (None if a is None else a.data_ptr() for a in (dy, x, y, dx, dmasked, weight, dweight, dbias))
+    options = x.numel(), x.shape[1], spec.eps, statistics, plan.hands()
+    steps().note_wait(plan.backward(example, parameter_example, *arrays, *options, *plan.of_backward))
     return Gradients(dx, dweight, dbias, dmasked if masked or not wants_residual else dy)
 
 
-def _lies_like(like: Any, a: torch.Tensor) -> bool:
-    """Whether a's values lie one after the other in memory of its own, as many and of the dtype as like's."""
+def lies_like(like: Any, a: torch.Tensor) -> bool:
+    """Whether a's values lie in memory of its own as like's do, as many and of one dtype; like has no gaps."""
     return (
         (type(a) is torch.Tensor or type(a) is torch.nn.Parameter)
         and a.dtype is like.dtype
         and a.shape == like.shape
-        and a.is_contiguous()
+        and a.stride() == like.stride()
         and a.is_cpu
         and not a.is_neg()
         and a.data_ptr() != 0
