@@ -104,7 +104,7 @@ def fast_forward(
             batches_at = 0 if batches is None else _vector(batches, Tensor, torch.int64, ())
             if not batches_at:
                 return None
-    plan = steps.steps_of(shape, x.stride(), example.itemsize)
+    plan = steps.steps_of(shape, x.stride(), example.itemsize, 1)
     if plan is None:
         return None
 

@@ -289,9 +289,9 @@ class Steps(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def steps_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> Steps | None:
-    """For an array with its channels on axis 1, strides in values; None if it is not dense."""
-    layout = layout_of_strides(shape, strides, 1, 1)
+def steps_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, axis: int) -> Steps | None:
+    """Strides are in values; None if they leave gaps."""
+    layout = layout_of_strides(shape, strides, 1, axis)
     if layout is None:
         return None
     plan, evaluated = plan_of(layout, itemsize, 1), plan_of(layout, itemsize, 1, EVALUATED_RUN)
