@@ -175,8 +175,7 @@ def train_in_parts(
         _sum_parts(of_part, tickets, x_in, None, mean, partial)
         _merge_parts(partial, sums)
         waited += tickets[WAITED]
-    for c in range(channels):
-        finish_statistics(c, count, sums[0, c], sums[1, c], eps, None, statistics, shift)
+    finish_statistics(0, channels, count, sums, eps, None, statistics, shift)
     tickets = tickets_of(normalized, hands)
     arrays = x_in, array_at(like_x, y, size), array_at(like_x, residual, size)
     w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
