@@ -59,8 +59,6 @@ SAMPLES = 4
 GRAIN = 1 << 17
 #: Claims of a call, about: enough for threads of different speed to end together.
 CLAIMS = 32
-#: Bytes up to which an array is one claim.
-ONE_CLAIM = 2 * GRAIN
 #: Fewer rows than this, of more values than that, cannot keep all threads busy, which take a row each: with the values
 #: of a row shared instead, two threads are 1.4 times as fast.
 FEW_ROWS, LONG_ROW = 16, 1 << 18
