@@ -1,3 +1,8 @@
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+from _pytest.doctest import DoctestModule
 from compile_once import compile_once
 
 from anybn.conformance.conftest import target
@@ -5,3 +10,11 @@ from anybn.conformance.conftest import target
 __all__ = ["target"]
 
 compile_once()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file() -> Generator[None, list[Any], list[Any]]:
+    """No examples in tests. Collecting them first would hide a test module that cannot be imported: pytest leaves out
+    its examples, as it is told to for missing libraries, and then takes the half of it that is in ``sys.modules``."""
+    found = yield
+    return [collector for collector in found if not isinstance(collector, DoctestModule)]

@@ -116,6 +116,10 @@ class Backend:
         """The devices that can be used, for ``anybn.backends()``."""
         return [_name_of(device) for device in self._devices()]
 
+    def problem(self) -> str:
+        """Why nothing can be computed here, though the library is installed; or ""."""
+        return "" if self.devices() else "it finds no device to run on"
+
     def _devices(self) -> Sequence[Any]:
         """Those that the library tells; the default one where it does not (before 2023.12), or its arrays have none."""
         default = self.device("")

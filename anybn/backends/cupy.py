@@ -88,6 +88,9 @@ class CuPyBackend(CudaBackend):
             return []
         return [f"cuda:{i}" for i in range(cupy.cuda.runtime.getDeviceCount())]
 
+    def problem(self) -> str:
+        return super().problem() or launch.problem()
+
     def device_name(self, x: Array) -> str:
         return f"cuda:{self.device_of(x)}"
 

@@ -287,8 +287,7 @@ def installed_backends() -> dict[str, BackendInfo]:
             continue
         try:
             backend = backend_named(name)
-            devices = tuple(backend.devices())
-            problem = "" if devices else "it finds no device to run on"
+            devices, problem = tuple(backend.devices()), backend.problem()
             found[name] = BackendInfo(name, backend.version(), devices, backend.how, problem)
         except Exception as error:  # a broken installation may raise anything, and the others are still of interest
             problem = _broken.get(name) or f"{type(error).__name__}: {error}"

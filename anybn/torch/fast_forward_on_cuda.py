@@ -5,6 +5,7 @@ On small tensors it is the host that takes the time: nothing is done here that a
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -34,6 +35,19 @@ def _is_vector(a: torch.Tensor | None, x: torch.Tensor, channels: int) -> bool:
         and not a.is_neg()
         and a.data_ptr() != 0
     )
+
+
+def _lies_like(a: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether the values of a, of x's shape, lie in memory in the order of x, which is dense. The strides of axes of
+    size 1 mean nothing."""
+    mine, its = a.stride(), x.stride()
+    return mine == its or layout_of_strides(x.shape, mine, 1, 1) == layout_of_strides(x.shape, its, 1, 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_of(kind: launch.Kind) -> launch.Kind:
+    """The backward pass of a forward pass; it reads no running statistics, and takes the relu's mask from y."""
+    return kind._replace(op="backward", running_dtype="float64", relu=False, ddof=0, training=kind.op == "train")
 
 
 def _address(a: torch.Tensor | None) -> int:
@@ -69,7 +83,7 @@ def fast_forward_on_cuda(
         and residual.dtype is x.dtype
         and residual.device == x.device
         and residual.shape == shape
-        and residual.stride() == x.stride()
+        and _lies_like(residual, x)
         and not residual.is_neg()
     ):
         return None
@@ -104,7 +118,8 @@ def fast_forward_on_cuda(
         like_x = [x.data_ptr(), _address(residual), 0, 0, 0, y.data_ptr(), 0]
         factors = [_address(weight), _address(bias)]
         if of_batch:
-            rows = torch.empty((4, channels), dtype=torch.float64, device=x.device)
+            like = mean if mean is not None and mean.dtype is torch.float64 else x.new_empty(0, dtype=torch.float64)
+            rows = like.new_empty(4, channels)
             running = [mean.data_ptr(), var.data_ptr()] * 2 + [batches.data_ptr()] if commits else [0] * 5
             pointers = [*like_x, *factors, *_row_addresses(rows, x), 0, 0, *running, 0, 0, 0]
             with _lock.commits:
@@ -119,7 +134,7 @@ def fast_forward_on_cuda(
             launch.queue(kernels.gpu(x), kind, pointers, eps, 0.0)
     if not records:
         return y
-    return _Recorded.apply(x, weight, bias, residual, (y, rows, kernels, kind, eps, of_batch))
+    return _Recorded.apply(x, weight, bias, residual, (y, rows, kernels, kind, eps))
 
 
 def _row_addresses(rows: torch.Tensor, x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -151,7 +166,7 @@ class _Recorded(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, rows, y = ctx.saved_tensors
-        kernels, kind, eps, of_batch = ctx.call
+        kernels, kind, eps = ctx.call
         wants_residual = ctx.needs_input_grad[3]
         if torch.is_grad_enabled():  # recorded in its turn
             call = Call(x, Spec(1, eps, kind.relu), weight, ctx.bias)
@@ -159,19 +174,18 @@ class _Recorded(_SingleLevelFunction):
             grads = differentiated(TorchBackend(), call, statistics, dy, None if y is None else y > 0, wants_residual)
             return *grads, None
         given = dy
-        if type(dy) is not torch.Tensor or dy.stride() != x.stride() or dy.is_neg():
+        if type(dy) is not torch.Tensor or not _lies_like(dy, x) or dy.is_neg():
             dy = torch.empty_like(x).copy_(dy)
         with kernels.on(x):
             dx = torch.empty_like(x)
             dresidual = torch.empty_like(x) if wants_residual and y is not None else None
             dweight = dbias = None
-            if weight is not None or ctx.bias is not None:
-                dtype = getattr(torch, kind.parameter_dtype)
-                dweight, dbias = (torch.empty(kind.shape[1], dtype=dtype, device=x.device) for _ in range(2))
+            parameter = ctx.bias if weight is None else weight
+            if parameter is not None:  # kernels give both
+                dweight, dbias = torch.empty_like(parameter), torch.empty_like(parameter)
             pointers = [x.data_ptr(), 0, dy.data_ptr(), 0, _address(y), dx.data_ptr(), _address(dresidual)]
             pointers += [_address(weight), 0, *_row_addresses(rows, x), _address(dweight), _address(dbias), *[0] * 8]
-            backward = kind._replace(op="backward", running_dtype="float64", relu=False, ddof=0, training=of_batch)
-            launch.queue(kernels.gpu(x), backward, pointers, eps, 0.0)
+            launch.queue(kernels.gpu(x), _backward_of(kind), pointers, eps, 0.0)
         if wants_residual and y is None:
             dresidual = given
         return dx, None if weight is None else dweight, None if ctx.bias is None else dbias, dresidual, None

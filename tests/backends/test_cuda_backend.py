@@ -17,12 +17,14 @@ import pytest
 from cuda_cpu import simulator
 
 import anybn
+from anybn.backends._on_gpu import CudaBackend
 from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend
 from anybn.conformance import inputs, test_accuracy, test_errors, test_gradients, test_state
 from anybn.conformance.targets import Target
+from anybn.core.call import Call
 from anybn.kernels.cuda import launch as _cuda
-from anybn.kernels.cuda.arrays import CudaArrays, CudaBackend
+from anybn.kernels.cuda.arrays import CudaArrays
 from anybn.kernels.cuda.launch import Gpu
 from anybn.kernels.cuda.plan import Launch
 
@@ -52,7 +54,14 @@ class Arrays(CudaArrays):
         return a.__array_interface__["data"][0]
 
 
-class Simulated(CudaBackend, NumPyBackend):
+class WithoutKernels(NumPyBackend):
+    """NumPy by the core alone, which is what CuPy has beside the kernels of batchnorm.cu."""
+
+    def _kernels_for(self, call: Call) -> None:
+        return None
+
+
+class Simulated(CudaBackend, WithoutKernels):
     name = "simulated"
 
     def __init__(self) -> None:
@@ -189,6 +198,40 @@ def test_a_state_that_leaves_cupy_waits_for_updates_on_other_streams(monkeypatch
     at(8)
     backend.to_numpy(Array())
     assert notes == [(8, "waits for", 7)]
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_without_a_compiler_cupy_is_of_no_use_and_says_why(monkeypatch: pytest.MonkeyPatch, compiles: bool) -> None:
+    """As ``pip install cupy-cuda13x`` alone leaves it, on a machine with a GPU."""
+
+    class RawModule:
+        def __init__(self, code: str) -> None:
+            assert "nothing" in code
+
+        def get_function(self, name: str) -> None:
+            if not compiles:
+                raise RuntimeError("CuPy failed to load libnvrtc.so.13")
+
+    cuda = SimpleNamespace(is_available=lambda: True, runtime=SimpleNamespace(is_hip=False))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=RawModule, cuda=cuda))
+    monkeypatch.setattr(_cuda.importlib.util, "find_spec", lambda name: object())
+    problem = _cuda.problem.__wrapped__()
+    monkeypatch.setattr(_cuda, "problem", lambda: problem)
+    if compiles:
+        assert problem == ""
+        assert _cuda.available.__wrapped__()
+        return
+    with pytest.warns(UserWarning, match=r"libnvrtc.*pip install 'anybn\[cupy\]'.*goes on without"):
+        assert not _cuda.available.__wrapped__()
+
+
+def test_a_backend_of_which_nothing_can_be_computed_is_not_usable(target: Target) -> None:
+    """Though it has devices, as CuPy without a compiler has."""
+    assert anybn.backends()["simulated"].usable
+    target.backend.problem = lambda: "no compiler"  # type: ignore[method-assign]
+    found = anybn.backends()["simulated"]
+    assert found.problem == "no compiler"
+    assert not found.usable
 
 
 def test_what_the_driver_is_asked_to_launch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,6 +261,28 @@ def test_a_step_of_a_module_is_two_launches(
         assert torch.allclose(a.float(), b.float(), atol=bar, rtol=bar)
 
 
+def test_strides_of_axes_of_size_1_cost_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they come from a pooling to (N, C, 1, 1), and from the layers behind it; y and dx lie like x."""
+    kernels = Arrays()
+    monkeypatch.setattr(TorchBackend, "_kernels_on", lambda self, device: kernels)
+    module = anybn.torch.BatchNorm2d(4, activation="relu")
+    x, residual, dy = (torch.from_numpy(inputs.normal((6, 4, 1, 1), s)).float() for s in range(3))
+    last, odd = x.to(memory_format=torch.channels_last), dy.as_strided((6, 4, 1, 1), (4, 1, 7, 3))
+    assert last.stride() != residual.stride() != odd.stride()
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *given: copied.append(given))
+    last.requires_grad_()
+    y = module(last, residual)
+    (dx,) = torch.autograd.grad(y, last, odd)
+    assert kernels.names() == ["train", "backward"]
+    assert not copied
+    twin = torch.nn.BatchNorm2d(4)
+    given = x.clone().requires_grad_()
+    expected = (twin(given) + residual).relu()
+    assert torch.allclose(y, expected, atol=1e-5)
+    assert torch.allclose(dx, torch.autograd.grad(expected, given, dy)[0], atol=1e-5)
+
+
 def test_a_step_of_a_module_can_be_differentiated_again(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = Arrays()
     monkeypatch.setattr(TorchBackend, "_kernels_on", lambda self, device: kernels)

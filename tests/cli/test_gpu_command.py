@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,3 +51,29 @@ def test_a_part_that_hangs_is_ended(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "copy: out of time" in done.stdout
     assert done.stdout.splitlines()[-1] == "failed: copy"
+
+
+def test_it_ends_whatever_hangs(tmp_path: Path) -> None:
+    """Where not even this process gets on, as behind a driver that does not answer."""
+    program = f"""
+import sys, time, gpu
+gpu.GRACE, gpu.run_parts = 1, lambda names, deadline: time.sleep(100)
+sys.argv = ["gpu.py", "--rehearse", "--seconds", "0", "--part", "copy", "--out", {str(tmp_path)!r}]
+gpu.main()
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *filter(None, sys.path)])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "failed: to end in time"
+
+
+def test_the_summary_has_twenty_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all rows that are committed; the last one says what failed."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu
+
+    rows = [json.loads(line) for line in (SCRIPT.parent / "results" / "gpu.jsonl").read_text().splitlines()]
+    lines = gpu.summary(rows).splitlines()
+    assert len(lines) <= 19
+    assert lines[0].split()[-3:] == ["bfloat16", "float32", "float16"]
+    assert any(line.startswith("backward nhwc") for line in lines)

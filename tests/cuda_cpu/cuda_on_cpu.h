@@ -1,14 +1,17 @@
 // CUDA on the CPU, as much of it as batchnorm.cu uses: so that g++ compiles that file as it is, and tests run it.
 //
 // Every CUDA thread is a fiber, a stack of its own that runs until it waits at a barrier. A block runs as far as it can
-// before another one of its cluster does, or, in a cooperative launch, another one of the grid. The order of threads and of blocks is the *schedule*: forward, backward, or
-// shuffled by a seed. A kernel that is right gives the same bits under each. What this finds:
+// before another one of its cluster does, or, in a cooperative launch, another one of the grid. The order of threads and
+// of blocks is the *schedule*: forward, backward, or shuffled by a seed. A kernel that is right gives the same bits under
+// each. What this finds:
 //
 //   - a missing barrier: under some schedule a thread reads what is not there yet,
 //   - a barrier that not all threads or blocks reach: nobody can go on,
 //   - shared memory that nobody wrote, or whose block is gone: it is NaN before a block starts and after it ends,
 //   - writes beyond the shared memory of a block: what lies behind it has changed,
-//   - vectors loaded or stored where they are not aligned: -fsanitize=alignment calls the handler below.
+//   - vectors loaded or stored where they are not aligned: -fsanitize=alignment calls the handler below,
+//   - two threads at one place without a barrier between them, under any schedule, by -fsanitize=thread, and memory that
+//     is not the kernel's, by -fsanitize=address: see sanitizers.h, and sanitized.py, which runs it so.
 //
 // Not covered: what hides behind CUDA_ON_CPU in the .cu (inline PTX, of which the twins are here), the memory model of
 // a GPU, and its speed.
@@ -32,6 +35,8 @@
 #include <string>
 #include <vector>
 
+#include "sanitizers.h"
+
 #define CUDA_ON_CPU
 #define __device__
 #define __global__
@@ -51,6 +56,9 @@ struct Barrier {
   const char* name = "";
   unsigned expected = 0, arrived = 0;
   uint64_t generation = 0;
+  std::shared_ptr<char[]> tokens{new char[2]};  // for `release`, by whether the generation is odd
+
+  char* token(uint64_t of) const { return &tokens[of % 2]; }
 };
 
 struct Block {
@@ -81,9 +89,15 @@ struct Fiber {
   std::vector<std::vector<Copy>> copies{1};  // under way: groups, and what is in none yet
   ucontext_t start;
   jmp_buf resume;
+  void* strand = nullptr;
 };
 
-constexpr size_t STACK = 64 << 10, GUARD = 256;
+constexpr size_t STACK = SANITIZED ? 128 << 10 : 64 << 10;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t GUARD = 0;
+#else
+constexpr size_t GUARD = 256;
+#endif
 constexpr unsigned char POISON = 0xFF;  // a NaN in every floating-point type
 
 inline dim3 grid_dim, block_dim;
@@ -92,6 +106,9 @@ inline std::vector<Fiber> fibers;
 inline std::vector<void*> stacks;
 inline Fiber* current = nullptr;
 inline jmp_buf scheduler;
+inline ucontext_t scheduler_context;
+inline void* scheduler_strand = nullptr;
+inline char finished;  // the token of fibers that are done
 inline Barrier cluster_barrier;
 inline std::string failure;
 inline void (*kernel)(const void*) = nullptr;
@@ -102,11 +119,21 @@ inline void fail(const std::string& what) {
 }
 
 inline void switch_to_scheduler() {
+#if SANITIZED
+  Fiber& fiber = *current;
+  follow(scheduler_strand);
+  swapcontext(&fiber.start, &scheduler_context);
+#else
   if (!_setjmp(current->resume)) _longjmp(scheduler, 1);
+#endif
 }
 
-inline void arrive(Barrier& barrier) {
+/// ORDERS: what was done before is seen behind the barrier by those who wait for it.
+template <bool ORDERS = true>
+void arrive(Barrier& barrier) {
+  const Unseen unseen;
   current->generation = barrier.generation;
+  if (ORDERS) release(barrier.token(barrier.generation));
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
@@ -114,26 +141,37 @@ inline void arrive(Barrier& barrier) {
 }
 
 /// Even the last one to arrive makes room, so that what comes after a barrier starts in the order of the schedule.
-inline void wait_for_others(Barrier& barrier) {
+template <bool ORDERS = true>
+void wait_for_others(Barrier& barrier) {
+  const Unseen unseen;
+  char* const token = barrier.token(current->generation);
   current->waits_at = &barrier;
   switch_to_scheduler();
+  if (ORDERS) acquire(token);
 }
 
-inline void wait(Barrier& barrier) {
-  arrive(barrier);
-  wait_for_others(barrier);
+template <bool ORDERS = true>
+void wait(Barrier& barrier) {
+  arrive<ORDERS>(barrier);
+  wait_for_others<ORDERS>(barrier);
 }
 
 inline void wait_for(const unsigned long long* counter, unsigned long long wanted) {
+  const Unseen unseen;
   current->counter = counter;
   current->wanted = wanted;
   switch_to_scheduler();
   current->counter = nullptr;
+  acquire(const_cast<unsigned long long*>(counter));
 }
 
 inline void run_fiber() {
   kernel(arguments);
-  current->done = true;
+  release(&finished);
+  {
+    const Unseen unseen;
+    current->done = true;
+  }
   switch_to_scheduler();
 }
 
@@ -144,14 +182,23 @@ inline bool can_run(const Fiber& fiber) {
 
 inline void run(Fiber& fiber, void* stack) {
   current = &fiber;
+#if !SANITIZED
   if (_setjmp(scheduler)) return;  // the fiber waits or is done
   if (fiber.started) _longjmp(fiber.resume, 1);
-  fiber.started = true;
-  getcontext(&fiber.start);
-  fiber.start.uc_stack.ss_sp = stack;
-  fiber.start.uc_stack.ss_size = STACK;
-  makecontext(&fiber.start, run_fiber, 0);
+#endif
+  if (!fiber.started) {
+    fiber.started = true;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = stack;
+    fiber.start.uc_stack.ss_size = STACK;
+    makecontext(&fiber.start, run_fiber, 0);
+  }
+#if SANITIZED
+  follow(fiber.strand);
+  swapcontext(&scheduler_context, &fiber.start);
+#else
   setcontext(&fiber.start);
+#endif
 }
 
 inline std::string who_waits() {
@@ -224,9 +271,15 @@ inline void run_cluster(unsigned schedule, std::mt19937& random) {
 
 inline void prepare_cluster(uint64_t first, unsigned size, size_t shared_bytes) {
   const unsigned threads = block_dim.x * block_dim.y * block_dim.z;
-  cluster_barrier = {"the barrier of the cluster", size * threads, 0, 0};
-  cluster.assign(size, {});
+  cluster_barrier = {"the barrier of the cluster", size * threads};
+  cluster.clear();  // and give back what they had: it is nobody's when the next ones get it
+  cluster.resize(size);
+  for (const Fiber& fiber : fibers) end_strand(fiber.strand);
   fibers.assign(size * threads, {});
+  if (SANITIZED) {  // no stack is one that others have had before
+    for (void* stack : stacks) munmap(stack, STACK);
+    stacks.clear();
+  }
   if (stacks.size() < fibers.size()) {
     const size_t more = fibers.size() - stacks.size();
     const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -239,11 +292,12 @@ inline void prepare_cluster(uint64_t first, unsigned size, size_t shared_bytes) 
     block.rank = rank;
     block.index = {unsigned(i % grid_dim.x), unsigned(plane % grid_dim.y), unsigned(plane / grid_dim.y)};
     block.shared.assign(shared_bytes + GUARD, POISON);
-    block.threads = {"__syncthreads", threads, 0, 0};
-    for (unsigned t = 0; t < threads; t += 32) block.warps.push_back({"a shuffle", min(32u, threads - t), 0, 0});
+    block.threads = {"__syncthreads", threads};
+    for (unsigned t = 0; t < threads; t += 32) block.warps.push_back({"a shuffle", min(32u, threads - t)});
     block.lanes.resize(threads);
     for (unsigned t = 0; t < threads; ++t) {
       Fiber& fiber = fibers[rank * threads + t];
+      fiber.strand = new_strand();
       fiber.block = &block;
       fiber.thread = t;
       block.positions.push_back({t % block_dim.x, t / block_dim.x % block_dim.y, t / block_dim.x / block_dim.y});
@@ -265,6 +319,8 @@ inline int launch(void (*function)(const void*), const unsigned* grid, const uns
                   bool cooperative, size_t shared_bytes, unsigned schedule, uint64_t last, const void* args, char* error,
                   size_t error_size) {
   const FlushToZero flush;
+  const Unseen unseen;
+  scheduler_strand = this_strand();
   kernel = function;
   arguments = args;
   failure.clear();
@@ -286,6 +342,7 @@ inline int launch(void (*function)(const void*), const unsigned* grid, const uns
       failure += " (block " + std::to_string(at.x) + ", " + std::to_string(at.y) + ")";
     }
   }
+  acquire(&finished);
   snprintf(error, error_size, "%s", failure.c_str());
   return failure.empty() ? 0 : 1;
 }
@@ -293,12 +350,13 @@ inline int launch(void (*function)(const void*), const unsigned* grid, const uns
 template <class T>
 T shuffle(T value, unsigned source) {
   static_assert(sizeof(T) == sizeof(double), "shuffles of 8 bytes");
+  const Unseen unseen;
   Block& block = *current->block;
   const unsigned warp = current->thread / 32;
   memcpy(&block.lanes[current->thread], &value, sizeof value);
-  wait(block.warps[warp]);
+  wait<false>(block.warps[warp]);
   memcpy(&value, &block.lanes[warp * 32 + source], sizeof value);
-  wait(block.warps[warp]);
+  wait<false>(block.warps[warp]);
   return value;
 }
 
@@ -330,23 +388,46 @@ inline int __float_as_int(float v) {
 // Twins of what the .cu says in PTX.
 inline unsigned char* shared_memory() { return simulator::current->block->shared.data(); }
 inline void cluster_sync() { simulator::wait(simulator::cluster_barrier); }
-inline void cluster_arrive() { simulator::arrive(simulator::cluster_barrier); }
-inline void cluster_wait() { simulator::wait_for_others(simulator::cluster_barrier); }
+inline void cluster_arrive() { simulator::arrive<false>(simulator::cluster_barrier); }  // relaxed
+inline void cluster_wait() { simulator::wait_for_others<false>(simulator::cluster_barrier); }
 inline void prefetch(const void*) {}
 #define ASYNC_COPIES 1
 template <int BYTES>
 void start_copy(void* to, const void* from) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % BYTES) simulator::fail("misaligned copy");
+  const simulator::Unseen unseen;
   simulator::current->copies.back().push_back({to, from, BYTES});
 }
-inline void end_copies() { simulator::current->copies.emplace_back(); }
+inline void end_copies() {
+  const simulator::Unseen unseen;
+  simulator::current->copies.emplace_back();
+}
 template <int GROUPS>
 void await_copies() {
   auto& groups = simulator::current->copies;
   while (groups.size() > GROUPS + 1) {
     for (const simulator::Copy& copy : groups.front()) memcpy(copy.to, copy.from, copy.bytes);
+    const simulator::Unseen unseen;
     groups.erase(groups.begin());
   }
+}
+/// What these PTX instructions do with subnormal numbers, whatever `FlushToZero` does to the others.
+inline double widened(float v) {
+  const unsigned bits = __float_as_int(v), size = bits & 0x7FFFFFFF;
+  const double w = size < 0x800000 ? size * 0x1p-149 : std::fabs(v);
+  return bits >> 31 ? -w : w;
+}
+inline float narrowed(double v) {
+#if defined(__SSE2__)
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before & ~0x8040u);
+  volatile double kept = v;
+  volatile float n = static_cast<float>(kept);
+  _mm_setcsr(before);
+  return n;
+#else
+  return static_cast<float>(v);
+#endif
 }
 inline float at_least(float v, float floor) { return v <= floor ? floor : v; }
 inline double of_rank(const double* p, int rank) {
@@ -355,7 +436,11 @@ inline double of_rank(const double* p, int rank) {
   memcpy(&v, simulator::cluster[rank].shared.data() + offset, sizeof v);
   return v;
 }
-inline void arrive(unsigned long long* barrier) { ++*barrier; }
+inline void arrive(unsigned long long* barrier) {
+  const simulator::Unseen unseen;
+  simulator::release(barrier);
+  ++*barrier;
+}
 inline void await(const unsigned long long* barrier, unsigned long long blocks) { simulator::wait_for(barrier, blocks); }
 inline float half_to_float(unsigned short bits) {
   _Float16 v;

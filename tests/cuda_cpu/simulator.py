@@ -26,6 +26,9 @@ COMPILER = shutil.which("g++")
 SCHEDULES = (0, 1, 2)
 #: Floating-point operations as written: no contraction, and IEEE's results for NaN and infinity.
 OPTIONS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fsanitize=alignment", "-U_FORTIFY_SOURCE", "-w"]
+#: "thread" or "address", of a process that has its library loaded before all else: see sanitized.py.
+if SANITIZER := os.environ.get("CUDA_ON_CPU_SANITIZER"):
+    OPTIONS += [f"-fsanitize={SANITIZER}", "-g", "-fno-omit-frame-pointer"]
 
 
 class SimulatorError(RuntimeError):
@@ -73,7 +76,8 @@ class Module:
 def _compiled(source: str) -> Path:
     """A shared library, from a folder of those made before."""
     command = [str(COMPILER), *OPTIONS]
-    key = hashlib.sha256(repr((source, HEADER.read_text(), command)).encode()).hexdigest()[:24]
+    headers = HEADER.read_text(), HEADER.with_name("sanitizers.h").read_text()
+    key = hashlib.sha256(repr((source, headers, command)).encode()).hexdigest()[:24]
     folder = Path(tempfile.gettempdir()) / f"anybn-cuda-on-cpu-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{key}.so"

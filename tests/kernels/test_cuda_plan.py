@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,6 +156,27 @@ def test_an_h200_keeps_channels_last(dtype: str) -> None:
         launch = plan("train", (rows, channels, 1), dtype, DEVICES["H200"]).launches[-1]
         assert launch.kernel.startswith("train")
         assert launch.keep * (launch.grid[1] if launch.cooperative else launch.cluster) >= rows
+
+
+def test_an_h100_gets_what_was_the_fastest_there() -> None:
+    """Of all launches that have been timed for a case, to the last block: who changes a choice measures it."""
+    rows = (Path(__file__).parents[2] / "benchmarks" / "results" / "gpu.jsonl").read_text().splitlines()
+    timed: dict[tuple[Any, ...], list[tuple[float, str]]] = {}
+    for row in map(json.loads, rows):
+        if row["op"] in OPS and "kernel" in row:
+            assert "H100" in row["device"]
+            case = row["op"], row["dtype"], row["layout"], *row["shape"]
+            timed.setdefault(case, []).append((row["us"], row["kernel"]))
+    assert len(timed) > 100
+    device = DEVICES["H200"]  # which has as many multiprocessors, with as much shared memory
+    for (op, dtype, layout, n, channels, *spatial), found in timed.items():
+        length = math.prod(spatial)
+        shape = (n, channels, length) if layout == "nchw" else (n * length, channels, 1)
+        planned = " + ".join(
+            f"{one.kernel} {one.grid[0]}x{one.grid[1]} of {math.prod(one.block)}, {one.shared_bytes >> 10} KB"
+            for one in plan(op, shape, dtype, device).launches
+        )
+        assert planned == min(found)[1], f"{op} {dtype} {layout} {shape}"
 
 
 def names(*arguments: Any) -> list[str]:

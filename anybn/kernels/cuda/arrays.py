@@ -191,11 +191,18 @@ class CudaArrays:
         self._call("commit", running_mean, (statistics.count, running_mean.shape[0], 1), arrays, **options)
 
     def _call(
-        self, op: str, x: Array, shape: tuple[int, int, int], arrays: dict[str, Array | None], **fields: Any
+        self,
+        op: str,
+        x: Array,
+        shape: tuple[int, int, int],
+        arrays: dict[str, Array | None],
+        eps: float = 0.0,
+        momentum: float = 0.0,
+        **options: Any,
     ) -> None:
-        """`_cuda.call` with arrays for pointers. What is only read per channel is copied if it has gaps, or, as
+        """`_cuda.queue` with arrays for pointers. What is only read per channel is copied if it has gaps, or, as
         statistics, another dtype."""
-        held, parameter_dtype, running_dtype = [], "float32", "float64"
+        held, pointers, parameter_dtype, running_dtype = [], [0] * len(_cuda.INDEX), "float32", "float64"
         for name, a in arrays.items():
             if a is None:
                 continue
@@ -207,10 +214,10 @@ class CudaArrays:
                 parameter_dtype = dtype_name(a.dtype)
             elif name == "running_mean":
                 running_dtype = dtype_name(a.dtype)
-            fields[name] = self.pointer(a)
+            pointers[_cuda.INDEX[name]] = self.pointer(a)
             held.append(a)
-        parameters = {"parameter_dtype": parameter_dtype, "running_dtype": running_dtype}
-        _cuda.call(op, self.gpu(x), shape, dtype_name(x.dtype), **parameters, **fields)
+        kind = _cuda.Kind(op, shape, dtype_name(x.dtype), parameter_dtype, running_dtype, **options)
+        _cuda.queue(self.gpu(x), kind, pointers, eps, momentum)
 
 
 def _known(statistics: Statistics) -> dict[str, Array | None]:

@@ -46,15 +46,17 @@ struct Part {
   }
 };
 
-/// Steps of a thread through its part, with the offset of each position in the array.
+/// Steps of a thread through its part: the offset of each position in the array, and the slot in which a block keeps it.
 template <class P>
 struct Walk {
-  int position, left;  // counted from the part's first; of this thread, with this one
+  int left;                  // positions of this thread, with this one
+  unsigned slot, slot_step;  // of all threads of a block, position by position
   unsigned to_next_plane, per_plane, step_in_plane;  // vectors
   long long offset, advance, wrap;
 
-  __device__ explicit Walk(const P& part) : position(threadIdx.y) {
-    const int step = blockDim.y;
+  __device__ explicit Walk(const P& part)
+      : slot(threadIdx.y * blockDim.x + threadIdx.x), slot_step(blockDim.y * blockDim.x) {
+    const int step = blockDim.y, position = threadIdx.y;
     const long long here = part.first + position;
     left = part.works() && position < part.size ? (part.size - position + step - 1) / step : 0;
     if (P::IN_ROWS || part.c.n == 1) {  // without divisions
@@ -74,7 +76,7 @@ struct Walk {
     wrap = part.end - part.c.length;
   }
   __device__ void next() {
-    position += blockDim.y;
+    slot += slot_step;
     offset += advance;
     if (P::IN_ROWS) return;
     if (step_in_plane < to_next_plane) {
@@ -89,7 +91,8 @@ struct Walk {
 /// Where the vectors of a tile are: of this one and the next, as many as there are. In the place of others is the first.
 template <class P, bool WHOLE>
 struct Steps {
-  int valid, position[P::UNROLL];
+  int valid;
+  unsigned slot[P::UNROLL], last;
   long long offset[P::UNROLL];
 
   __device__ explicit Steps(Walk<P>& walk) {
@@ -97,25 +100,24 @@ struct Steps {
 #pragma unroll
     for (int u = 0; u < P::UNROLL; ++u) {
       const bool is = WHOLE || u < valid;
-      position[u] = is ? walk.position : position[0];
+      slot[u] = is ? walk.slot : slot[0];
       offset[u] = is ? walk.offset : offset[0];
       walk.next();
     }
+    last = slot[0] + (valid - 1) * walk.slot_step;
     walk.left -= valid;
   }
-  __device__ int last() const { return WHOLE ? position[P::UNROLL - 1] : position[0] + (valid - 1) * blockDim.y; }
 };
 
-/// Vectors of one block in shared memory, by array and position. Threads meet only their own there.
+/// Vectors of one block in shared memory, by array and slot. Threads meet only their own there.
 template <class P>
 struct Kept {
   typename P::Values* memory;
-  int count;
+  unsigned slots;
 
-  __device__ bool has(int position) const { return count > 0 && position < count; }
-  __device__ typename P::Values& at(int position, int array) const {
-    return memory[(array * count + position) * blockDim.x + threadIdx.x];
-  }
+  __device__ bool has(unsigned slot) const { return slot < slots; }
+  __device__ bool has_all(const P& part) const { return slots > 0 && part.size * blockDim.x <= slots; }
+  __device__ typename P::Values& at(unsigned slot, int array) const { return memory[array * slots + slot]; }
 };
 
 template <class T, int V>
@@ -161,9 +163,13 @@ struct Forward {
   static __device__ void add(Sums<W>& total, const R (*values)[P::UNROLL * V], int column, int valid, R origin,
                              bool exact) {
     if constexpr (FAST_DOUBLE && sizeof(T) < 8) {
-      add_values<P::K, P::STRIDE>(total, values[0] + column, valid, origin);
+      // From an origin, so that float32's squares do not cancel.
+      add_pairs<P::K>(total, valid, [=](int k) {
+        const double d = widened(values[0][column + k * P::STRIDE]) - origin;
+        return Pair64{d, d};
+      });
     } else {
-      add_tile<P::K, P::STRIDE>(total, values[0] + column, valid, origin, exact);
+      add_tile<P::K, P::STRIDE, sizeof(T) == 2>(total, values[0] + column, valid, origin, exact);
     }
   }
 
@@ -239,9 +245,13 @@ struct Backward {
   static __device__ R reference(const Call& c, long long channel) { return coarse_mean<T>(c.mean[channel]); }
   static __device__ void add(Sums<W>& total, const R (*values)[P::UNROLL * V], int column, int valid, R mean, bool) {
     if constexpr (FAST_DOUBLE && sizeof(T) < 8) {
-      add_products<P::K, P::STRIDE>(total, values[1] + column, values[0] + column, valid);
+      // Which in float64 needs no origin.
+      add_pairs<P::K>(total, valid, [=](int k) {
+        const int i = column + k * P::STRIDE;
+        return Pair64{widened(values[1][i]), widened(values[0][i])};
+      });
     } else {
-      add_gradient_tile<P::K, P::STRIDE>(total, values[1] + column, values[0] + column, mean);
+      add_gradient_tile<P::K, P::STRIDE, sizeof(T) == 2>(total, values[1] + column, values[0] + column, mean);
     }
   }
 
@@ -287,7 +297,7 @@ __device__ inline void take(const Kept<typename Op::P>& kept, const S& steps, ty
 #pragma unroll
   for (int u = 0; u < Op::P::UNROLL; ++u) {
 #pragma unroll
-    for (int a = 0; a < Op::P::ARRAYS; ++a) loaded[u].of[a] = kept.at(steps.position[u], a);
+    for (int a = 0; a < Op::P::ARRAYS; ++a) loaded[u].of[a] = kept.at(steps.slot[u], a);
   }
 }
 /// A tile, from the arrays.
@@ -311,11 +321,11 @@ __device__ inline void sum_tile(const typename Op::P& part, const Kept<typename 
     take<Op>(kept, steps, loaded);
   } else {
     load_all<Op>(part.c, steps, loaded);
-    if (kept.has(steps.last())) {
+    if (kept.has(steps.last)) {
 #pragma unroll
       for (int u = 0; u < P::UNROLL; ++u) {
 #pragma unroll
-        for (int a = 0; a < P::ARRAYS; ++a) kept.at(steps.position[u], a) = loaded[u].of[a];
+        for (int a = 0; a < P::ARRAYS; ++a) kept.at(steps.slot[u], a) = loaded[u].of[a];
       }
     }
   }
@@ -340,16 +350,16 @@ __device__ inline void sum_tile(const typename Op::P& part, const Kept<typename 
 
 #if ASYNC_COPIES
 /// Starts to copy a tile, if there is one, to where it is kept.
-template <class Op>
+template <class Op, bool WHOLE>
 __device__ inline void start_tile(
     const typename Op::P& part, const Kept<typename Op::P>& kept, Walk<typename Op::P>& walk) {
   using P = typename Op::P;
 #pragma unroll
   for (int u = 0; u < P::UNROLL; ++u) {
-    if (u >= walk.left) break;
+    if (!WHOLE && u >= walk.left) break;
 #pragma unroll
     for (int a = 0; a < P::ARRAYS; ++a) {
-      start_copy<sizeof(typename P::Values)>(&kept.at(walk.position, a), Op::address(part.c, a, walk.offset));
+      start_copy<sizeof(typename P::Values)>(&kept.at(walk.slot, a), Op::address(part.c, a, walk.offset));
     }
     walk.next();
   }
@@ -364,11 +374,16 @@ __device__ inline void sum_copies(const typename Op::P& part, const Kept<typenam
   constexpr int AHEAD = 4;
   Walk<typename Op::P> ahead = walk;
 #pragma unroll
-  for (int i = 0; i < AHEAD; ++i) start_tile<Op>(part, kept, ahead);
-  while (walk.left >= Op::P::UNROLL) {
+  for (int i = 0; i < AHEAD; ++i) start_tile<Op, false>(part, kept, ahead);
+  while (ahead.left >= Op::P::UNROLL) {
     await_copies<AHEAD - 1>();
     sum_tile<Op, true, true>(part, kept, walk, reference, total);
-    start_tile<Op>(part, kept, ahead);
+    start_tile<Op, true>(part, kept, ahead);
+  }
+  while (walk.left >= Op::P::UNROLL) {  // of which the last copies are under way, or about to be
+    await_copies<AHEAD - 1>();
+    sum_tile<Op, true, true>(part, kept, walk, reference, total);
+    start_tile<Op, false>(part, kept, ahead);
   }
   await_copies<0>();
   if (walk.left > 0) sum_tile<Op, false, true>(part, kept, walk, reference, total);
@@ -388,7 +403,7 @@ __device__ inline void sum_part(const typename Op::P& part, const Kept<typename 
   }
 #if ASYNC_COPIES
   if constexpr (sizeof(typename P::Values) >= 4 && sizeof(typename P::Values) <= 16) {
-    if (kept.has(part.size - 1) && Op::unchanged(part.c)) {
+    if (kept.has_all(part) && Op::unchanged(part.c)) {
       sum_copies<Op>(part, kept, walk, reference, total);
       return;
     }
@@ -398,8 +413,8 @@ __device__ inline void sum_part(const typename Op::P& part, const Kept<typename 
   if (walk.left > 0) sum_tile<Op, false, false>(part, kept, walk, reference, total);
 }
 
-/// y or dx of a tile, from what is kept of it, or from the arrays themselves.
-template <class Op, bool RESIDUAL, bool WHOLE>
+/// y or dx of a tile that is KEPT, or, from the arrays themselves, of one that is not.
+template <class Op, bool RESIDUAL, bool WHOLE, bool KEPT>
 __device__ inline void apply_tile(const typename Op::P& part, const Kept<typename Op::P>& kept,
                                   Walk<typename Op::P>& walk, const typename Op::Function* function,
                                   const Coefficients<Op>* channels) {
@@ -409,7 +424,7 @@ __device__ inline void apply_tile(const typename Op::P& part, const Kept<typenam
   const R floor = c.relu ? R(0) : R(MINUS_INFINITY);
   const Steps<P, WHOLE> steps(walk);
   typename Op::Loaded loaded[P::UNROLL];
-  if (kept.has(steps.last())) {
+  if (KEPT) {
     take<Op>(kept, steps, loaded);
   } else {
     load_all<Op>(c, steps, loaded);
@@ -488,8 +503,16 @@ __device__ inline void apply_with(const typename Op::P& part, const Kept<typenam
       return;
     }
   }
-  while (walk.left >= P::UNROLL) apply_tile<Op, RESIDUAL, true>(part, kept, walk, function, channels);
-  if (walk.left > 0) apply_tile<Op, RESIDUAL, false>(part, kept, walk, function, channels);
+  while (walk.left >= P::UNROLL && kept.has(walk.slot + (P::UNROLL - 1) * walk.slot_step)) {
+    apply_tile<Op, RESIDUAL, true, true>(part, kept, walk, function, channels);
+  }
+  while (walk.left >= P::UNROLL) apply_tile<Op, RESIDUAL, true, false>(part, kept, walk, function, channels);
+  if (walk.left <= 0) return;
+  if (kept.has(walk.slot + (walk.left - 1) * walk.slot_step)) {
+    apply_tile<Op, RESIDUAL, false, true>(part, kept, walk, function, channels);
+  } else {
+    apply_tile<Op, RESIDUAL, false, false>(part, kept, walk, function, channels);
+  }
 }
 
 /// y or dx of a part.
@@ -555,6 +578,6 @@ struct Shared {
   }
 
   __device__ Kept<typename Op::P> kept(const typename Op::P& part) const {
-    return {reinterpret_cast<typename Op::P::Values*>(rest), static_cast<int>(part.c.keep)};
+    return {reinterpret_cast<typename Op::P::Values*>(rest), static_cast<unsigned>(part.c.keep) * blockDim.x};
   }
 };

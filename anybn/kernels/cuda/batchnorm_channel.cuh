@@ -89,9 +89,9 @@ struct Normalizer<float> {
   Normalizer() = default;
   __device__ explicit Normalizer(const Affine& a) : mean(a.mean), scale(a.scale), bias(a.bias) {}
 
-  __device__ float operator()(float x) const { return static_cast<float>(fma(x - mean, scale, bias)); }
+  __device__ float operator()(float x) const { return narrowed(fma(widened(x) - mean, scale, bias)); }
   __device__ float operator()(float x, float residual) const {
-    return static_cast<float>(fma(x - mean, scale, bias) + residual);
+    return narrowed(fma(widened(x) - mean, scale, bias) + widened(residual));
   }
 #else
   static constexpr bool CHECKED = true;
@@ -152,7 +152,7 @@ struct Differentiator<float> {
       : mean(a.mean), scale(a.scale), slope(a.slope), offset(a.offset) {}
 
   __device__ float operator()(float x, float dy) const {
-    return static_cast<float>(fma(x - mean, slope, dy + offset) * scale);
+    return narrowed(fma(widened(x) - mean, slope, widened(dy) + offset) * scale);
   }
 #else
   static constexpr bool CHECKED = true;

@@ -15,6 +15,17 @@ __device__ inline unsigned short float_to_half(float v) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
   return bits;
 }
+/// v in the other type. As C++ has it, each would be a multiplication more, which makes subnormal numbers 0 (-ftz=true).
+__device__ inline double widened(float v) {
+  double w;
+  asm("cvt.f64.f32 %0, %1;" : "=d"(w) : "f"(v));
+  return w;
+}
+__device__ inline float narrowed(double v) {
+  float n;
+  asm("cvt.rn.f32.f64 %0, %1;" : "=f"(n) : "d"(v));
+  return n;
+}
 /// The larger one; NaN if v is.
 __device__ inline float at_least(float v, float floor) {
 #if __CUDA_ARCH__ >= 800

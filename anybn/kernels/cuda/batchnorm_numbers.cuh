@@ -206,39 +206,25 @@ __device__ inline Sums<W> sum_warp(Sums<W> sums) {
   return sums;
 }
 
-/// Adds the first `valid` of values[k * STRIDE], k < K, in float64: from an origin, so that float32's squares do not cancel.
-/// Several chains of additions, so that they need not wait for one another.
-template <int K, int STRIDE>
-__device__ inline void add_values(Sums<double>& total, const float* values, int valid, double origin) {
-  constexpr int CHAINS = K >= 16 ? 4 : 1;
-  Sums<double> sums[CHAINS] = {};
+/// Adds the first `valid` of `pair(k)`, k < K, in float64: of a and b, a and b * a. In two chains where there are many, so
+/// that fewer additions wait for one another.
+template <int K, class Pairs>
+__device__ inline void add_pairs(Sums<double>& total, int valid, const Pairs& pair) {
+  constexpr int SECOND = K >= 16 ? K / 2 : K;
+  Sums<double> sums = {};
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    if (k < valid) {
-      const double d = values[k * STRIDE] - origin;
-      Sums<double>& to = sums[k / (K / CHAINS)];
-      to = {to.s1 + d, fma(d, d, to.s2)};
+    if (k >= valid) continue;
+    const Pair64 p = pair(k);
+    if (k < SECOND) {
+      total = {total.s1 + p.hi, fma(p.hi, p.lo, total.s2)};
+    } else if (k == SECOND) {
+      sums = {p.hi, p.hi * p.lo};
+    } else {
+      sums = {sums.s1 + p.hi, fma(p.hi, p.lo, sums.s2)};
     }
   }
-#pragma unroll
-  for (int i = 0; i < CHAINS; ++i) total += sums[i];
-}
-
-/// The same of dy and dy * x, which in float64 needs no origin.
-template <int K, int STRIDE>
-__device__ inline void add_products(Sums<double>& total, const float* dy, const float* x, int valid) {
-  constexpr int CHAINS = K >= 16 ? 4 : 1;
-  Sums<double> sums[CHAINS] = {};
-#pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (k < valid) {
-      const double g = dy[k * STRIDE];
-      Sums<double>& to = sums[k / (K / CHAINS)];
-      to = {to.s1 + g, fma(g, static_cast<double>(x[k * STRIDE]), to.s2)};
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < CHAINS; ++i) total += sums[i];
+  if (SECOND < K) total += sums;
 }
 
 /// True if float32 sums of this size are neither overflowing nor so small that squares lose digits.
@@ -262,22 +248,29 @@ __device__ inline R median(R a, R b, R c) {
 /// value by value in the wide type, which is slow and rare. So is every tile if it is to be `exact`: else the squares
 /// have float32's rounding errors. They average out in many values, except where all are multiples of one power of two,
 /// whose squares round up more often than down: 2^-25 of the sum has been seen.
-template <int K, int STRIDE, class R, class W>
+///
+/// NARROW values have 16 bits. Of few of them, float32 takes deviations and their sum as well as they are wanted.
+template <int K, int STRIDE, bool NARROW, class R, class W>
 __device__ inline void add_tile(Sums<W>& total, const R* values, int valid, R origin, bool exact) {
   // The middle of three, so that one value far out is not taken; the first where there are others that repeat it.
   const R center = median(values[0], values[K / 2 * STRIDE], values[(K - 1) * STRIDE]);
-  Pair<R> sum = {R(0), R(0)};
+  Pair<R> sum = {R(0), R(0)};  // of the values, or of NARROW ones' deviations
   R squares = 0;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     const R v = values[k * STRIDE], d = v - center;
-    add(sum, v);
+    if (NARROW) {
+      sum.hi += d;
+    } else {
+      add(sum, v);
+    }
     squares = fused(d, d, squares);
   }
+  const R of_center = NARROW ? R(0) : center;
   // s1^2 / (squares * valid) is the part of the squares that cancels.
-  const R s1_here = (sum.hi - center * R(K)) + sum.lo, cancelling = valid < K ? R(0.75) : R(0.875);
+  const R s1_here = (sum.hi - of_center * R(K)) + sum.lo, cancelling = valid < K ? R(0.75) : R(0.875);
   if (!exact && safe(sum.hi) && safe_square(squares) && s1_here * s1_here <= squares * (cancelling * R(valid))) {
-    const W s1 = wide(sum) - wide(center) * R(K), shift = difference(center, origin);
+    const W s1 = wide(sum) - wide(of_center) * R(K), shift = difference(center, origin);
     const W there = s1 + shift * double(valid);
     total.s1 = total.s1 + there;
     total.s2 = total.s2 + wide(squares) + shift * (s1 + there);
@@ -303,12 +296,17 @@ __device__ inline void add_tile(Sums<W>& total, const R* values, int valid, R or
 }
 
 /// Adds sum(dy) and sum(dy * (x - mean)) of a tile; dy is 0 where there is nothing to add.
-template <int K, int STRIDE, class R, class W>
+template <int K, int STRIDE, bool NARROW, class R, class W>
 __device__ inline void add_gradient_tile(Sums<W>& total, const R* dy, const R* x, R mean) {
   Pair<R> s1 = {R(0), R(0)}, s2 = {R(0), R(0)};
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     const R g = dy[k * STRIDE];
+    if (NARROW) {
+      s1.hi += g;
+      s2.hi = fused(g, x[k * STRIDE] - mean, s2.hi);
+      continue;
+    }
     const Pair<R> d = two_sum(x[k * STRIDE], -mean), p = two_prod(g, d.hi);
     add(s1, g);
     add(s2, p.hi);

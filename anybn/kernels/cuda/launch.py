@@ -55,7 +55,8 @@ CALL = np.dtype(
 #: What differs from call to call of one kind: all pointers, and two numbers.
 _ADDRESSES, _NUMBERS = struct.Struct(f"={len(_POINTERS)}Q"), struct.Struct("=2d")
 _NUMBERS_AT: int = CALL.fields["eps"][1]  # type: ignore[index]
-_INDEX = {name: i for i, name in enumerate(_POINTERS)}
+#: Where a pointer is among those that `queue` takes.
+INDEX = {name: i for i, name in enumerate(_POINTERS)}
 #: Up to so many values of x, or so many of a channel, sums are taken in float64, value by value, even where that is
 #: slow: rounding errors do not average out in few values, and the time is that of the launch, or of memory.
 FEW, FEW_IN_A_CHANNEL = 1 << 15, 64
@@ -126,7 +127,7 @@ def queue(gpu: Gpu, kind: Kind, pointers: list[int], eps: float, momentum: float
     x, residual, dy, active, activated, y, dresidual, *_ = pointers
     misaligned = (x | residual | dy | activated | y | dresidual | active * TYPES[kind.dtype][1]) & 15
     alignment = (misaligned & -misaligned) or 16
-    if kind.op == "backward" and not kind.training and not pointers[_INDEX["dweight"]]:
+    if kind.op == "backward" and not kind.training and not pointers[INDEX["dweight"]]:
         kind = kind._replace(op="gradients")
     made, records = _prepared(kind, gpu.device, alignment)
     if made.cooperative and any(math.prod(one.grid) > gpu.resident(one) for one in made.launches if one.cooperative):
@@ -168,22 +169,34 @@ def _prepared(kind: Kind, device: Device, alignment: int) -> tuple[Plan, tuple[b
 # -- a GPU, through CuPy -----------------------------------------------------------------------------------------------
 
 
+_NO_COMPILER = "CuPy cannot compile kernels here"
+
+
 @functools.cache
-def available() -> bool:
-    """Whether CuPy is here, with a GPU and a compiler. Imports it if it is installed; says why if it is of no use."""
+def problem() -> str:
+    """Why CuPy is of no use here, or "". Imports it if it is installed."""
     if importlib.util.find_spec("cupy") is None:
-        return False
+        return "CuPy is not installed"
     try:
         import cupy
 
-        if not cupy.cuda.is_available() or cupy.cuda.runtime.is_hip:
-            return False
+        if not cupy.cuda.is_available():
+            return "CuPy finds no CUDA GPU"
+        if cupy.cuda.runtime.is_hip:
+            return "CuPy is one for ROCm"
         cupy.RawModule(code='extern "C" __global__ void nothing() {}').get_function("nothing")
     except Exception as error:  # of a driver, a compiler, headers, a broken installation
         advice = "pip install 'anybn[cupy]' brings a compiler along, 'anybn[cupy12]' one for CUDA 12"
-        warnings.warn(f"CuPy cannot compile kernels here ({error}), anybn goes on without: {advice}", stacklevel=2)
-        return False
-    return True
+        return f"{_NO_COMPILER} ({error}): {advice}"
+    return ""
+
+
+@functools.cache
+def available() -> bool:
+    """Whether CuPy is here, with a GPU and a compiler. Warns where it is and has none."""
+    if (found := problem()).startswith(_NO_COMPILER):
+        warnings.warn(f"{found}; anybn goes on without", stacklevel=2)
+    return not found
 
 
 @functools.cache
