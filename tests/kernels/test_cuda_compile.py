@@ -108,8 +108,8 @@ def test_of_an_h100_all_of_a_tile_is_loaded_before_it_is_used() -> None:
             assert counts.flight * threads >= 64 * 1024, f"{name}: {counts}"
 
 
-#: Instructions a value, to sum and to apply, that the kernels of one launch may take on an H100: what they took when they
-#: were last made shorter, and a little more.
+#: Instructions a value, to sum and to apply, that the kernels of one launch may take on an H100: what they took when
+#: they were last made shorter, and a little more.
 BUDGET = {("train", "bfloat16"): 14, ("train", "float"): 18, ("backward", "bfloat16"): 23, ("backward", "float"): 24}
 
 

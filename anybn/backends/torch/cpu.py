@@ -204,7 +204,7 @@ def gradients_in_one_step(
 
 def _rows_of(statistics: Statistics, x: torch.Tensor) -> np.ndarray | None:
     """What steps leave, without m2, which the backward pass does not read; None if they leave no such statistics."""
-    count, mean, shift, var, _ = statistics
+    count, mean, shift, var = statistics[:4]
     if count is None:
         return None if shift is not None else np.stack((_float64(mean), _float64(var)))
     if count * len(mean) != x.numel():
