@@ -41,10 +41,7 @@ def channel_sums(terms: Callable[..., Array], *arrays: Array) -> Array:
 
 def _sums_along(axis: int, terms: Callable[..., Array], *arrays: Array) -> Array:
     size = arrays[0].shape[axis]
-    parts = size if size <= _LAST else size // _NEXT if axis == 0 and size <= _NEXT**2 else _FIRST
-    length = size // parts
-    rounds = max(0, math.ceil(math.log(length / _LAST, _NEXT)))
-    length -= length % _NEXT**rounds
+    parts, length = _division(size, axis == 0)
     total, used = _pairwise([terms(*part) for part in _cut(axis, parts, length, *arrays)]), parts * length
     while length > 1:
         parts = _NEXT if length > _LAST else length
@@ -53,6 +50,20 @@ def _sums_along(axis: int, terms: Callable[..., Array], *arrays: Array) -> Array
     if used == size:
         return total
     return total + _sums_along(axis, terms, *(lax.slice_in_dim(a, used, size, axis=axis) for a in arrays))
+
+
+def _division(size: int, is_last: bool) -> tuple[int, int]:
+    """Into how many parts the first loop divides an axis, and their length, a few more may be left behind them."""
+    if size <= _LAST:
+        return size, 1
+    if is_last and size <= _NEXT**2:
+        return size // _NEXT, _NEXT
+    divisions = []
+    for parts in (_FIRST, _FIRST - 1):  # 7 divides 7 * 7, 14 * 14, ..., which nets for images have
+        length = size // parts
+        rounds = max(0, math.ceil(math.log(length / _LAST, _NEXT)))
+        divisions.append((parts, length - length % _NEXT**rounds))
+    return min(divisions, key=lambda division: size - math.prod(division))
 
 
 def _cut(axis: int, parts: int, length: int, *arrays: Array) -> list[tuple[Array, ...]]:
@@ -143,7 +154,8 @@ def _once(a: Array) -> Array:
 def _value_of_each_channel(x: Array, i: int) -> Array:
     """The first, the middle or the last one."""
     first, before, after = ((x.shape[axis] - 1) * i // 2 for axis in (0, 1, 3))
-    return x[first : first + 1, before : before + 1, :, after : after + 1]
+    rows = x[:, before : before + 1, :, after : after + 1]  # of each device, if the first axis is shared out
+    return rows[first : first + 1]
 
 
 def _median_of_three(a: Array, b: Array, c: Array) -> Array:
