@@ -210,7 +210,7 @@ def measured(names: list[str], rounds: int, compiled: bool) -> Iterator[dict[str
                     for contestant, model in models.items()
                 }
                 before = seconds_of_others()
-                timings = interleaved(runs, rounds, 0, 0)
+                timings = interleaved(runs, rounds, 0)
                 yield {
                     "net": name,
                     "layout": f"channels {layout}",

@@ -25,8 +25,8 @@ from speed import RESULTS, Row, context, write
 
 import anybn
 from anybn import norms
-from anybn.cli.comparison import BARS, WrongResult, use_threads
-from anybn.cli.timing import QUIET, SETTLE, Run, duration, quietest
+from anybn.cli.comparison import BARS, WrongResult, operations_before, use_threads
+from anybn.cli.timing import QUIET, Run, duration, quietest
 from anybn.conformance import inputs, oracle
 
 F = torch.nn.functional
@@ -193,7 +193,9 @@ def measure(case: Case, rounds: int, seconds: float, attempts: int) -> Row:
     with torch.no_grad():
         runs = contestants(case, data)
         check(case, data, runs)
-        measured = quietest(runs, rounds, seconds, SETTLE, attempts)
+        measured = quietest(
+            runs, rounds, seconds, attempts, operations_before(data.dy if case.op == "backward" else data.x, runs)
+        )
     us = {name: round(timing.median * 1e6, 2) for name, timing in measured.timings.items()}
     row: Row = {**case._asdict(), "dtype": "float32", "us": us}
     row |= {f"{name}_ratio": round(us["torch.nn"] / us[name], 3) for name in ("torch", "numpy")}

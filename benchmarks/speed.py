@@ -6,12 +6,13 @@
     python benchmarks/speed.py --compile-time      # what the first call costs, into benchmarks/results/compile.json
 
 Every result is checked against long double arithmetic before anything is timed. The numbers are medians over rounds in
-which each contestant has one turn, in random order; a turn starts with 10 ms that are not timed (``--settle``). Outputs
-are fresh on both sides, gradients off but for the backward pass, which is torch.autograd.grad through either module, or
-``pullback(dy)`` on NumPy arrays. Both sides have the same number of threads; JAX takes all CPUs, and a copy takes one:
-``copy`` is np.copyto into memory that is in use, ``fresh copy`` is x.copy(). For bn + add + relu, torch is the faster
-of ``(bn(x) + r).relu_()`` and ``bn(x).add_(r).relu_()``. While other processes use a CPU the numbers are worthless,
-torch's above all: such a case is tried again, and a row that stays ``busy`` is not put there.
+which each contestant has one turn, in random order. Each call follows directly upon an operation of its library that
+writes x, or dy, as in a net; ``--rested`` leaves that away. ``numpy alone`` is the obvious code without a library.
+Outputs are fresh on both sides, gradients off but for the backward pass, which is torch.autograd.grad through either
+module, or ``pullback(dy)`` on NumPy arrays. Both sides have the same number of threads; JAX takes all CPUs, and a copy
+takes one: ``copy`` is np.copyto into memory that is in use, ``fresh copy`` is x.copy(). For bn + add + relu, torch is
+the faster of ``(bn(x) + r).relu_()`` and ``bn(x).add_(r).relu_()``. While other processes use a CPU the numbers are
+worthless, torch's above all: such a case is tried again, and a row that stays ``busy`` is not put there.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from anybn.cli.comparison import (
     measure,
     use_threads,
 )
-from anybn.cli.timing import QUIET, SETTLE, Run, Timing
+from anybn.cli.timing import QUIET, Run, Timing
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -120,7 +121,7 @@ def cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def rows_of(case: Case, timings: dict[str, Timing], busy: float, surroundings: Row) -> list[Row]:
+def rows_of(case: Case, timings: dict[str, Timing], busy: float, rested: bool, surroundings: Row) -> list[Row]:
     """One for each library whose arrays anybn was given; ``spread`` is between quartiles, relative to the median."""
     rows = []
     for library in ("numpy", "torch"):
@@ -128,14 +129,16 @@ def rows_of(case: Case, timings: dict[str, Timing], busy: float, surroundings: R
             continue
         measured = {"ours": timings[library]} | {
             name.removesuffix(".nn").replace(" ", "_"): timings[name]
-            for name in ("torch.nn", "jax", "copy", "fresh copy")
+            for name in ("torch.nn", "numpy alone", "jax", "copy", "fresh copy")
             if name in timings
         }
         row = {"op": case.op, "library": library, "layout": case.layout, "dtype": case.dtype, "shape": case.shape}
         row |= {f"{name}_us": round(t.median * 1e6, 2) for name, t in measured.items()}
         row["ratio"] = round(row["torch_us"] / row["ours_us"], 3) if "torch" in measured else None
+        if library == "numpy" and "numpy_alone" in measured:
+            row["alone_ratio"] = round(row["numpy_alone_us"] / row["ours_us"], 3)
         row["spread"] = {name: round(t.spread, 3) for name, t in measured.items()}
-        row["busy"] = round(busy, 2)
+        row["busy"], row["rested"] = round(busy, 2), rested
         rows.append(row | surroundings)
     return rows
 
@@ -154,9 +157,9 @@ def of_part(rows: list[Row], **wanted: str) -> list[Row]:
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
-def against_torch(rows: list[Row]) -> tuple[float, Row]:
+def against_torch(rows: list[Row], ratio: str = "ratio") -> tuple[float, Row]:
     """The geometric mean of the ratios, and the row of the worst."""
-    return statistics.geometric_mean(row["ratio"] for row in rows), min(rows, key=lambda row: row["ratio"])
+    return statistics.geometric_mean(row[ratio] for row in rows), min(rows, key=lambda row: row[ratio])
 
 
 def in_copies(rows: list[Row], copy: str) -> list[float]:
@@ -203,10 +206,8 @@ def copy_verdict(layout: str, rows: list[Row]) -> str:
 
 def markdown(rows: list[Row]) -> str:
     lines = [
-        "| float32 | torch tensors | NumPy arrays | time in copies of x: torch, NumPy |".replace(
-            "float32", rows[0]["dtype"]
-        ),
-        "|---|---|---|---|",
+        f"| {rows[0]['dtype']} | torch tensors | NumPy arrays | NumPy alone / anybn | time in copies of x |",
+        "|---|---|---|---|---|",
     ]
     for op in OPS:
         for layout in LAYOUTS:
@@ -216,6 +217,9 @@ def markdown(rows: list[Row]) -> str:
             name = f"one call on {parts[0][0]['shape']}" if op == "call" else f"{TITLES[op]}, {layout}"
             means = [against_torch(part) for part in parts]
             ratios = [f"**{mean:.1f}** ({worst['ratio']:.1f})" for mean, worst in means]
+            alone = [row for row in parts[1] if "alone_ratio" in row]
+            mean, worst = against_torch(alone, "alone_ratio") if alone else (0.0, {})
+            ratios.append(f"**{mean:.1f}** ({worst['alone_ratio']:.1f})" if alone else "")
             copies = [f"{statistics.geometric_mean(in_copies(large(p), 'copy_us')):.1f}" for p in parts if large(p)]
             lines.append(f"| {name} | {' | '.join(ratios)} | {', '.join(copies)} |")
     return "\n".join(lines)
@@ -293,7 +297,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=min(2, anybn.get_num_threads()), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=15, help="at least, per case; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=2.0, help="at least, per case; default: %(default)s")
-    parser.add_argument("--settle", type=float, default=SETTLE, help="seconds not timed; default: %(default)s")
+    parser.add_argument("--rested", action="store_true", help="nothing comes before a call; says little of a net")
     parser.add_argument("--quick", action="store_true", help="5 rounds and 0.3 seconds")
     parser.add_argument("--jax", action="store_true", help="measure JAX too")
     parser.add_argument("--compile-time", action="store_true", help="measure the first calls instead")
@@ -312,12 +316,12 @@ def main() -> None:
         print_compile_times(surroundings)
         return
     use_threads(options.threads)
-    how = {"rounds": options.rounds, "seconds": options.seconds, "settle": options.settle, "attempts": 5}
+    how = {"rounds": options.rounds, "seconds": options.seconds, "rested": options.rested, "attempts": 5}
     if options.jax:
         how["others"] = with_jax
     rows = []
     for case in cases(options.op or OPS, options.layout or LAYOUTS, options.dtype):
-        for row in rows_of(case, *measure(case, **how), surroundings):
+        for row in rows_of(case, *measure(case, **how), options.rested, surroundings):
             rows.append(row)
             print(line(row), flush=True)
     write(options.output, "\n".join(map(json.dumps, rows)))

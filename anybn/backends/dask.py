@@ -201,7 +201,7 @@ def _one(_: int) -> int:
 def _moments_of_chunk(x: np.ndarray, mask: np.ndarray | None, spec: Spec) -> np.ndarray:
     found = np.zeros(x.shape[spec.axis], _MOMENTS)
     if x.size:
-        count, mean, shift, _, m2 = _NUMPY.statistics(Call(x, spec, mask=mask))
+        count, mean, shift, _, m2 = _NUMPY.statistics(Call(x, spec, mask=mask))[:5]
         found["count"], found["mean"], found["m2"] = count, mean, m2
         if shift is not None:
             found["shift"] = shift
@@ -226,7 +226,7 @@ def _merged(parts: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndar
     with np.errstate(all="ignore"):
         count, mean, shift, _, m2 = merged(
             array_api_compat.numpy, rows["count"].sum(0), *(rows[name] for name in _MOMENTS.names or ())
-        )
+        )[:5]
         found = np.empty_like(rows[0])
         found["count"], found["m2"] = count, m2
         # Knuth's two-sum: mean + shift is what it was, and shift as small as can be.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -13,12 +13,14 @@ from anybn import _pytree
 from anybn.backends._needs import needs
 from anybn.backends.base import Backend
 from anybn.core import formulas
-from anybn.core.call import Array, Call, Gradients, Spec, Statistics
+from anybn.core.call import Array, Call, Gradients, Spec, Statistics, Update
 
 with needs("jax", pip="jax"):
     import jax
     import jax.extend.core
     import jax.numpy as jnp
+
+    from anybn.backends import _jax_sums
 
     # where it is in JAX 0.5, and since
     _core = jax.extend.core if hasattr(jax.extend.core, "get_opaque_trace_state") else jax.core
@@ -41,36 +43,12 @@ class _Namespace:
 _NAMESPACE = _Namespace()
 
 
-#: Parts of an axis that are added at once.
-_PARTS = 8
-
-
-def _sum(xp: Any, a: Array, axes: tuple[int, ...]) -> Array:
-    """A sum in an order that is written down, pairwise but for what is left of lengths that 8 does not divide.
-
-    XLA's own sums are 1 unit of float32 off or 40, by its version and device; these were under 3 on 0.5.3, 0.8.3
-    and 0.10.2, and take as long. Each round adds the eight parts of an axis as whole arrays, which compilers make
-    vectors of. It ends in a barrier, since XLA would calculate a round again for each of its uses.
-    """
-    # Axes that lie side by side are one, for long loops; but not the first, which may be shared out over devices.
-    shape, reduced = [a.shape[0]], [0 in axes]
-    for i, size in enumerate(a.shape[1:], 1):
-        if i > 1 and i in axes and reduced[-1]:
-            shape[-1] *= size
-        else:
-            shape.append(size)
-            reduced.append(i in axes)
-    a = xp.reshape(a, shape)
-    for axis in reversed([i for i, is_reduced in enumerate(reduced) if is_reduced]):
-        while (size := a.shape[axis]) > 1:
-            count = min(size, _PARTS)
-            *parts, rest = xp.split(a, [size // count * i for i in range(1, count + 1)], axis=axis)
-            while len(parts) > 1:
-                odd = parts[len(parts) // 2 * 2 :]
-                parts = [p + q for p, q in zip(parts[::2], parts[1::2], strict=False)] + odd
-            a = jax.lax.optimization_barrier(xp.concat([*parts, rest], axis=axis))
-        a = xp.sum(a, axis=axis)
-    return a
+def _sum(_: Any, a: Array, axes: tuple[int, ...]) -> Array:
+    """Over all axes but one, pairwise. XLA's own sums are 1 unit of float32 off or 40, by its version and device."""
+    if a.size == 0:
+        return jnp.sum(a, axis=axes)
+    (axis,) = set(range(a.ndim)).difference(axes)
+    return jnp.reshape(_jax_sums.channel_sums(lambda part: part, _jax_sums.on_four_axes(a, axis)), (-1,))
 
 
 def _current_trace() -> Any:
@@ -158,7 +136,25 @@ class JaxBackend(Backend):
     def statistics(self, call: Call) -> Statistics:
         if call.group is not None:
             return super().statistics(call)
-        return Statistics(*_batch_statistics(call.spec.axis, np.dtype(self.working_dtype(call.x)), call.x, call.mask))
+        return _statistics(call.spec.axis, self._working(call), call.x, call.mask)
+
+    def train(self, call: Call) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
+        if call.group is not None:
+            return super().train(call)
+        fuses = call.update is not None and not self.has_float64(None)
+        settings, learned = _of_update(cast(Update, call.update)) if fuses else (None, ())
+        y, statistics, running = _train(call.spec, self._working(call), settings, _arrays(call), learned)
+        return y, statistics, running and (_primal(running[0]), _primal(running[1]))
+
+    def update(self, update: Update, statistics: Statistics) -> tuple[Array, Array]:
+        """Compiled only without float64: XLA rounds ``a * b + c * d`` once less than others, whose bits float64 has."""
+        if self.has_float64(None):
+            return super().update(update, statistics)
+        settings, learned = _of_update(update)
+        return _updated(settings, learned, Statistics(*map(self.detached, statistics)))
+
+    def _working(self, call: Call) -> np.dtype:
+        return np.dtype(self.working_dtype(call.x))
 
     def evaluate(self, call: Call, statistics: Statistics) -> Array:
         return _evaluate(call.spec, _arrays(call), statistics._replace(count=None, m2=None))
@@ -181,38 +177,118 @@ def _of_arrays(spec: Spec, arrays: tuple[Array | None, ...]) -> Call:
     return Call(x, spec, weight, bias, residual, mask)
 
 
+def _counts(axis: int, working: np.dtype, x: Array, mask: Array | None) -> Array:
+    """XLA replaces a division by one number for all channels with a product with its reciprocal, which is not the same:
+    the count is an array behind a barrier, here and in what divides by it later."""
+    return jax.lax.optimization_barrier(jnp.full(x.shape[axis], formulas.value_count(jnp, x, axis, mask, working)))
+
+
 @partial(jax.jit, static_argnums=(0, 1))
-def _batch_statistics(axis: int, working: np.dtype, x: Array, mask: Array | None) -> tuple[Array | None, ...]:
-    # XLA replaces a division by one number for all channels with a product with its reciprocal, which is not the same:
-    # the count is an array behind a barrier, here and in what divides by it later.
-    count = jnp.full(x.shape[axis], formulas.value_count(jnp, x, axis, mask, working))
-    count = jax.lax.optimization_barrier(count)
-    return count, *_moments(axis, working, x, mask, count)
+def _statistics(axis: int, working: np.dtype, x: Array, mask: Array | None) -> Statistics:
+    return _moments(axis, working, x, mask, _counts(axis, working, x, mask))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _moments(axis: int, working: np.dtype, x: Array, mask: Array | None, count: Array) -> tuple[Array | None, ...]:
-    call = Call(x, Spec(axis, 0.0), mask=mask)
-    return tuple(formulas.batch_statistics(jnp, _sum, call, working, count)[1:])
+def _moments(axis: int, working: np.dtype, x: Array, mask: Array | None, count: Array) -> Statistics:
+    if mask is None and not formulas.is_wide(working, x):
+        return _jax_sums.batch_statistics(x, axis, working, count)
+    return formulas.batch_statistics(jnp, _sum, Call(x, Spec(axis, 0.0), mask=mask), working, count)
 
 
 @_moments.defjvp
 def _moments_jvp(axis: int, working: np.dtype, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """``dmean = mean(dx)`` and ``dm2 = 2 sum((x - mean) dx)``: exact, where differentiating the corrected two-pass sum
-    op by op would leave the rounding errors of terms that cancel. Linear in dx, so JAX transposes it for ``grad``, and
-    itself differentiable, so that ``hessian``, ``jacfwd`` and ``jvp`` work, which ``custom_vjp`` would rule out.
-    """
     x, mask, count = primals
-    dx = tangents[0].astype(working)
-    mean, shift, var, m2 = _moments(axis, working, x, mask, count)
-    deviation = formulas.centered(jnp, x, Statistics(None, mean, shift, var), axis)
-    if mask is not None:
-        dx, deviation = jnp.where(mask, dx, 0), jnp.where(mask, deviation, 0)
-    axes, n = formulas.reduced_axes(x.ndim, axis), formulas.divisor(jnp, count, working)
-    # XLA's own sums: `grad` only transposes them, to a broadcast, where those of `_sum` become eight paddings.
-    dm2 = 2 * jnp.sum(deviation * dx, axis=axes)
-    dshift = None if shift is None else jnp.zeros_like(shift)
-    return (mean, shift, var, m2), (jnp.sum(dx, axis=axes) / n, dshift, dm2 / n, dm2)
+    statistics = _moments(axis, working, x, mask, count)
+    return statistics, _tangents_of_moments(Call(x, Spec(axis, 0.0), mask=mask), statistics, tangents[0])
+
+
+def _tangents_of_moments(call: Call, statistics: Statistics, dx: Array) -> Statistics:
+    """``dmean = mean(dx)`` and ``dm2 = 2 sum((x - mean) dx)``: exact, where differentiating the corrected sums op by op
+    would leave the rounding errors of terms that cancel. Linear in dx, so JAX transposes it for ``grad``, and itself
+    differentiable, so that ``hessian``, ``jacfwd`` and ``jvp`` work, which ``custom_vjp`` would rule out.
+    """
+    (_, mean, shift, _, _, scale, _), (x, spec, *_), count = statistics, call, cast(Array, statistics.count)
+    axes, n = formulas.reduced_axes(x.ndim, spec.axis), formulas.divisor(jnp, count, mean.dtype)
+    dx, deviation = _where_counted(call, dx.astype(mean.dtype), formulas.centered(jnp, x, statistics, spec.axis))
+    # XLA's own sums: `grad` only transposes them, to a broadcast, where those of `_sum` become paddings.
+    dmean, dm2 = jnp.sum(dx, axis=axes) / n, 2 * jnp.sum(deviation * dx, axis=axes)
+    zero = None if shift is None else jnp.zeros_like(shift)
+    no_count = np.zeros(count.shape, jax.dtypes.float0)
+    if scale is None:
+        return Statistics(no_count, dmean, zero, dm2 / n, dm2)
+    dvar = 2 * jnp.sum(deviation * formulas.along(jnp, scale, spec.axis, x.ndim) * dx, axis=axes) * scale / n
+    return Statistics(no_count, dmean, zero, dm2 / n, dm2, jnp.zeros_like(scale), dvar)
+
+
+def _where_counted(call: Call, *arrays: Array) -> tuple[Array, ...]:
+    return tuple(a if call.mask is None else jnp.where(call.mask, a, 0) for a in arrays)
+
+
+def _of_update(update: Update) -> tuple[tuple[int, bool], tuple[Any, ...]]:
+    """What is static of an update, and what is not: momentum changes with each batch where it is a cumulative average.
+
+    ``1 - momentum`` goes beside it, since float32 would lose digits of it.
+    """
+    mean, var, momentum, ddof, propagate = update
+    assert momentum is not None
+    return (ddof, propagate), (mean, var, momentum, 1.0 - momentum)
+
+
+@partial(jax.jit, static_argnums=0)
+def _updated(settings: tuple[int, bool], learned: tuple[Any, ...], statistics: Statistics) -> tuple[Array, Array]:
+    mean, var, momentum, kept = learned
+    return formulas.updated_running_statistics(jnp, Update(mean, var, momentum, *settings), statistics, kept)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _train(
+    spec: Spec,
+    working: np.dtype,
+    settings: tuple[int, bool] | None,
+    arrays: tuple[Array | None, ...],
+    learned: tuple[Any, ...],
+) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
+    y, statistics = _normalized(spec, working, arrays, _counts(spec.axis, working, arrays[0], arrays[-1]))
+    if settings is None:
+        return y, statistics, None
+    return y, statistics, _updated(settings, learned, jax.lax.stop_gradient(statistics))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _normalized(spec: Spec, working: np.dtype, arrays: Any, count: Array) -> tuple[Array, Statistics]:
+    call = _of_arrays(spec, arrays)
+    statistics = _moments(spec.axis, working, call.x, call.mask, count)
+    return formulas.normalize(_NAMESPACE, call, statistics), statistics
+
+
+@_normalized.defjvp
+def _normalized_jvp(spec: Spec, working: np.dtype, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """``dy = w (dx - mean(dx) - xhat mean(xhat dx)) + xhat dweight + dbias``, with ``w = weight * rstd``.
+
+    Put together so that its transpose, which ``grad`` runs, has two sums, of dy and of ``dy * xhat``. No product leaves
+    the range of the dtype where the variance does.
+    """
+    call, (dx, dweight, dbias, dresidual, _) = _of_arrays(spec, primals[0]), tangents[0]
+    y, statistics = _normalized(spec, working, *primals)
+    x, axes = call.x, formulas.reduced_axes(call.x.ndim, spec.axis)
+    along = partial(formulas.along, jnp, axis=spec.axis, ndim=x.ndim)
+    n = formulas.divisor(jnp, statistics.count, working)
+    rstd = formulas.reciprocal_std(_NAMESPACE, statistics, spec.eps)
+    w = rstd if call.weight is None else rstd * call.weight.astype(working)
+    xhat = formulas.centered(jnp, x, statistics, spec.axis) * along(rstd)
+    dx_there, xhat = _where_counted(call, dx.astype(working), xhat)
+    constant, factor = -w * (jnp.sum(dx_there, axis=axes) / n), -w * (jnp.sum(xhat * dx_there, axis=axes) / n)
+    if call.weight is not None:
+        factor = factor + dweight.astype(working)
+    if call.bias is not None:
+        constant = constant + dbias.astype(working)
+    dy = along(w) * dx_there + along(constant) + xhat * along(factor)
+    if call.residual is not None:
+        dy = dy + dresidual.astype(working)
+    (dy,) = _where_counted(call, dy)
+    if spec.relu:
+        dy = jnp.where(y > 0, dy, 0)
+    return (y, statistics), (dy.astype(x.dtype), _tangents_of_moments(call, statistics, dx))
 
 
 @partial(jax.jit, static_argnums=0)

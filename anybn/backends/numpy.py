@@ -28,7 +28,7 @@ class NumPyBackend(Backend):
     @property
     def how(self) -> str:  # type: ignore[override]
         if kernels() is chunked:
-            return "in blocks that fit the cache"
+            return "in NumPy, some times slower than with Numba: pip install 'anybn[fast]'"
         problem = importlib.import_module("anybn.kernels.cpu.cached").problem
         return f"fused Numba kernels{problem and ', '}{problem}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Self
@@ -12,7 +12,7 @@ import numpy as np
 import anybn
 from anybn._settings import DTYPES, Activation
 from anybn.backends.registry import backend_for
-from anybn.cli.timing import SETTLE, Measured, Run, quietest
+from anybn.cli.timing import Measured, Run, quietest
 from anybn.conformance import inputs, oracle
 
 OPS = ("forward", "backward", "evaluation", "add + relu", "call")
@@ -184,6 +184,46 @@ def copies(data: Data) -> dict[str, Run]:
     return {"copy": lambda: np.copyto(memory, data.x), "fresh copy": lambda: data.x.copy(order="K")}
 
 
+def obvious(case: Case, data: Data) -> dict[str, Run]:
+    """What somebody writes with NumPy who has no library for it, as ``numpy alone``; not with 16 bits."""
+    if case.dtype not in ("float32", "float64") or case.op == "backward":
+        return {}
+    x, residual = as_users_have_it(case, data.x), as_users_have_it(case, data.residual)
+    axis = x.ndim - 1 if case.layout == LAST else 1
+    axes = tuple(i for i in range(x.ndim) if i != axis)
+    shape = tuple(size if i == axis else 1 for i, size in enumerate(x.shape))
+    weight, bias, *running = (a.reshape(shape).astype(x.dtype) for a in data[3:])
+
+    def normalized(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+        return (x - mean) / np.sqrt(var + 1e-5) * weight + bias
+
+    def train() -> np.ndarray:
+        mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+        running[0] = 0.9 * running[0] + 0.1 * mean
+        running[1] = 0.9 * running[1] + 0.1 * var
+        y = normalized(mean, var)
+        return np.maximum(y + residual, 0) if case.op == "add + relu" else y
+
+    return {"numpy alone": (lambda: normalized(*running)) if case.op == "evaluation" else train}
+
+
+def operations_before(array: np.ndarray, runs: Iterable[str]) -> dict[str, Run]:
+    """For each of the runs, an operation of its library that writes the array which the run reads, x or dy, as a layer
+    before it does in a net: torch's threads are awake after it, and the values are in the caches as far as they fit."""
+    values = array.copy(order="K")
+
+    def by_numpy() -> None:
+        np.copyto(array, values)
+
+    found: dict[str, Run] = dict.fromkeys(runs, by_numpy)
+    if has_torch():
+        import torch
+
+        written, source = to_torch(array), to_torch(values)
+        found |= {name: lambda: torch.mul(source, 1.0, out=written) for name in found if name.startswith("torch")}
+    return found
+
+
 def has_torch() -> bool:
     return find_spec("torch") is not None
 
@@ -272,11 +312,12 @@ def measure(
     rounds: int,
     seconds: float,
     attempts: int = 1,
-    settle: float = SETTLE,
+    rested: bool = False,
     others: Callable[[Case, Data], Mapping[str, Run]] = lambda *_: {},
 ) -> Measured:
     """Of anybn (``numpy``, ``torch``), torch's module (``torch.nn``), the copies and others; the results come first.
 
+    Each call follows directly upon an operation of its library, unless they are rested: see `operations_before`.
     Raises WrongResult. There are at least so many rounds, and as many as start within so many seconds. On a busy
     machine it is tried again, and the quietest attempt counts.
     """
@@ -284,8 +325,9 @@ def measure(
         data = Data.of(case)
         ours = anybns(case, data)
         check(case, data, ours)
-        runs = {**ours, **torch_modules(case, data), **others(case, data), **copies(data)}
-        measured = quietest(runs, rounds, seconds, settle, attempts)
+        runs = {**ours, **torch_modules(case, data), **obvious(case, data), **others(case, data), **copies(data)}
+        before = {} if rested else operations_before(data.dy if case.op == "backward" else data.x, runs)
+        measured = quietest(runs, rounds, seconds, attempts, before)
     if in_place := measured.timings.pop("torch.nn in place", None):
         measured.timings["torch.nn"] = min(measured.timings["torch.nn"], in_place)
     return measured

@@ -16,11 +16,8 @@ import numpy as np
 #: CPU holds up all others by tens of milliseconds.
 QUIET = 0.1
 
-#: How long a contestant runs before it is timed. The threads of OpenMP that torch's turn leaves behind spin for 7.5 ms,
-#: on CPUs that the next one needs, then fall asleep, and torch needs a while to wake them.
-SETTLE = 0.01
-
 Run = Callable[[], Any]
+NOTHING: Mapping[str, Run] = {}
 
 
 class Timing(NamedTuple):
@@ -36,21 +33,23 @@ class Measured(NamedTuple):
     """How many CPUs other processes used meanwhile; 0 where the system does not tell."""
 
 
-def quietest(runs: Mapping[str, Run], rounds: int, seconds: float, settle: float, attempts: int) -> Measured:
+def quietest(
+    runs: Mapping[str, Run], rounds: int, seconds: float, attempts: int, before: Mapping[str, Run] = NOTHING
+) -> Measured:
     """On a busy machine it is tried again, and the quietest attempt counts."""
-    best = watched(runs, rounds, seconds, settle)
+    best = watched(runs, rounds, seconds, before)
     for _ in range(attempts - 1):
         if best.busy <= QUIET:
             break
         time.sleep(5)
-        best = min(best, watched(runs, rounds, seconds, settle), key=lambda measured: measured.busy)
+        best = min(best, watched(runs, rounds, seconds, before), key=lambda measured: measured.busy)
     return best
 
 
-def watched(runs: Mapping[str, Run], rounds: int, seconds: float, settle: float) -> Measured:
-    start, before = time.perf_counter(), seconds_of_others()
-    timings = interleaved(runs, rounds, seconds, settle)
-    return Measured(timings, (seconds_of_others() - before) / (time.perf_counter() - start))
+def watched(runs: Mapping[str, Run], rounds: int, seconds: float, before: Mapping[str, Run] = NOTHING) -> Measured:
+    start, of_others = time.perf_counter(), seconds_of_others()
+    timings = interleaved(runs, rounds, seconds, before)
+    return Measured(timings, (seconds_of_others() - of_others) / (time.perf_counter() - start))
 
 
 def seconds_of_others() -> float:
@@ -62,8 +61,13 @@ def seconds_of_others() -> float:
     return (user + nice + system + sum(interrupts_and_steal)) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def interleaved(runs: Mapping[str, Run], rounds: int, seconds: float, settle: float) -> dict[str, Timing]:
-    """Each one turn a round, in random order: whatever else the machine does then meets all of them alike."""
+def interleaved(
+    runs: Mapping[str, Run], rounds: int, seconds: float, before: Mapping[str, Run] = NOTHING
+) -> dict[str, Timing]:
+    """Each one turn a round, in random order: whatever else the machine does then meets all of them alike.
+
+    ``before`` has what comes directly before each call of a contestant, if anything does.
+    """
     rng = np.random.default_rng(0)
     names = [*runs]
     repeats = {name: repeats_of(run) for name, run in runs.items()}
@@ -74,7 +78,7 @@ def interleaved(runs: Mapping[str, Run], rounds: int, seconds: float, settle: fl
         end = time.perf_counter() + seconds
         while len(times[names[0]]) < rounds or time.perf_counter() < end:
             for i in rng.permutation(len(names)):
-                times[names[i]].append(time_of(runs[names[i]], repeats[names[i]], settle))
+                times[names[i]].append(time_of(runs[names[i]], repeats[names[i]], before.get(names[i])))
     finally:
         if enabled:
             gc.enable()
@@ -86,19 +90,28 @@ def summary(seconds: Sequence[float]) -> Timing:
     return Timing(float(median), float((high - low) / median))
 
 
-def time_of(run: Run, repeats: int, settle: float = 0) -> float:
-    """The result of a call is freed before the next one, and freeing it counts.
+def time_of(run: Run, repeats: int, before: Run | None = None) -> float:
+    """Seconds of a call, after one that is not timed.
 
-    Calls that are not timed come first, for so many seconds, and at least one.
+    Each call follows directly upon ``before``, which is not timed either: what a library leaves behind, threads that
+    are awake among it, meets the call as it does in a program. The result of a call is freed before the next one, and
+    freeing it counts.
     """
-    end = time.perf_counter() + settle
+    if before is None:
+        run()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - start) / repeats
+    before()
     run()
-    while time.perf_counter() < end:
-        run()
-    start = time.perf_counter()
+    total = 0.0
     for _ in range(repeats):
+        before()
+        start = time.perf_counter()
         run()
-    return (time.perf_counter() - start) / repeats
+        total += time.perf_counter() - start
+    return total / repeats
 
 
 def repeats_of(run: Run) -> int:

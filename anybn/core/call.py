@@ -75,6 +75,9 @@ class Statistics(NamedTuple):
     Of a batch: ``count`` values per channel (an int, or integers, 0-d or ``(C,)``), ``m2`` their summed squared
     deviations, ``var = m2 / count``. Running statistics are constants in the backward pass and have neither count nor
     m2.
+
+    Float32 without float64 behind it holds squares from 1e-38 to 1e38. There, ``scaled_var`` is the variance of
+    ``x * scale``, a power of two, where var and m2 are too large or too small; elsewhere both are None.
     """
 
     count: int | Array | None  # type: ignore[assignment] # hides tuple.count, which nobody misses
@@ -82,6 +85,8 @@ class Statistics(NamedTuple):
     shift: Array | None
     var: Array
     m2: Array | None = None
+    scale: Array | None = None
+    scaled_var: Array | None = None
 
 
 class Gradients(NamedTuple):

@@ -102,20 +102,44 @@ def batch_statistics(xp: Any, sum: Sum, call: Call, working: Any, count: int | A
         return sum(xp, values if mask is None else xp.where(mask, values, xp.zeros_like(values)), axes)
 
     if wide:
-        mean, shift = total(x) / n, None
+        mean = total(x) / n
         deviation = x - along(xp, mean, axis, ndim)
-    else:
-        # Measured from a value of the channel, a constant channel is 0 all the way down and its y exactly bias,
-        # and a mean far from 0 is not rounded while it is summed.
-        inside = x if mask is None else xp.where(mask, x, xp.full_like(x, -xp.inf))
-        origin = xp.max(inside, axis=axes)
-        origin = xp.where(xp.isfinite(origin), origin, xp.zeros_like(origin))
-        mean = origin + total(x - along(xp, origin, axis, ndim)) / n
-        deviation = x - along(xp, mean, axis, ndim)
-        shift = total(deviation) / n
-        deviation = deviation - along(xp, shift, axis, ndim)
+        m2 = total(deviation * deviation)
+        return Statistics(count, mean, None, m2 / n, m2)
+    # Measured from a value of the channel, a constant channel is 0 all the way down and its y exactly bias,
+    # and a mean far from 0 is not rounded while it is summed.
+    inside = x if mask is None else xp.where(mask, x, xp.full_like(x, -xp.inf))
+    origin = xp.max(inside, axis=axes)
+    origin = xp.where(xp.isfinite(origin), origin, xp.zeros_like(origin))
+    deviation = x - along(xp, origin, axis, ndim)
+    scale = None
+    if dtype_name(working) == "float32":
+        size = xp.abs(deviation if mask is None else xp.where(mask, deviation, xp.zeros_like(deviation)))
+        scale = scale_for(xp, xp.max(size, axis=axes))
+
+    def scaled(values: Array) -> Array:
+        return values if scale is None else values * along(xp, scale, axis, ndim)
+
+    def unscaled(values: Array, times: int) -> Array:
+        for _ in range(0 if scale is None else times):  # one by one: the power of a scale may overflow
+            values = values / scale
+        return values
+
+    mean = origin + unscaled(total(scaled(deviation)) / n, 1)
+    deviation = scaled(x - along(xp, mean, axis, ndim))
+    shift = total(deviation) / n
+    deviation = deviation - along(xp, shift, axis, ndim)
     m2 = total(deviation * deviation)
-    return Statistics(count, mean, shift, m2 / n, m2)
+    var = m2 / n
+    scaled_var = None if scale is None else var
+    return Statistics(count, mean, unscaled(shift, 1), unscaled(var, 2), unscaled(m2, 2), scale, scaled_var)
+
+
+def scale_for(xp: Any, size: Array) -> Array:
+    """The power of two by which float32 values up to size are multiplied before they are squared and summed."""
+    one = xp.ones_like(size)
+    small = (size > 0) & (size < 2.0**-44)
+    return xp.where(size > 2.0**44, 2.0**-76 * one, xp.where(small, 2.0**40 * one, one))
 
 
 def statistics_of_sums(
@@ -144,7 +168,9 @@ def centered(xp: Any, x: Array, statistics: Statistics, axis: int) -> Array:
 
 
 def reciprocal_std(xp: Any, statistics: Statistics, eps: float) -> Array:
-    return 1.0 / xp.sqrt(statistics.var + eps)
+    if statistics.scale is None:
+        return 1.0 / xp.sqrt(statistics.var + eps)
+    return statistics.scale / xp.sqrt(statistics.scaled_var + eps * statistics.scale * statistics.scale)
 
 
 def scale_of(xp: Any, statistics: Statistics, weight: Array | None, eps: float) -> Array:
@@ -232,7 +258,9 @@ def parameter_gradients(xp: Any, call: Call, dweight: Array, dbias: Array) -> tu
     )
 
 
-def updated_running_statistics(xp: Any, update: Update, statistics: Statistics) -> tuple[Array, Array]:
+def updated_running_statistics(
+    xp: Any, update: Update, statistics: Statistics, kept: float | Array | None = None
+) -> tuple[Array, Array]:
     """``running = (1 - momentum) * running + momentum * batch``, with ``m2 / (count - ddof)`` for the variance.
 
     Channels whose batch is not finite keep theirs, unless ``propagate``; so does every channel where a mask that is
@@ -246,11 +274,14 @@ def updated_running_statistics(xp: Any, update: Update, statistics: Statistics) 
     if isinstance(count, int):
         n: Any = count - ddof
     else:
-        n = xp.astype(count, mean.dtype)
-        n = xp.where(n > 1, n - ddof, xp.full_like(n, xp.nan))
+        count = xp.astype(count, mean.dtype)
+        n = xp.where(count > 1, count - ddof, xp.full_like(count, xp.nan))
     var = statistics.m2 / n
-    new_mean = (1.0 - momentum) * running_mean + momentum * xp.astype(mean, running_mean.dtype)
-    new_var = (1.0 - momentum) * running_var + momentum * xp.astype(var, running_var.dtype)
+    if statistics.scale is not None:  # var may be held where the sum of squares overflows
+        var = xp.where(xp.isfinite(var), var, statistics.var * (count / n))
+    kept = 1.0 - momentum if kept is None else kept
+    new_mean = kept * running_mean + momentum * xp.astype(mean, running_mean.dtype)
+    new_var = kept * running_var + momentum * xp.astype(var, running_var.dtype)
     if propagate:
         return new_mean, new_var
     finite = xp.isfinite(mean) & xp.isfinite(var)

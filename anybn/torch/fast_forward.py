@@ -21,8 +21,7 @@ from anybn.backends.registry import backend_for
 from anybn.backends.torch import TorchBackend, cpu
 from anybn.backends.torch.autograd import Recorded, op_by_op_here
 from anybn.backends.torch.cuda import TorchArrays
-from anybn.core.call import Call, Spec, Statistics, Update
-from anybn.kernels.cpu.plan import ONE_CLAIM
+from anybn.core.call import Spec
 from anybn.torch.fast_forward_on_cuda import fast_forward_on_cuda
 
 _TORCH = TorchBackend()
@@ -38,14 +37,14 @@ def _is_plain(a: Any) -> bool:
     return type(a) is torch.Tensor and a.layout is torch.strided and not a.is_nested and not a.is_neg()
 
 
-def _vector(a: torch.Tensor | None, kind: type, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """The address of a's values, as a compiled step takes it: 0 for None.
+def _vector(a: torch.Tensor | None, kind: type, dtype: torch.dtype, shape: tuple[int, ...]) -> int | None:
+    """The address of a's values, as a compiled step takes it: None for None.
 
-    -1 unless a is of this kind or a plain tensor, with memory of its own in which they lie as they are. Subclasses may
+    0 unless a is of this kind or a plain tensor, with memory of its own in which they lie as they are. Subclasses may
     keep their values anywhere, and freed storages have address 0.
     """
     if a is None:
-        return 0
+        return None
     if (
         (type(a) is kind or type(a) is Tensor)
         and a.dtype is dtype
@@ -54,8 +53,8 @@ def _vector(a: torch.Tensor | None, kind: type, dtype: torch.dtype, shape: tuple
         and a.is_contiguous()
         and not a.is_neg()
     ):
-        return a.data_ptr() or -1
-    return -1
+        return a.data_ptr()
+    return 0
 
 
 def fast_forward(
@@ -90,22 +89,24 @@ def fast_forward(
         and eps > 0
         and (activation is None or activation == "relu")
         and (x_at := x.data_ptr())
-        and (weight_at := _vector(weight, Parameter, parameter_dtype, of_channels)) >= 0
-        and (bias_at := _vector(bias, Parameter, parameter_dtype, of_channels)) >= 0
-        and (mean_at := _vector(mean, Tensor, _FLOAT64, of_channels)) >= 0
-        and (var_at := _vector(var, Tensor, _FLOAT64, of_channels)) >= 0
-        and (residual is None or (_is_plain(residual) and residual.shape == shape and residual.dtype is dtype))
-        and (residual is None or (residual.is_cpu and residual.data_ptr()))
+        and (weight_at := _vector(weight, Parameter, parameter_dtype, of_channels)) != 0
+        and (bias_at := _vector(bias, Parameter, parameter_dtype, of_channels)) != 0
+        and (mean_at := _vector(mean, Tensor, _FLOAT64, of_channels)) != 0
+        and (var_at := _vector(var, Tensor, _FLOAT64, of_channels)) != 0
+        and (residual is None or (_is_plain(residual) and cpu.lies_like(x, residual)))
     ):
         return None
-    momentum, batches_at = module.momentum, 0
+    momentum, batches_at = module.momentum, None
     if of_batch:
         if size // channels < 2 or not (momentum is None or 0 <= momentum <= 1):
             return None
         if mean is not None and module.track_running_stats and _current_graph_task_id() == -1:  # see `recomputes`
-            batches_at = -1 if batches is None else _vector(batches, Tensor, torch.int64, ())
-            if batches_at < 0:
+            batches_at = 0 if batches is None else _vector(batches, Tensor, torch.int64, ())
+            if not batches_at:
                 return None
+    plan = steps.steps_of(shape, x.stride(), example.itemsize, 1)
+    if plan is None:
+        return None
 
     spec = _spec(1, eps, activation is not None)
     records = is_grad_enabled() and (
@@ -114,48 +115,31 @@ def fast_forward(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
-    small = (
-        size * example.itemsize <= ONE_CLAIM and x.is_contiguous() and (residual is None or residual.is_contiguous())
-    )
-    statistics: Statistics | np.ndarray
-    if small and (plans := steps.plans(shape, example.itemsize)):
-        if records and spec.relu and _saved_tensors_hooks(True) is not None:  # which would read y at once
-            return None
-        y, floor = empty_like(x), 0.0 if spec.relu else -math.inf
-        statistics = np.empty((5 if of_batch else 2, channels))
-        residual_at = 0 if residual is None else residual.data_ptr()
-        arrays = (example, parameter_example, x_at, y.data_ptr(), residual_at, weight_at, bias_at)
-        if records:  # before anything is changed, since it can fail
-            y = Recorded.apply(x, weight, bias, residual, (y, statistics), _TORCH, spec)
-        if of_batch:
-            running = (mean_at, var_at, batches_at) if batches_at else (0, 0, 0)
-            new = -1.0 if momentum is None else momentum
-            with _lock.commits:
-                _lock.writes |= 1
-                done = steps.train(*arrays, *running, size, channels, floor, eps, new, statistics, *plans[0])
-                _lock.writes += 1
-            if done and batches_at:
-                increment_version((mean, var, batches))
-        else:
-            given = (*arrays, mean_at, var_at, size, channels, floor, eps, statistics, *plans[1])
-            before = _lock.writes
-            done = steps.evaluate(*given)
-            if before & 1 or before != _lock.writes:  # another thread was at a module's statistics, perhaps these
-                with _lock.commits:
-                    done = steps.evaluate(*given)
-        return y if done else None  # x shares memory with the state
-    if any(a is not None and _TORCH.overlaps(x, a) for a in (weight, bias, mean, var)):
+    if records and spec.relu and _saved_tensors_hooks(True) is not None:  # which would read y at once
         return None
-    call = Call(x, spec, weight, bias, residual)
-    if of_batch:
-        y, statistics, _ = cpu.train(call)
-    else:
-        with _lock.commits:
-            statistics = Statistics(None, mean.clone(), None, var.clone())
-        y = cpu.evaluate(call, statistics)
-    if records:
+    y, floor = empty_like(x), 0.0 if spec.relu else -math.inf
+    statistics = np.empty((5 if of_batch else 2, channels))
+    residual_at = None if residual is None else residual.data_ptr()
+    arrays = (example, parameter_example, x_at, y.data_ptr(), residual_at, weight_at, bias_at, mean_at, var_at)
+    options = (size, channels, floor, eps, statistics, plan.hands())
+    if records:  # before anything is changed, since it can fail
         y = Recorded.apply(x, weight, bias, residual, (y, statistics), _TORCH, spec)
+    if of_batch:
+        waited = plan.train(*arrays, *options, *plan.of_train)
+    else:
+        before = _lock.writes
+        waited = steps.evaluate(*arrays, *options, *plan.of_evaluate)
+        if before & 1 or before != _lock.writes:  # another thread was at a module's statistics, perhaps these
+            with _lock.commits:
+                waited = steps.evaluate(*arrays, *options, *plan.of_evaluate)
+    if waited < 0:
+        return None  # x shares memory with the state
+    steps.note_wait(waited)
     if batches_at:
+        new = -1.0 if momentum is None else momentum
         with _lock.commits:
-            _TORCH.update_in_place(Update(mean, var, momentum, 1, False), statistics, batches)
+            _lock.writes |= 1
+            steps.update(example, statistics, size // channels, new, mean_at, var_at, batches_at)
+            _lock.writes += 1
+        increment_version((mean, var, batches))
     return y

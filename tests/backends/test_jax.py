@@ -383,3 +383,72 @@ def test_constants_may_be_assigned_in_a_trace(library):
     outside = anybn.BatchNormState(3, like=x)
     with pytest.raises(anybn.StateError, match="the state was not passed into this traced call"):
         jax.jit(lambda x: step(x, outside).running_mean)(x)
+
+
+#: Standard deviations whose squares leave float32's range, and one whose sum of squares does.
+EXTREMES = [1e31, 1e30, 1e17, 1.0, 1e-17, 1e-30]
+
+
+@pytest.mark.parametrize("size", EXTREMES)
+def test_squares_may_leave_the_range_of_float32(size):
+    """y, what is learnt as far as float32 can hold it, and the gradients of automatic differentiation."""
+    values = (inputs.normal((16, 12, 12, 3)) * size).astype(np.float32)
+    dy = inputs.normal(values.shape, seed=1).astype(np.float32)
+    eps = 1e-5 if size > 1 else 1e-37
+    weight, bias = np.float32([1.0, 0.5, -2.0]), np.float32([0.1, 0.0, 0.3])
+
+    @jax.jit
+    def step(x, weight, bias):
+        def normalized(x, weight, bias):
+            state = anybn.BatchNormState(3, eps=eps, momentum=1.0, like=x)
+            state.weight, state.bias = weight, bias
+            return anybn.batch_norm(x, state, axis=-1, training=True), state
+
+        y, pullback, state = jax.vjp(normalized, x, weight, bias, has_aux=True)
+        tangent = jax.jvp(lambda x: normalized(x, weight, bias)[0], (x,), (jnp.asarray(dy),))[1]
+        return y, state, pullback(jnp.asarray(dy)), tangent
+
+    y, state, (dx, dweight, dbias), tangent = step(*map(jnp.asarray, (values, weight, bias)))
+    statistics = oracle.statistics(values, axis=-1)
+    mean, var = statistics.mean, statistics.var()
+    options = {"weight": weight, "eps": eps, "axis": -1}
+    assert oracle.error(np.asarray(y), oracle.normalize(values, mean, var, bias=bias, **options), "float32") <= 8
+    grads = oracle.gradients(dy, values, mean, var, count=statistics.count, **options)
+    assert oracle.error(np.asarray(dx), grads.x, "float32", grads.x_size) <= 8
+    assert oracle.error(np.asarray(dweight), grads.weight, "float32", grads.weight_size) <= 4
+    assert oracle.error(np.asarray(dbias), grads.bias, "float32", grads.bias_size) <= 4
+    along = oracle.gradients(dy, values, mean, var, count=statistics.count, eps=eps, axis=-1).x * weight
+    assert oracle.error(np.asarray(tangent), along, "float32", grads.x_size) <= 8  # its matrix is symmetric
+    unbiased, held = statistics.var(ddof=1), np.finfo(np.float32)
+    if held.tiny < unbiased.min() and unbiased.max() < held.max:
+        assert oracle.error(np.asarray(state.running_var) / unbiased, np.ones(3), "float32") <= 4
+    else:
+        assert np.all(np.isfinite(state.running_var))
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize(
+    "order", ["sorted", "a band of outliers", "outliers at the ends", "a band of zeros", "zeros seen"]
+)
+def test_the_origin_may_be_a_bad_guess(order, axis):
+    """Statistics are measured from the mean of every eighth value."""
+    values = inputs.normal((8, 4, 32, 32))
+    rows, limit = np.arange(32)[:, None] * np.ones(32, int), 4
+    if order == "sorted":
+        values = np.sort(values.reshape(8, 4, -1), axis=-1).reshape(values.shape) + 3
+    elif order == "a band of outliers":
+        values = np.where((rows >= 14) & (rows < 18), 1e4 * values, values)
+    elif order == "outliers at the ends":
+        values[0, :, 0], values[-1, :, -1] = 1e5, 2e5
+    elif order == "a band of zeros":
+        values = np.where((rows >= 14) & (rows < 18), 0.0, values * 1e-3 + 1)
+    else:  # the worst there can be: seven times the variance is the square of the distance to the mean
+        values, limit = np.where(np.arange(32) % 8 == 4, 0.0, values * 1e-3 + 1), 4 * (1 + 7)
+    values = values.astype(np.float32)
+    x = jnp.asarray(np.moveaxis(values, 1, axis))
+    statistics = oracle.statistics(values)
+    state = anybn.BatchNormState(4, momentum=1.0, like=x)
+    y = np.moveaxis(np.asarray(anybn.batch_norm(x, state, training=True, axis=axis)), axis, 1)
+    assert oracle.error(y, oracle.normalize(values, statistics.mean, statistics.var()), "float32") <= limit
+    relative = np.asarray(state.running_var) / statistics.var(ddof=1)
+    assert oracle.error(relative, np.ones(4), "float32") <= limit

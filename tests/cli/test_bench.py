@@ -98,10 +98,38 @@ def test_every_contestant_runs_equally_often(monkeypatch):
     calls = []
     runs = {name: lambda name=name: calls.append(name) for name in "abc"}
     monkeypatch.setattr(timing, "repeats_of", lambda _: 2)
-    timings = timing.interleaved(runs, rounds=5, seconds=0, settle=0)
+    timings = timing.interleaved(runs, rounds=5, seconds=0)
     assert [calls.count(name) for name in "abc"] == [5 * 3] * 3  # one that is not timed, and two
     assert len({"".join(calls[i : i + 9]) for i in range(0, 45, 9)}) > 1
     assert {*timings} == {*"abc"}
+
+
+def test_each_call_follows_directly_upon_its_operation():
+    calls = []
+    assert timing.time_of(lambda: calls.append("call"), 2, lambda: calls.append("before")) >= 0
+    assert calls == ["before", "call"] * 3
+
+
+@pytest.mark.parametrize("op", comparison.OPS)
+@pytest.mark.parametrize("layout", comparison.LAYOUTS)
+def test_the_operations_before_write_what_is_there(op, layout):
+    case = comparison.Case(op, layout, SHAPES[layout])
+    data = comparison.Data.of(case)
+    before = [a.copy() for a in data]
+    with comparison.without_grad():
+        runs = {**comparison.anybns(case, data), **comparison.torch_modules(case, data)}
+        for operation in comparison.operations_before(data.dy if op == "backward" else data.x, runs).values():
+            operation()
+    assert all(np.array_equal(a, b) for a, b in zip(before, data, strict=True))
+
+
+@pytest.mark.parametrize("layout", comparison.LAYOUTS)
+@pytest.mark.parametrize("op", ["forward", "evaluation", "add + relu"])
+def test_numpy_alone_is_a_batch_norm(op, layout):
+    case = comparison.Case(op, layout, SHAPES[layout])
+    data = comparison.Data.of(case)
+    found, ours = comparison.obvious(case, data)["numpy alone"](), comparison.anybn_on_numpy(case, data)()
+    assert np.allclose(found, ours, rtol=1e-4, atol=1e-4)
 
 
 def test_timing_is_median_and_spread():
@@ -110,10 +138,18 @@ def test_timing_is_median_and_spread():
 
 def test_the_faster_of_torch_s_ways_counts(monkeypatch):
     pytest.importorskip("torch")
-    times = {"numpy": 1.0, "torch": 1.0, "copy": 1.0, "fresh copy": 1.0, "torch.nn": 3.0, "torch.nn in place": 2.0}
+    times = {
+        "numpy": 1.0,
+        "torch": 1.0,
+        "numpy alone": 1.0,
+        "copy": 1.0,
+        "fresh copy": 1.0,
+        "torch.nn": 3.0,
+        "torch.nn in place": 2.0,
+    }
 
-    def interleaved(runs, rounds, seconds, settle):
-        assert {*runs} == {*times}
+    def interleaved(runs, rounds, seconds, before):
+        assert {*runs} == {*times} == {*before}
         return {name: timing.Timing(times[name], 0.0) for name in runs}
 
     monkeypatch.setattr(timing, "interleaved", interleaved)
@@ -137,7 +173,7 @@ def small(monkeypatch):
     real = bench.measure
     chosen = [comparison.Case("forward", layout, SHAPES[layout]) for layout in (comparison.FIRST, comparison.ROWS)]
     monkeypatch.setattr(bench, "cases", lambda *_: chosen)
-    monkeypatch.setattr(bench, "measure", lambda case, **_: real(case, rounds=1, seconds=0, settle=0))
+    monkeypatch.setattr(bench, "measure", lambda case, **_: real(case, rounds=1, seconds=0))
 
 
 @pytest.mark.parametrize("with_torch", [True, False])

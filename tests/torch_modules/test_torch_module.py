@@ -36,7 +36,7 @@ def test_trains_and_evaluates_as_torchs(dimensions, options, way):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
-@pytest.mark.parametrize("shape", [(8, 16), (8, 16, 7), (8, 16, 3, 5)])
+@pytest.mark.parametrize("shape", [(8, 16), (8, 16, 7), (8, 16, 3, 5), (3, 16, 300), (3, 16, 10, 20)])
 @pytest.mark.parametrize("fused", [False, True])
 def test_modules_are_the_functional_form_bit_for_bit(shape, dtype, fused, way):
     kind = {2: anybn.torch.BatchNorm1d, 3: anybn.torch.BatchNorm1d, 4: anybn.torch.BatchNorm2d}[len(shape)]
@@ -45,7 +45,7 @@ def test_modules_are_the_functional_form_bit_for_bit(shape, dtype, fused, way):
         bn.weight.uniform_(0.5, 2), bn.bias.normal_()
     state = bn.state.copy()
     x = (torch.from_numpy(inputs.normal(shape)) * 3 + 100).to(dtype)
-    if len(shape) == 4 and way == "on threads":
+    if len(shape) == 4 and way == "in parts":
         x = x.to(memory_format=torch.channels_last)
     residual = torch.from_numpy(inputs.normal(shape, 1)).to(dtype) if fused else None
     for training in (True, True, False):

@@ -103,22 +103,10 @@ class Recorded(_SingleLevelFunction):
             if not torch.is_grad_enabled() and not has_no_memory(dy):
                 grads = cpu.gradients_in_one_step(call, statistics, dy, y, wants[3])
             if grads is None:
-                statistics = _statistics_of_rows(statistics, x)
+                statistics = cpu.statistics_of_rows(statistics, x)
         if grads is None:
             grads = differentiated(backend, call, statistics, dy, y, wants[3])
         return grads.x, grads.weight, grads.bias, grads.residual, None, None, None, None, None
-
-
-def _statistics_of_rows(rows: np.ndarray, x: torch.Tensor) -> Statistics:
-    """Of the rows mean, shift, var and m2 of the batch, or mean and var of the running ones, as `step` leaves them.
-
-    Made in the backward pass, where they cost the forward pass nothing.
-    """
-    tensors = torch.from_numpy(rows)
-    if len(tensors) == 2:
-        return Statistics(None, tensors[0], None, tensors[1])
-    mean, shift, var, m2 = tensors[:4]
-    return Statistics(x.numel() // len(mean), mean, shift if x.dtype is torch.float64 else None, var, m2)
 
 
 class RecordedRows(torch.autograd.Function):

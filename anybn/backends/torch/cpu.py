@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ _SEEN = DTYPES | {torch.bool: np.dtype(bool)}
 
 @functools.cache
 def steps() -> Any:
-    """`anybn.kernels.cpu.step`, or None without Numba; imported with the first small tensor."""
+    """`anybn.kernels.cpu.step`, or None without Numba; imported with the first tensor."""
     if not kernels().__name__.endswith(".operations"):
         return None
     return undisturbed(functools.partial(importlib.import_module, "anybn.kernels.cpu.step"))
@@ -52,12 +53,77 @@ def batch_statistics(call: Call) -> Statistics:
 
 
 def train(call: Call) -> tuple[torch.Tensor, Statistics, None]:
+    if step := _step(call, call.residual, call.out):
+        y, rows = _destination(call), np.empty((5, call.x.shape[call.spec.axis]))
+        if _run(step.plan.train, step, call, y, (None, None), rows, step.plan.of_train):
+            return y, statistics_of_rows(rows, call.x), None
     y, statistics = kernels().train(_in_views(call))
     return _delivered(y, call), _from_views(statistics), None
 
 
 def evaluate(call: Call, statistics: Statistics) -> torch.Tensor:
+    if statistics.shift is None and (step := _step(call, call.residual, call.out)):
+        mean, var = (a.detach().double().contiguous() for a in (statistics.mean, statistics.var))
+        y = _destination(call)
+        running = mean.data_ptr(), var.data_ptr()
+        if _run(steps().evaluate, step, call, y, running, np.empty((2, len(mean))), step.plan.of_evaluate):
+            return y
     return _delivered(kernels().evaluate(_in_views(call), _views(statistics)), call)
+
+
+class _Step(NamedTuple):
+    """How compiled steps do a call."""
+
+    plan: Any
+    example: np.ndarray
+    parameter_example: np.ndarray
+
+
+def _step(call: Call, *others: torch.Tensor | None) -> _Step | None:
+    """None if compiled steps do not take the call's arrays, or the others, which are to lie like x, as they lie."""
+    x, spec, weight, bias = call[:4]
+    parameter = bias if weight is None else weight
+    example = examples().get(x.dtype)
+    parameter_example = example if parameter is None else examples().get(parameter.dtype)
+    if (
+        example is None
+        or parameter_example is None
+        or call.mask is not None
+        or steps() is None
+        or (plan := steps().steps_of(x.shape, x.stride(), example.itemsize, spec.axis)) is None
+        or not lies_like(x, x)
+        or not all(a is None or lies_like(x, a) for a in others)
+        or not (weight is None or lies_like(parameter, weight))
+        or not (bias is None or lies_like(parameter, bias))
+        or not (parameter is None or (parameter.shape == (x.shape[spec.axis],) and parameter.is_contiguous()))
+    ):
+        return None
+    return _Step(plan, example, parameter_example)
+
+
+def _run(
+    function: Any, step: _Step, call: Call, y: torch.Tensor, running: tuple[Any, Any], rows: np.ndarray, last: Any
+) -> bool:
+    """False, with nothing done, if x lies on weight, bias or the running statistics."""
+    x, spec, weight, bias, residual = call[:5]
+    arrays = (*(None if a is None else a.data_ptr() for a in (x, y, residual, weight, bias)), *running)
+    options = (x.numel(), x.shape[spec.axis], 0.0 if spec.relu else -math.inf, spec.eps, rows, step.plan.hands())
+    waited = function(step.example, step.parameter_example, *arrays, *options, *last)
+    steps().note_wait(waited)
+    return bool(waited >= 0)
+
+
+def _destination(call: Call) -> torch.Tensor:
+    return torch.empty_like(call.x) if call.out is None else call.out
+
+
+def statistics_of_rows(rows: np.ndarray, x: torch.Tensor) -> Statistics:
+    """Of the rows mean, shift, var and m2 of the batch, or mean and var of the running ones, as steps leave them."""
+    tensors = torch.from_numpy(rows)
+    if len(tensors) == 2:
+        return Statistics(None, tensors[0], None, tensors[1])
+    mean, shift, var, m2 = tensors[:4]
+    return Statistics(x.numel() // len(mean), mean, shift if x.dtype is torch.float64 else None, var, m2)
 
 
 def updated_running_statistics(update: Update, statistics: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +146,11 @@ def gradients(
     over: Over | None = None,
 ) -> Gradients:
     """See `anybn.core.formulas.gradients`; active may be y itself, after a relu."""
+    rows = None if over is not None or call.mask is not None else _rows_of(statistics, call.x)
+    if rows is not None and (active is None or active.dtype is call.x.dtype):
+        found = gradients_in_one_step(call, rows, dy, active, wants_residual)
+        if found is not None:
+            return found
     views = Call(_view(call.x), call.spec, _numbers(call.weight), mask=_view(call.mask))
     masked = wants_residual and not (active is None and call.mask is None)
     dx, dweight, dbias, found = kernels().gradients(views, _views(statistics), _view(dy), _view(active), masked, over)
@@ -102,32 +173,56 @@ def gradients_in_one_step(
 ) -> Gradients | None:
     """`gradients` where a compiled step went forward, whose rows of statistics these are; None if dy lies otherwise."""
     x, spec, weight, bias = call[:4]
-    parameter = bias if weight is None else weight
-    example = examples().get(x.dtype)
-    parameter_example = example if parameter is None else examples().get(parameter.dtype)
-    if (
-        example is None
-        or parameter_example is None
-        or not all(a is None or _lies_like(x, a) for a in (x, dy, y))
-        or not all(a is None or (_lies_like(parameter, a) and a.shape == x.shape[1:2]) for a in (weight, bias))
-    ):
+    if (step := _step(call, dy, y)) is None:
         return None
-    dx, dweight, dbias = (None if a is None else torch.empty_like(a) for a in (x, weight, bias))
     masked = wants_residual and y is not None
-    dmasked = torch.empty_like(x) if masked else None
-    addresses = [0 if a is None else a.data_ptr() for a in (dy, x, y, dx, dmasked, weight, dweight, dbias)]
-    sizes, plan = (x.numel(), x.shape[1], len(statistics) > 2), steps().plans(x.shape, example.itemsize)[2]
-    steps().backward(example, parameter_example, *addresses, *sizes, spec.eps, statistics, *plan)
+    dx, dmasked = torch.empty_like(x), torch.empty_like(x) if masked else None
+    dweight = None if weight is None else torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty_like(bias)
+    steps().note_wait(
+        step.plan.backward(
+            step.example,
+            step.parameter_example,
+            dy.data_ptr(),
+            x.data_ptr(),
+            None if y is None else y.data_ptr(),
+            dx.data_ptr(),
+            None if dmasked is None else dmasked.data_ptr(),
+            None if weight is None else weight.data_ptr(),
+            None if dweight is None else dweight.data_ptr(),
+            None if dbias is None else dbias.data_ptr(),
+            x.numel(),
+            x.shape[spec.axis],
+            spec.eps,
+            statistics,
+            step.plan.hands(),
+            *step.plan.of_backward,
+        )
+    )
     return Gradients(dx, dweight, dbias, dmasked if masked or not wants_residual else dy)
 
 
-def _lies_like(like: Any, a: torch.Tensor) -> bool:
-    """Whether a's values lie one after the other in memory of its own, as many and of the dtype as like's."""
+def _rows_of(statistics: Statistics, x: torch.Tensor) -> np.ndarray | None:
+    """What steps leave, without m2, which the backward pass does not read; None if they leave no such statistics."""
+    count, mean, shift, var = statistics[:4]
+    if count is None:
+        return None if shift is not None else np.stack((_float64(mean), _float64(var)))
+    if count * len(mean) != x.numel():
+        return None
+    rows = np.zeros((5, len(mean)))
+    rows[0], rows[2] = _float64(mean), _float64(var)
+    if shift is not None:
+        rows[1] = _float64(shift)
+    return rows
+
+
+def lies_like(like: Any, a: torch.Tensor) -> bool:
+    """Whether a's values lie in memory of its own as like's do, as many and of one dtype; like has no gaps."""
     return (
         (type(a) is torch.Tensor or type(a) is torch.nn.Parameter)
         and a.dtype is like.dtype
         and a.shape == like.shape
-        and a.is_contiguous()
+        and a.stride() == like.stride()
         and a.is_cpu
         and not a.is_neg()
         and a.data_ptr() != 0

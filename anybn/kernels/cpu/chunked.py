@@ -220,7 +220,7 @@ def evaluate(call: Call, statistics: Statistics) -> np.ndarray:
 
 def _evaluate(arrays: _Arrays, call: Call, statistics: Statistics) -> np.ndarray:
     y, normalize = _normalizer(arrays, call)
-    _, mean, shift, _, _ = statistics
+    mean, shift = statistics[1:3]
     scale, blocks = formulas.scale_of(np, statistics, call.weight, call.spec.eps), arrays.blocks(whole=False)
 
     def task(i: int) -> None:
@@ -270,7 +270,7 @@ class _Backward:
         return np.where(active[block] if active.dtype == bool else as_float64(active[block]) > 0, values, 0.0)
 
     def xhat(self, block: Block) -> np.ndarray:
-        c, (_, mean, shift, _, _) = block[1], self.statistics
+        c, (mean, shift) = block[1], self.statistics[1:3]
         xhat = self.arrays.deviations(block, mean[c], None if shift is None else shift[c])
         xhat *= self.arrays.along(self.rstd[c])
         return xhat

@@ -48,19 +48,19 @@ from anybn.kernels.cpu.values import (
 
 @njit(**EXACT)
 def spread(values, inner, k0, out):
-    """Fills out with the channels' values for columns k0, k0 + 1, ..."""
-    column, end = k0, k0 + len(out)
-    while column < end:
-        c = column // inner % len(values)
-        if inner == 1:
-            part, run = out[column - k0 : column - k0 + len(values) - c], values[c:]
+    """Fills out with the channels' values for columns k0, k0 + 1, ...; k0 is a channel's first column."""
+    c = k0 // inner % len(values)
+    if inner == 1:
+        column = 0
+        while column < len(out):
+            part, run = out[column : column + len(values) - c], values[c:]
             for k in range(len(part)):
                 part[k] = run[k]
-        else:
-            part = out[column - k0 : (column // inner + 1) * inner - k0]
-            for k in range(len(part)):
-                part[k] = values[c]
-        column += len(part)
+            column, c = column + len(part), 0
+    else:
+        for k in range(0, len(out), inner):
+            fill(out[k : k + inner], values[c])
+            c = c + 1 if c + 1 < len(values) else 0
 
 
 @njit(**SUMS)
@@ -145,40 +145,50 @@ def block_column_gradient_sums(dy, x, active, mask, width, r0, r1, k0, k1, origi
 @njit(**EXACT)
 def column_sums(x, mask, width, r0, r1, k0, k1, origin, s1, s2):
     """``sum(x - origin)`` and ``sum((x - origin)**2)`` of columns k0 to k1 over rows r0 to r1."""
-    b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
-    fill(lost1, 0.0)
-    fill(lost2, 0.0)
-    fill(s1, 0.0)
-    fill(s2, 0.0)
+    b1, b2, lost1, lost2, blocks = s1, s2, s1, s2, -(-(r1 - r0) // ROW_BLOCK)
+    if blocks != 1:
+        b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
+        for total in (s1, s2, lost1, lost2):
+            fill(total, 0.0)
     for r in range(r0, r1, ROW_BLOCK):
         block_column_sums(x, mask, width, r, min(r + ROW_BLOCK, r1), k0, k1, origin, b1, b2)
-        add_compensated(s1, lost1, b1)
-        add_compensated(s2, lost2, b2)
+        if blocks != 1:
+            add_compensated(s1, lost1, b1)
+            add_compensated(s2, lost2, b2)
 
 
 @njit(**EXACT)
 def column_gradient_sums(dy, x, active, mask, width, r0, r1, k0, k1, origin, s1, s2):
     """``sum(dy)`` and ``sum(dy * (x - origin))`` of columns k0 to k1 over rows r0 to r1; dy is 0 where not active."""
-    b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
-    fill(lost1, 0.0)
-    fill(lost2, 0.0)
-    fill(s1, 0.0)
-    fill(s2, 0.0)
+    b1, b2, lost1, lost2, blocks = s1, s2, s1, s2, -(-(r1 - r0) // ROW_BLOCK)
+    if blocks != 1:
+        b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
+        for total in (s1, s2, lost1, lost2):
+            fill(total, 0.0)
     for r in range(r0, r1, ROW_BLOCK):
         block_column_gradient_sums(dy, x, active, mask, width, r, min(r + ROW_BLOCK, r1), k0, k1, origin, b1, b2)
-        add_compensated(s1, lost1, b1)
-        add_compensated(s2, lost2, b2)
+        if blocks != 1:
+            add_compensated(s1, lost1, b1)
+            add_compensated(s2, lost2, b2)
 
 
 @njit(**EXACT)
-def write_y(x, y, residual, mask, floor, mean, shift, scale, bias, width, r0, r1, k0, k1):
-    """y in columns k0 to k1 of rows r0 to r1, with the channels' values spread."""
+def write_rows(x, y, residual, mask, floor, mean, shift, scale, bias, width, r0, r1, k0, k1):
     for r in range(r0, r1):
         row, out = part_of(x, width, r, k0, k1), part_of(y, width, r, k0, k1)
         residual_row, m = part_of(residual, width, r, k0, k1), at(mask, r)
         for k in range(len(row)):
             v = normalized(row[k], mean[k], at(shift, k), scale[k], bias[k], at(residual_row, k), floor)
             store(out, k, shown(v, m))
+
+
+@njit(**EXACT)
+def write_y(x, y, residual, mask, floor, mean, shift, scale, bias, width, r0, r1, k0, k1):
+    """y in columns k0 to k1 of rows r0 to r1, with the channels' values spread."""
+    if floor == -np.inf:
+        write_rows(x, y, residual, mask, None, mean, shift, scale, bias, width, r0, r1, k0, k1)
+    else:
+        write_rows(x, y, residual, mask, floor, mean, shift, scale, bias, width, r0, r1, k0, k1)
 
 
 @njit(**EXACT)
@@ -268,8 +278,7 @@ def train(tickets, x, y, residual, floor, eps, weight, bias, statistics, width, 
                     mean[c] += sums[0, c] / count
                 spread(mean, inner, k0, columns[0])
                 stripe_sums(x, None, width, inner, 0, rows, k0, k1, columns, sums)
-            for c in range(c0, c1):
-                finish_statistics(c, count, sums[0, c], sums[1, c], eps, weight, statistics, shift)
+            finish_statistics(c0, c1, count, sums, eps, weight, statistics, shift)
             spread_all(mean, shift, scale, bias, inner, k0, columns)
             write_y(x, y, residual, None, floor, columns[0], shifts, columns[2], columns[3], width, 0, rows, k0, k1)
         first, last = proceed(tickets, last - first)
@@ -290,8 +299,7 @@ def backward(
             spread(mean, inner, k0, columns[0])
             stripe_gradient_sums(dy, x, active, None, width, inner, 0, rows, k0, k1, columns, sums)
             c0, c1 = channels_of(k0, k1, width, inner, channels)
-            for c in range(c0, c1):
-                finish_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, gradients)
+            finish_gradients(c0, c1, count, sums, eps, weight, shift, var, gradients)
             spread_gradients(mean, shift, gradients, inner, k0, columns)
             write_dx(dy, x, active, None, dx, dresidual, columns, shifts, width, 0, rows, k0, k1)
         first, last = proceed(tickets, last - first)

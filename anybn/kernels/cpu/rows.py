@@ -13,7 +13,7 @@ from numba import njit
 
 from anybn.core.call import Call, Gradients, Statistics
 from anybn.kernels.cpu.columns import merge_parts
-from anybn.kernels.cpu.plan import ROW_BLOCK, RUN_BLOCK, RowPlan, has_few_long_rows, row_plan_of
+from anybn.kernels.cpu.plan import ROW_BLOCK, ROW_GROUP, RUN_BLOCK, RowPlan, has_few_long_rows, row_plan_of
 from anybn.kernels.cpu.runs import run_gradient_sums, run_sums
 from anybn.kernels.cpu.sharing import begin, proceed, share, shared
 from anybn.kernels.cpu.values import (
@@ -41,7 +41,7 @@ from anybn.kernels.cpu.values import (
 @njit(**EXACT)
 def normalize_values(row, out, mean, shift, rstd, weight, bias):
     for k in range(len(row)):
-        store(out, k, normalized(row[k], mean, shift, rstd * weight[k], bias[k], None, -np.inf))
+        store(out, k, normalized(row[k], mean, shift, rstd * weight[k], bias[k], None, None))
 
 
 @njit(**SUMS)
@@ -87,7 +87,7 @@ def normalize_runs(row, out, mean, shift, rstd, weight, bias, length):
         run, out_run = row[c * length : (c + 1) * length], out[c * length : (c + 1) * length]
         scale, offset = rstd * weight[c], bias[c]
         for k in range(len(run)):
-            store(out_run, k, normalized(run[k], mean, shift, scale, offset, None, -np.inf))
+            store(out_run, k, normalized(run[k], mean, shift, scale, offset, None, None))
 
 
 @njit(**EXACT)
@@ -121,23 +121,31 @@ def gradient_by_runs(drow, row, out, mean, shift, mean_dy, slope, rstd, weight, 
 @shared(**KERNEL)
 def forward(tickets, x, y, values, centered, eps, weight, bias, length, statistics):
     """Rows from statistics to y. Not centered, the mean is 0 whatever the values."""
-    mean, shift, per_row = statistics[MEAN], shift_in(statistics, x), values // length
+    mean, shift, scale, per_row = statistics[MEAN], shift_in(statistics, x), statistics[SCALE], values // length
+    sums, group = np.empty((2, len(mean))), max(1, ROW_GROUP // values)
     first, last = begin(tickets)
     while first < last:
-        for r in range(first, last):
-            start, stop = r * values, (r + 1) * values
-            mean[r] = load(x[start]) if centered else 0.0
-            s1, s2 = run_sums(x, None, start, stop, 0, mean[r])
-            if shift is not None and centered:
-                mean[r] += s1 / values
+        for r0 in range(first, last, group):
+            r1 = min(r0 + group, last)
+            for r in range(r0, r1):
+                start, stop = r * values, (r + 1) * values
+                mean[r] = load(x[start]) if centered else 0.0
                 s1, s2 = run_sums(x, None, start, stop, 0, mean[r])
-            finish_statistics(r, values, s1 if centered else 0.0, s2, eps, None, statistics, shift)
-            row, out, m, s, rstd = x[start:stop], y[start:stop], mean[r], at(shift, r), statistics[SCALE, r]
-            p = start // length % len(weight)
-            if length == 1:
-                normalize_values(row, out, m, s, rstd, weight[p : p + per_row], bias[p : p + per_row])
-            else:
-                normalize_runs(row, out, m, s, rstd, weight[p : p + per_row], bias[p : p + per_row], length)
+                if shift is not None and centered:
+                    mean[r] += s1 / values
+                    s1, s2 = run_sums(x, None, start, stop, 0, mean[r])
+                sums[0, r], sums[1, r] = s1 if centered else 0.0, s2
+            finish_statistics(r0, r1, values, sums, eps, None, statistics, shift)
+            p = r0 * per_row % len(weight)
+            for r in range(r0, r1):
+                start, stop = r * values, (r + 1) * values
+                row, out, m, s, rstd = x[start:stop], y[start:stop], mean[r], at(shift, r), scale[r]
+                w, b = weight[p : p + per_row], bias[p : p + per_row]
+                p = p + per_row if p + per_row < len(weight) else 0
+                if length == 1:
+                    normalize_values(row, out, m, s, rstd, w, b)
+                else:
+                    normalize_runs(row, out, m, s, rstd, w, b, length)
         first, last = proceed(tickets, last - first)
 
 

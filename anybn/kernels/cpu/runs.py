@@ -31,6 +31,7 @@ from anybn.kernels.cpu.values import (
     finish_statistics,
     load,
     normalized,
+    prefer_eight_lanes,
     put,
     scales_of,
     shift_in,
@@ -133,8 +134,9 @@ def behind_of(run, channels, length):
 
 
 @njit(**EXACT)
-def write_y(x, y, residual, mask, floor, mean, shift, scale, bias, length, segments, first, last):
-    """y in segments first to last."""
+def write_segments(x, y, residual, mask, floor, mean, shift, scale, bias, length, segments, first, last):
+    """y in segments first to last; floor may be None."""
+    prefer_eight_lanes(x)
     for number in range(first, last):
         start, stop = segment(number, length, segments)
         c, behind = number // segments % len(mean), behind_of(number // segments, len(mean), length)
@@ -143,6 +145,15 @@ def write_y(x, y, residual, mask, floor, mean, shift, scale, bias, length, segme
         mrow = cut(mask, start - behind, stop - behind)
         for i in range(len(row)):
             store(out, i, shown(normalized(row[i], m, s, k, b, at(residual_row, i), floor), at(mrow, i)))
+
+
+@njit(**EXACT)
+def write_y(x, y, residual, mask, floor, mean, shift, scale, bias, length, segments, first, last):
+    """y in segments first to last."""
+    if floor == -np.inf:
+        write_segments(x, y, residual, mask, None, mean, shift, scale, bias, length, segments, first, last)
+    else:
+        write_segments(x, y, residual, mask, floor, mean, shift, scale, bias, length, segments, first, last)
 
 
 @njit(**EXACT)
@@ -181,8 +192,7 @@ def train(tickets, x, y, residual, floor, eps, weight, bias, statistics, length,
                 for c in range(c0, c1):
                     mean[c] += sums[0, c] / count
                 group_sums(x, c0, c1, length, mean, sums)
-            for c in range(c0, c1):
-                finish_statistics(c, count, sums[0, c], sums[1, c], eps, weight, statistics, shift)
+            finish_statistics(c0, c1, count, sums, eps, weight, statistics, shift)
             for run in range(0, len(x) // length, channels):
                 write_y(x, y, residual, None, floor, mean, shift, scale, bias, length, 1, run + c0, run + c1)
         first, last = proceed(tickets, last - first)
@@ -198,8 +208,7 @@ def backward(tickets, dy, x, active, dx, dresidual, count, eps, weight, mean, sh
         for c0 in range(first * group, min(last * group, channels), group):
             c1 = min(c0 + group, channels)
             group_gradient_sums(dy, x, active, c0, c1, length, mean, sums)
-            for c in range(c0, c1):
-                finish_gradients(c, count, sums[0, c], sums[1, c], eps, weight, shift, var, gradients)
+            finish_gradients(c0, c1, count, sums, eps, weight, shift, var, gradients)
             for run in range(0, len(x) // length, channels):
                 write_dx(dy, x, active, None, dx, dresidual, mean, shift, gradients, length, 1, run + c0, run + c1)
         first, last = proceed(tickets, last - first)

@@ -56,11 +56,15 @@ def proceed(tickets, done):
     return begin(tickets)
 
 
-@njit
-def alone(count):
-    """Tickets of a call that is the caller's, in one claim."""
+@cached(nogil=True)
+def tickets_of(work, hands):
+    """Tickets of a call for ``(count, step)`` of a plan, with `hands` to do it, which one claim needs none of."""
+    count, step = work
     tickets = np.zeros(SIZE, np.int64)
-    tickets[STEP] = tickets[COUNT] = count
+    tickets[STEP], tickets[COUNT] = step, count
+    threads = min(hands[0], -(-count // step))
+    if threads > 1:
+        tickets[THREADS], tickets[OPENMP], tickets[POOL] = threads, hands[1], hands[2]
     return tickets
 
 
@@ -135,6 +139,28 @@ CROWDED, REST = 1_000_000, 20
 _crowded_until = 0
 
 
+#: `hands` of a call that is the caller's.
+ALONE = (1, 0, 0)
+
+
+def hands() -> tuple[int, int, int]:
+    """Who may help in a call: how many threads, the caller's included; OpenMP's entry, or else our pool's address."""
+    if (threads := get_num_threads()) > 1:
+        if (team := openmp.team()) is None or time.monotonic_ns() < _crowded_until:
+            if address := pool.pool_of(threads - 1):
+                return threads, 0, address
+        elif not team.in_parallel():
+            return threads, team.parallel, 0
+    return ALONE
+
+
+def note_wait(waited: int) -> None:
+    """Of a call, what its tickets say that OpenMP waited."""
+    global _crowded_until
+    if waited > CROWDED:
+        _crowded_until = time.monotonic_ns() + REST * int(waited)
+
+
 def share(kernel: Callable[..., None], count: int, step: int, *arguments: Any) -> None:
     """``kernel(tickets, *arguments)`` on this thread and others, until ``count`` numbers are done.
 
@@ -142,16 +168,6 @@ def share(kernel: Callable[..., None], count: int, step: int, *arguments: Any) -
     on who claims which. Where one claim takes all, nobody is asked to help. Returns, or raises MemoryError, after the
     last thread has left the kernel: nothing is written to an array afterwards.
     """
-    global _crowded_until
-    tickets = np.zeros(SIZE, np.int64)
-    tickets[STEP], tickets[COUNT] = step, count
-    if count > step and (threads := min(get_num_threads(), -(-count // step))) > 1:
-        if (team := openmp.team()) is None or time.monotonic_ns() < _crowded_until:
-            tickets[POOL] = pool.pool_of(threads - 1)
-        elif not team.in_parallel():
-            tickets[OPENMP] = team.parallel
-        if tickets[OPENMP] or tickets[POOL]:
-            tickets[THREADS] = threads
+    tickets = tickets_of((count, step), hands() if count > step else ALONE)
     kernel(tickets, *arguments)
-    if tickets[WAITED] > CROWDED:
-        _crowded_until = time.monotonic_ns() + REST * int(tickets[WAITED])
+    note_wait(tickets[WAITED])

@@ -1,38 +1,95 @@
-"""A whole call on a small contiguous array in one compiled function that takes addresses.
+"""A whole call on a dense array in one compiled function that takes addresses.
 
-A view of a tensor as a NumPy array costs as much as normalizing (8, 16) does, and a step needs eight of them; an
-address costs a tenth. The caller has checked that every address holds as many contiguous values as it says.
+A view of a tensor as a NumPy array takes as long as normalizing (8, 16), and a step needs eight of them; an address
+takes a tenth. Between two kernels of a call, Python takes as long as a kernel on a megabyte. The caller has checked
+that every address holds as many values as it says, which lie one after the other, and those of arrays like x as x's do.
 
-Addresses are int64, 0 for what is not there. ``like_x`` and ``like_weight`` are arrays that stand for a dtype. Results
-are those of `operations`, bit for bit. Untyped, as `values` is.
+Addresses are int64. What is None is not there: Numba compiles a version without it. ``like_x`` and ``like_weight`` are
+arrays that stand for a dtype. Results are those of `operations`, bit for bit. Untyped, as `values` is.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
 import functools
-import math
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray
+from numba import carray, njit, types
+from numba.extending import overload
 
-from anybn.kernels.cpu import columns
+from anybn.kernels.cpu import columns, runs
 from anybn.kernels.cpu.cached import cached
-from anybn.kernels.cpu.plan import plan_of
+from anybn.kernels.cpu.plan import EVALUATED_RUN, Plan, plan_of
 from anybn.kernels.cpu.primitives import integers, pointer
-from anybn.kernels.cpu.sharing import alone
-from anybn.kernels.cpu.values import DBIAS, DWEIGHT, M2, MEAN, SHIFT, VAR, load, shift_in, store, update_running
-from anybn.kernels.layout import Layout
+from anybn.kernels.cpu.sharing import ALONE, WAITED, hands, tickets_of
+from anybn.kernels.cpu.sharing import note_wait as note_wait  # for who calls a step
+from anybn.kernels.cpu.values import (
+    DBIAS,
+    DWEIGHT,
+    EXACT,
+    M2,
+    MEAN,
+    SHIFT,
+    VAR,
+    fill,
+    finish_all_gradients,
+    finish_statistics,
+    load,
+    shift_in,
+    store,
+    update_running,
+)
+from anybn.kernels.layout import layout_of_strides
 
 _COMPILED = {"nogil": True, "error_model": "numpy"}
 
 
-@cached(**_COMPILED)
+# -- addresses -------------------------------------------------------------------------------------------------
+
+
+def array_at(like, address, size):
+    """So many values of like's dtype; None without an address."""
+    raise NotImplementedError
+
+
+@overload(array_at, inline="always")
+def _array_at(like, address, size):
+    if isinstance(address, types.NoneType):
+        return lambda like, address, size: None
+    return lambda like, address, size: carray(pointer(like, address), (size,))
+
+
+@njit(**EXACT)
+def parameter(like, address, count, default):
+    """weight or bias as float64."""
+    values = np.empty(count)
+    if address is None:
+        fill(values, default)
+    else:
+        given = array_at(like, address, count)
+        for c in range(count):
+            values[c] = load(given[c])
+    return values
+
+
+@njit(**EXACT)
+def store_at(like, address, values):
+    """Where there is an address."""
+    if address is not None:
+        out = array_at(like, address, len(values))
+        for c in range(len(values)):
+            store(out, c, values[c])
+
+
+@njit(**EXACT)
 def overlap(a, a_bytes, b, b_bytes):
-    return a != 0 and b != 0 and a < b + b_bytes and b < a + a_bytes
+    if b is None:
+        return False
+    return a < b + b_bytes and b < a + a_bytes
 
 
-@cached(**_COMPILED)
+@njit(**EXACT)
 def shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
     """Whether x lies on anything of the state."""
     x_bytes, parameter_bytes, statistics_bytes = size * like_x.itemsize, channels * like_weight.itemsize, channels * 8
@@ -44,172 +101,211 @@ def shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, runn
     )
 
 
-@cached(**_COMPILED)
-def parameter(like, address, count, default):
-    values = np.empty(count)
-    if address == 0:
-        values[:] = default
-    else:
-        given = carray(pointer(like, address), (count,))
-        for c in range(count):
-            values[c] = load(given[c])
-    return values
+# -- kernels of a plan -----------------------------------------------------------------------------------------
+
+
+def _of_either(name):
+    """A kernel of `runs` or of `columns`, by the last arguments that a plan has for it, which come first here."""
+
+    def kernel(last, *arguments):
+        raise NotImplementedError
+
+    @overload(kernel)
+    def _kernel(last, *arguments):
+        chosen = getattr(runs if len(last) == 2 else columns, name)
+        return lambda last, *arguments: chosen(*(arguments + last))
+
+    return kernel
+
+
+_train, _backward = _of_either("train"), _of_either("backward")
+_sum_parts, _gradient_sum_parts = _of_either("sum_parts"), _of_either("gradient_sum_parts")
+_normalize_parts, _gradient_parts = _of_either("normalize_parts"), _of_either("gradient_parts")
+
+
+def _merge_parts(partial, sums):
+    raise NotImplementedError
+
+
+@overload(_merge_parts)
+def _merge_parts_of_either(partial, sums):
+    chosen = runs.merge_parts if partial.ndim == 4 else columns.merge_parts
+    return lambda partial, sums: chosen(partial, sums)
+
+
+# -- calls -----------------------------------------------------------------------------------------------------
 
 
 @cached(**_COMPILED)
 def train(
-    like_x,
-    like_weight,
-    x,
-    y,
-    residual,
-    weight,
-    bias,
-    running_mean,
-    running_var,
-    batches,
-    size,
-    channels,
-    floor,
-    eps,
-    momentum,
-    statistics,
-    tasks,
-    width,
-    inner,
-    panel,
-):
-    """Fill y and statistics, as `columns.train` does, and update what of the state has an address.
-
-    momentum below 0 is the cumulative average, and running_var unbiased, as torch has it. False, and nothing done, if x
-    lies on the state.
-    """
+    like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var,
+    size, channels, floor, eps, statistics, hands, tasks, of_task,
+):  # fmt: skip
+    """Fill y and statistics, as a plan's tasks do. Returns nanoseconds for `sharing.note_wait`; -1, with nothing done,
+    if x lies on the state."""
     if shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
-        return False
+        return -1
+    tickets = tickets_of(tasks, hands)
+    arrays = array_at(like_x, x, size), array_at(like_x, y, size), array_at(like_x, residual, size)
     w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
-    x_in, y_in = carray(pointer(like_x, x), (size,)), carray(pointer(like_x, y), (size,))
-    tickets = alone(tasks)
-    if residual == 0:
-        columns.train(tickets, x_in, y_in, None, floor, eps, w, b, statistics, width, inner, panel)
-    else:
-        residual_in = carray(pointer(like_x, residual), (size,))
-        columns.train(tickets, x_in, y_in, residual_in, floor, eps, w, b, statistics, width, inner, panel)
-    if running_mean != 0:
-        tracked = carray(integers(batches), (1,))
-        tracked[0] += 1
-        new = momentum if momentum >= 0.0 else 1.0 / tracked[0]
-        mean = carray(pointer(statistics, running_mean), (channels,))
-        var = carray(pointer(statistics, running_var), (channels,))
-        shift = shift_in(statistics, x_in)
-        update_running(statistics[MEAN], shift, statistics[M2], size // channels, 1, new, False, mean, var)
-    return True
+    _train(of_task, tickets, *arrays, floor, eps, w, b, statistics)
+    return tickets[WAITED]
+
+
+@cached(**_COMPILED)
+def train_in_parts(
+    like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var,
+    size, channels, floor, eps, statistics, hands, first, parts, of_part, partial_shape, normalized, of_normalized,
+):  # fmt: skip
+    """`train` where a channel is read twice."""
+    if shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
+        return -1
+    x_in, partial, sums = array_at(like_x, x, size), np.empty(partial_shape), np.empty((2, channels))
+    count, mean, shift, waited = size // channels, statistics[MEAN], shift_in(statistics, x_in), 0
+    for c in range(channels):
+        mean[c] = load(x_in[c * first])
+    tickets = tickets_of(parts, hands)
+    _sum_parts(of_part, tickets, x_in, None, mean, partial)
+    _merge_parts(partial, sums)
+    waited += tickets[WAITED]
+    if shift is not None:
+        for c in range(channels):
+            mean[c] += sums[0, c] / count
+        tickets = tickets_of(parts, hands)
+        _sum_parts(of_part, tickets, x_in, None, mean, partial)
+        _merge_parts(partial, sums)
+        waited += tickets[WAITED]
+    finish_statistics(0, channels, count, sums, eps, None, statistics, shift)
+    tickets = tickets_of(normalized, hands)
+    arrays = x_in, array_at(like_x, y, size), array_at(like_x, residual, size)
+    w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
+    _normalize_parts(of_normalized, tickets, *arrays, None, floor, eps, w, b, mean, shift, statistics[VAR])
+    return waited + tickets[WAITED]
+
+
+@cached(**_COMPILED)
+def update(like_x, statistics, count, momentum, running_mean, running_var, batches):
+    """Fold statistics of `train` into the running ones, and count the batch, all at addresses.
+
+    momentum below 0 is the cumulative average, and running_var unbiased, as torch has it.
+    """
+    tracked, channels = carray(integers(batches), (1,)), statistics.shape[1]
+    tracked[0] += 1
+    new = momentum if momentum >= 0.0 else 1.0 / tracked[0]
+    mean, var = array_at(statistics, running_mean, channels), array_at(statistics, running_var, channels)
+    update_running(statistics[MEAN], shift_in(statistics, like_x), statistics[M2], count, 1, new, False, mean, var)
 
 
 @cached(**_COMPILED)
 def evaluate(
-    like_x,
-    like_weight,
-    x,
-    y,
-    residual,
-    weight,
-    bias,
-    running_mean,
-    running_var,
-    size,
-    channels,
-    floor,
-    eps,
-    copies,
-    parts,
-    width,
-    inner,
-    panel,
-    stripe,
-):
-    """Fill y, and copies with the running mean and variance. False, and nothing done, if x lies on the state."""
+    like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var,
+    size, channels, floor, eps, copies, hands, parts, of_part,
+):  # fmt: skip
+    """Fill y, and copies with the running mean and variance. Returns what `train` does."""
     if shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
-        return False
-    mean, var = carray(pointer(copies, running_mean), (channels,)), carray(pointer(copies, running_var), (channels,))
+        return -1
+    mean, var = array_at(copies, running_mean, channels), array_at(copies, running_var, channels)
     for c in range(channels):
         copies[0, c], copies[1, c] = mean[c], var[c]
+    tickets = tickets_of(parts, hands)
+    arrays = array_at(like_x, x, size), array_at(like_x, y, size), array_at(like_x, residual, size)
     w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
-    x_in, y_in = carray(pointer(like_x, x), (size,)), carray(pointer(like_x, y), (size,))
-    tickets, split = alone(parts), (width, inner, panel, stripe)
-    given = (floor, eps, w, b, copies[0], None, copies[1])
-    if residual == 0:
-        columns.normalize_parts(tickets, x_in, y_in, None, None, *given, *split)
-    else:
-        residual_in = carray(pointer(like_x, residual), (size,))
-        columns.normalize_parts(tickets, x_in, y_in, residual_in, None, *given, *split)
-    return True
+    _normalize_parts(of_part, tickets, *arrays, None, floor, eps, w, b, copies[0], None, copies[1])
+    return tickets[WAITED]
 
 
-@cached(**_COMPILED)
-def store_all(like, address, values):
-    if address != 0:
-        out = carray(pointer(like, address), (len(values),))
-        for c in range(len(values)):
-            store(out, c, values[c])
+@njit(**EXACT)
+def rows_of(statistics):
+    """Mean, shift and variance of what `train` filled, or of `evaluate`'s copies; and whether they are constants."""
+    rows, constant = np.zeros((3, statistics.shape[1])), len(statistics) == 2
+    rows[MEAN], rows[VAR] = statistics[0], statistics[1 if constant else VAR]
+    if not constant:
+        rows[SHIFT] = statistics[SHIFT]
+    return rows, constant
 
 
 @cached(**_COMPILED)
 def backward(
-    like_x,
-    like_weight,
-    dy,
-    x,
-    y,
-    dx,
-    dresidual,
-    weight,
-    dweight,
-    dbias,
-    size,
-    channels,
-    of_batch,
-    eps,
-    statistics,
-    tasks,
-    width,
-    inner,
-    panel,
-):
-    """Fill dx, and what else has an address of dresidual, dweight and dbias, as `columns.backward` does.
+    like_x, like_weight, dy, x, y, dx, dresidual, weight, dweight, dbias,
+    size, channels, eps, statistics, hands, tasks, of_task,
+):  # fmt: skip
+    """Fill dx, and what else has an address of dresidual, dweight and dbias. Returns what `train` does.
 
-    statistics are those that `train` filled, of_batch, or the copies of `evaluate`. y is 0 unless it went through relu;
-    then dy counts where y is above 0.
+    statistics are those that `train` filled, or the copies of `evaluate`. y is None unless it went through relu; then
+    dy counts where y is above 0.
     """
-    rows = np.zeros((3, channels))  # mean, shift and variance
-    rows[MEAN] = statistics[0]
-    rows[VAR] = statistics[VAR] if of_batch else statistics[1]
-    if of_batch:
-        rows[SHIFT] = statistics[SHIFT]
-    w, gradients = parameter(like_weight, weight, channels, 1.0), np.empty((5, channels))
-    dy_in, x_in = carray(pointer(like_x, dy), (size,)), carray(pointer(like_x, x), (size,))
-    dx_in = carray(pointer(like_x, dx), (size,))
-    tickets = alone(tasks)
-    count = size // channels if of_batch else 0
-    given = (count, eps, w, rows[MEAN], shift_in(rows, x_in), rows[VAR], gradients, width, inner, panel)
-    if y == 0:
-        columns.backward(tickets, dy_in, x_in, None, dx_in, None, *given)
-    elif dresidual == 0:
-        y_in = carray(pointer(like_x, y), (size,))
-        columns.backward(tickets, dy_in, x_in, y_in, dx_in, None, *given)
-    else:
-        y_in, dresidual_in = carray(pointer(like_x, y), (size,)), carray(pointer(like_x, dresidual), (size,))
-        columns.backward(tickets, dy_in, x_in, y_in, dx_in, dresidual_in, *given)
-    store_all(like_weight, dweight, gradients[DWEIGHT])
-    store_all(like_weight, dbias, gradients[DBIAS])
+    rows, constant = rows_of(statistics)
+    x_in, count, gradients = array_at(like_x, x, size), 0 if constant else size // channels, np.empty((5, channels))
+    tickets, w = tickets_of(tasks, hands), parameter(like_weight, weight, channels, 1.0)
+    arrays = array_at(like_x, dy, size), x_in, array_at(like_x, y, size)
+    outputs = array_at(like_x, dx, size), array_at(like_x, dresidual, size)
+    per_channel = w, rows[MEAN], shift_in(rows, x_in), rows[VAR], gradients
+    _backward(of_task, tickets, *(arrays + outputs), count, eps, *per_channel)
+    store_at(like_weight, dweight, gradients[DWEIGHT])
+    store_at(like_weight, dbias, gradients[DBIAS])
+    return tickets[WAITED]
+
+
+@cached(**_COMPILED)
+def backward_in_parts(
+    like_x, like_weight, dy, x, y, dx, dresidual, weight, dweight, dbias,
+    size, channels, eps, statistics, hands, parts, of_part, partial_shape,
+):  # fmt: skip
+    """`backward` where a channel is read twice."""
+    rows, constant = rows_of(statistics)
+    x_in, count, gradients = array_at(like_x, x, size), 0 if constant else size // channels, np.empty((5, channels))
+    shift, w = shift_in(rows, x_in), parameter(like_weight, weight, channels, 1.0)
+    arrays = array_at(like_x, dy, size), x_in, array_at(like_x, y, size)
+    outputs = array_at(like_x, dx, size), array_at(like_x, dresidual, size)
+    partial, sums, tickets = np.empty(partial_shape), np.empty((2, channels)), tickets_of(parts, hands)
+    _gradient_sum_parts(of_part, tickets, *arrays, None, rows[MEAN], partial)
+    _merge_parts(partial, sums)
+    waited = tickets[WAITED]
+    finish_all_gradients(count, sums, eps, w, shift, rows[VAR], gradients)
+    tickets = tickets_of(parts, hands)
+    _gradient_parts(of_part, tickets, *arrays, None, *outputs, rows[MEAN], shift, gradients)
+    store_at(like_weight, dweight, gradients[DWEIGHT])
+    store_at(like_weight, dbias, gradients[DBIAS])
+    return waited + tickets[WAITED]
+
+
+# -- plans -----------------------------------------------------------------------------------------------------
+
+
+class Steps(NamedTuple):
+    """The calls on arrays of some shape and strides: of each, the function and its last arguments."""
+
+    train: Any
+    of_train: tuple[Any, ...]
+    of_evaluate: tuple[Any, ...]
+    backward: Any
+    of_backward: tuple[Any, ...]
+    alone: bool
+    """whether no call has more than one claim, and needs no help"""
+
+    def hands(self) -> tuple[int, int, int]:
+        return ALONE if self.alone else hands()
 
 
 @functools.lru_cache(maxsize=1024)
-def plans(shape, itemsize):
-    """The last arguments of `train`, of `evaluate` and of `backward` for a contiguous array with its channels on axis
-    1; None for one of long planes, or too large for one thread's cache."""
-    outer, channels, inner = shape[0], shape[1], math.prod(shape[2:])
-    layout = Layout(tuple(range(len(shape))), outer, channels, inner)
-    plan, of_two = plan_of(layout, itemsize, 1), plan_of(layout, itemsize, 2)
-    if plan.kernels != "columns" or not plan.fits or not of_two.fits:
+def steps_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, axis: int) -> Steps | None:
+    """Strides are in values; None if they leave gaps."""
+    layout = layout_of_strides(shape, strides, 1, axis)
+    if layout is None:
         return None
-    return (plan.tasks[0], *plan.of_task), (plan.parts[0], *plan.of_part), (of_two.tasks[0], *of_two.of_task)
+    plan, evaluated = plan_of(layout, itemsize, 1), plan_of(layout, itemsize, 1, EVALUATED_RUN)
+    of_two = plan_of(layout, itemsize, 2)
+    in_parts = (plan.first.step, *_of_parts(plan), evaluated.parts, evaluated.of_part)
+    works = [p.tasks if p.fits else p.parts for p in (plan, of_two)] + [evaluated.parts]
+    return Steps(
+        train if plan.fits else train_in_parts,
+        (plan.tasks, plan.of_task) if plan.fits else in_parts,
+        (evaluated.parts, evaluated.of_part),
+        backward if of_two.fits else backward_in_parts,
+        (of_two.tasks, of_two.of_task) if of_two.fits else _of_parts(of_two),
+        all(count <= step for count, step in works),
+    )
+
+
+def _of_parts(plan: Plan) -> tuple[Any, ...]:
+    return plan.parts, plan.of_part, plan.partial
