@@ -57,9 +57,7 @@ def test_compiles_without_spills(registers: ModuleType, architecture: str) -> No
 
 
 #: What spills on GPUs that the kernels have not been tuned on; on those that they have, and on sm_80, nothing does.
-_IN_GROUPS = {
-    f"backward_group<{arguments}>" for arguments in ("float16, 8, false", "bfloat16, 8, false", "float, 4, true")
-}
+_IN_GROUPS = {f"backward_group<{of}>" for of in ("float16, 8, false", "bfloat16, 8, false", "float, 4, true")}
 SPILLING = {"100": _IN_GROUPS, "120": _IN_GROUPS}
 
 
