@@ -83,7 +83,7 @@ def batch_statistics(x: Array, axis: int, working: np.dtype, count: Array) -> St
     """`formulas.batch_statistics` from ``sum(d)`` and ``sum(d * d)`` over ``d = (x - origin) * scale``.
 
     ``sum(d * d) - sum(d)**2 / count`` loses as many digits as the origin is far from the mean, in standard deviations.
-    It is the mean of an eighth of the values, which is at most ``sqrt(8)`` off whatever x holds (Cauchy & Schwarz), and
+    It is the mean of an eighth of the values, which is less than 3 of them off whatever x holds (Cauchy & Schwarz), and
     0.01 where they are like the others.
     """
     x = on_four_axes(x, axis)
