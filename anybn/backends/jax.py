@@ -185,39 +185,42 @@ def _counts(axis: int, working: np.dtype, x: Array, mask: Array | None) -> Array
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _statistics(axis: int, working: np.dtype, x: Array, mask: Array | None) -> Statistics:
-    return _moments(axis, working, x, mask, _counts(axis, working, x, mask))
+    count = _counts(axis, working, x, mask)
+    return _moments(axis, working, x, mask, count)._replace(count=count)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _moments(axis: int, working: np.dtype, x: Array, mask: Array | None, count: Array) -> Statistics:
+    """Without the count: integers have no derivative."""
     if mask is None and not formulas.is_wide(working, x):
-        return _jax_sums.batch_statistics(x, axis, working, count)
-    return formulas.batch_statistics(jnp, _sum, Call(x, Spec(axis, 0.0), mask=mask), working, count)
+        found = _jax_sums.batch_statistics(x, axis, working, count)
+    else:
+        found = formulas.batch_statistics(jnp, _sum, Call(x, Spec(axis, 0.0), mask=mask), working, count)
+    return found._replace(count=None)
 
 
 @_moments.defjvp
 def _moments_jvp(axis: int, working: np.dtype, primals: Any, tangents: Any) -> tuple[Any, Any]:
     x, mask, count = primals
     statistics = _moments(axis, working, x, mask, count)
-    return statistics, _tangents_of_moments(Call(x, Spec(axis, 0.0), mask=mask), statistics, tangents[0])
+    return statistics, _tangents_of_moments(Call(x, Spec(axis, 0.0), mask=mask), statistics, count, tangents[0])
 
 
-def _tangents_of_moments(call: Call, statistics: Statistics, dx: Array) -> Statistics:
+def _tangents_of_moments(call: Call, statistics: Statistics, count: Array, dx: Array) -> Statistics:
     """``dmean = mean(dx)`` and ``dm2 = 2 sum((x - mean) dx)``: exact, where differentiating the corrected sums op by op
     would leave the rounding errors of terms that cancel. Linear in dx, so JAX transposes it for ``grad``, and itself
     differentiable, so that ``hessian``, ``jacfwd`` and ``jvp`` work, which ``custom_vjp`` would rule out.
     """
-    (_, mean, shift, _, _, scale, _), (x, spec, *_), count = statistics, call, cast(Array, statistics.count)
+    (_, mean, shift, _, _, scale, _), (x, spec, *_) = statistics, call
     axes, n = formulas.reduced_axes(x.ndim, spec.axis), formulas.divisor(jnp, count, mean.dtype)
     dx, deviation = _where_counted(call, dx.astype(mean.dtype), formulas.centered(jnp, x, statistics, spec.axis))
     # XLA's own sums: `grad` only transposes them, to a broadcast, where those of `_sum` become paddings.
     dmean, dm2 = jnp.sum(dx, axis=axes) / n, 2 * jnp.sum(deviation * dx, axis=axes)
     zero = None if shift is None else jnp.zeros_like(shift)
-    no_count = np.zeros(count.shape, jax.dtypes.float0)
     if scale is None:
-        return Statistics(no_count, dmean, zero, dm2 / n, dm2)
+        return Statistics(None, dmean, zero, dm2 / n, dm2)
     dvar = 2 * jnp.sum(deviation * formulas.along(jnp, scale, spec.axis, x.ndim) * dx, axis=axes) * scale / n
-    return Statistics(no_count, dmean, zero, dm2 / n, dm2, jnp.zeros_like(scale), dvar)
+    return Statistics(None, dmean, zero, dm2 / n, dm2, jnp.zeros_like(scale), dvar)
 
 
 def _where_counted(call: Call, *arrays: Array) -> tuple[Array, ...]:
@@ -248,7 +251,9 @@ def _train(
     arrays: tuple[Array | None, ...],
     learned: tuple[Any, ...],
 ) -> tuple[Array, Statistics, tuple[Array, Array] | None]:
-    y, statistics = _normalized(spec, working, arrays, _counts(spec.axis, working, arrays[0], arrays[-1]))
+    count = _counts(spec.axis, working, arrays[0], arrays[-1])
+    y, statistics = _normalized(spec, working, arrays, count)
+    statistics = statistics._replace(count=count)
     if settings is None:
         return y, statistics, None
     return y, statistics, _updated(settings, learned, jax.lax.stop_gradient(statistics))
@@ -268,11 +273,12 @@ def _normalized_jvp(spec: Spec, working: np.dtype, primals: Any, tangents: Any) 
     Put together so that its transpose, which ``grad`` runs, has two sums, of dy and of ``dy * xhat``. No product leaves
     the range of the dtype where the variance does.
     """
-    call, (dx, dweight, dbias, dresidual, _) = _of_arrays(spec, primals[0]), tangents[0]
+    (arrays, count), (dx, dweight, dbias, dresidual, _) = primals, tangents[0]
+    call = _of_arrays(spec, arrays)
     y, statistics = _normalized(spec, working, *primals)
     x, axes = call.x, formulas.reduced_axes(call.x.ndim, spec.axis)
     along = partial(formulas.along, jnp, axis=spec.axis, ndim=x.ndim)
-    n = formulas.divisor(jnp, statistics.count, working)
+    n = formulas.divisor(jnp, count, working)
     rstd = formulas.reciprocal_std(_NAMESPACE, statistics, spec.eps)
     w = rstd if call.weight is None else rstd * call.weight.astype(working)
     xhat = formulas.centered(jnp, x, statistics, spec.axis) * along(rstd)
@@ -288,7 +294,7 @@ def _normalized_jvp(spec: Spec, working: np.dtype, primals: Any, tangents: Any) 
     (dy,) = _where_counted(call, dy)
     if spec.relu:
         dy = jnp.where(y > 0, dy, 0)
-    return (y, statistics), (dy.astype(x.dtype), _tangents_of_moments(call, statistics, dx))
+    return (y, statistics), (dy.astype(x.dtype), _tangents_of_moments(call, statistics, count, dx))
 
 
 @partial(jax.jit, static_argnums=0)
