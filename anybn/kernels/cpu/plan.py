@@ -62,9 +62,9 @@ SAMPLES = 4
 GRAIN = 1 << 17
 #: Claims of a call, about: enough for threads of different speed to end together.
 CLAIMS = 32
-#: Bytes up to which one thread takes all. More of them, in one panel, are read twice in stripes, which threads share:
+#: Bytes up to which one thread may take all. Of more, a single panel is read twice, in stripes, which threads share:
 #: two of them train (8, 128, 16, 16), channels last, in 73 us in place of 100.
-ALONE = 2 * GRAIN
+ONE_THREAD = 2 * GRAIN
 #: Fewer rows than this, of more values than that, cannot keep all threads busy, which take a row each: with the values
 #: of a row shared instead, two threads are 1.4 times as fast.
 FEW_ROWS, LONG_ROW = 16, 1 << 18
@@ -143,7 +143,7 @@ def plan_of(layout: Layout, itemsize: int, arrays: int, run: int = RUN, masked: 
     return Plan(
         "columns",
         first=slice(0, whole, inner),
-        fits=rows * narrow * itemsize * arrays <= CACHE and (panels > 1 or nbytes <= ALONE),
+        fits=rows * narrow * itemsize * arrays <= CACHE and (panels > 1 or nbytes <= ONE_THREAD),
         tasks=_claims(panels, nbytes),
         of_task=(width, inner, narrow),
         parts=_claims(stripes * -(-width // broad), nbytes),
