@@ -23,6 +23,7 @@ from anybn.backends.torch.autograd import Recorded, op_by_op_here
 from anybn.backends.torch.cuda import TorchArrays
 from anybn.core.call import Spec
 from anybn.torch.fast_forward_on_cuda import fast_forward_on_cuda
+from anybn.torch.through_operator import through_operator
 
 _TORCH = TorchBackend()
 _spec = functools.lru_cache(Spec)  # a third of the time
@@ -34,7 +35,7 @@ _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_h
 
 
 def _is_plain(a: Any) -> bool:
-    return type(a) is torch.Tensor and a.layout is torch.strided and not a.is_nested and not a.is_neg()
+    return type(a) is Tensor and a.layout is torch.strided and not a.is_nested and not a.is_neg()
 
 
 def _vector(a: torch.Tensor | None, kind: type, dtype: torch.dtype, shape: tuple[int, ...]) -> int | None:
@@ -61,7 +62,11 @@ def fast_forward(
     module: Any, x: torch.Tensor, residual: torch.Tensor | None, activation: str | None
 ) -> torch.Tensor | None:
     """y; or None, with nothing done, for whatever is special or wrong: `anybn.batch_norm` takes that."""
-    if not _is_plain(x) or type(backend_for(x)) is not TorchBackend or op_by_op_here():
+    if type(x) is not Tensor or type(backend_for(x)) is not TorchBackend or op_by_op_here():
+        return None
+    if residual is None and x.is_cpu and (y := through_operator(module, x, activation)) is not None:
+        return y
+    if not _is_plain(x):
         return None
     if (chosen := _TORCH._kernels_on(x.device)) is not cpu:
         if isinstance(chosen, TorchArrays) and (activation is None or activation == "relu"):
@@ -139,7 +144,8 @@ def fast_forward(
         new = -1.0 if momentum is None else momentum
         with _lock.commits:
             _lock.writes |= 1
-            steps.update(example, statistics, size // channels, new, mean_at, var_at, batches_at)
+            rows = statistics.ctypes.data
+            steps.update(example, rows, channels, size // channels, new, mean_at, var_at, batches_at)
             _lock.writes += 1
         increment_version((mean, var, batches))
     return y

@@ -92,7 +92,7 @@ def run(tickets, kernel, arguments):
     else:
         tickets[KERNEL], tickets[ARGUMENTS] = kernel, arguments
         save_environment(tickets, CALLERS)
-        join, data = outlined(_join, (tickets,))
+        join, data, _ = outlined(_join, (tickets,))
         if tickets[OPENMP] != 0:
             invoke_parallel(tickets[OPENMP], join, data)
             if tickets[FINISHED] != 0:
@@ -104,7 +104,7 @@ def run(tickets, kernel, arguments):
 
 
 _SOURCE = """def {name}({parameters}):
-    function, data = outlined(kernel, ({parameters},))
+    function, data, _ = outlined(kernel, ({parameters},))
     run(tickets, function, data)
 """
 
@@ -136,8 +136,10 @@ def shared(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 #: all of them, that took 20 to 90 ms for calls that our own pool, which waits for nobody who has not come, did in 2.
 CROWDED, REST = 1_000_000, 20
 
-_crowded_until = 0
-
+#: What `hands` goes by, for compiled callers too: see `operator`. The address of OpenMP's entry, 0 for none that is to
+#: be used; until when it is to be left alone, in nanoseconds.
+ENTRY, CROWDED_UNTIL = range(2)
+team = np.zeros(2, np.int64)
 
 #: `hands` of a call that is the caller's.
 ALONE = (1, 0, 0)
@@ -146,19 +148,18 @@ ALONE = (1, 0, 0)
 def hands() -> tuple[int, int, int]:
     """Who may help in a call: how many threads, the caller's included; OpenMP's entry, or else our pool's address."""
     if (threads := get_num_threads()) > 1:
-        if (team := openmp.team()) is None or time.monotonic_ns() < _crowded_until:
+        if (its := openmp.team()) is None or time.monotonic_ns() < team[CROWDED_UNTIL]:
             if address := pool.pool_of(threads - 1):
                 return threads, 0, address
-        elif not team.in_parallel():
-            return threads, team.parallel, 0
+        elif not its.in_parallel():
+            return threads, its.parallel, 0
     return ALONE
 
 
 def note_wait(waited: int) -> None:
     """Of a call, what its tickets say that OpenMP waited."""
-    global _crowded_until
     if waited > CROWDED:
-        _crowded_until = time.monotonic_ns() + REST * int(waited)
+        team[CROWDED_UNTIL] = time.monotonic_ns() + REST * int(waited)
 
 
 def share(kernel: Callable[..., None], count: int, step: int, *arguments: Any) -> None:

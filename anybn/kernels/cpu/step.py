@@ -21,7 +21,7 @@ from numba.extending import overload
 from anybn.kernels.cpu import columns, runs
 from anybn.kernels.cpu.cached import cached
 from anybn.kernels.cpu.plan import EVALUATED_RUN, Plan, plan_of
-from anybn.kernels.cpu.primitives import integers, pointer
+from anybn.kernels.cpu.primitives import doubles, integers, pointer
 from anybn.kernels.cpu.sharing import ALONE, WAITED, hands, tickets_of
 from anybn.kernels.cpu.sharing import note_wait as note_wait  # for who calls a step
 from anybn.kernels.cpu.values import (
@@ -184,12 +184,12 @@ def train_in_parts(
 
 
 @cached(**_COMPILED)
-def update(like_x, statistics, count, momentum, running_mean, running_var, batches):
+def update(like_x, rows, channels, count, momentum, running_mean, running_var, batches):
     """Fold statistics of `train` into the running ones, and count the batch, all at addresses.
 
     momentum below 0 is the cumulative average, and running_var unbiased, as torch has it.
     """
-    tracked, channels = carray(integers(batches), (1,)), statistics.shape[1]
+    tracked, statistics = carray(integers(batches), (1,)), carray(doubles(rows), (5, channels))
     tracked[0] += 1
     new = momentum if momentum >= 0.0 else 1.0 / tracked[0]
     mean, var = array_at(statistics, running_mean, channels), array_at(statistics, running_var, channels)
