@@ -27,7 +27,6 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 from numba import carray, njit, types
-from numba.extending import overload
 
 from anybn._lock import after_fork
 from anybn.kernels.cpu import openmp, sharing, step, threads
@@ -140,8 +139,9 @@ def _data(handle):
 @njit(**EXACT)
 def _fill_key(handle, weight_dtype, relu, key):
     """Whether there is a key for x, which is filled."""
-    key[:] = 0
     found = np.zeros(3, np.int64)
+    for i in range(KEY):
+        key[i] = 0
     if (
         _get_dim(handle, found.ctypes.data) != 0
         or found[0] > _MOST_AXES
@@ -257,53 +257,64 @@ _evaluate = njit(**EXACT)(step.evaluate.py_func)
 _backward, _backward_in_parts = njit(**EXACT)(step.backward.py_func), njit(**EXACT)(step.backward_in_parts.py_func)
 
 
-def _by_last(whole, in_parts):
-    """A function of `step` for what a plan's last arguments say, which come first here."""
-
-    def function(last, *arguments):
-        raise NotImplementedError
-
-    @overload(function)
-    def _function(last, *arguments):
-        chosen = whole if len(last) == 2 else in_parts
-        return lambda last, *arguments: chosen(*(arguments + last))
-
-    return function
+@njit(**EXACT)
+def _forward_arguments(like_x, like_weight, size, channels, floor, count, call):
+    """All but the last arguments, with so many rows of statistics; ``inline`` saves a second of compiling."""
+    c, rows = carray(integers(call), (CALL,)), carray(doubles(carray(integers(call), (CALL,))[ROWS]), (count, channels))
+    arrays = like_x, like_weight, c[X], c[Y], None, c[WEIGHT], c[BIAS], c[MEAN], c[VAR]
+    options = size, channels, floor, carray(doubles(call), (CALL,))[EPS], rows, (c[THREADS], c[OPENMP], 0)
+    return arrays + options
 
 
-_train_either, _evaluate_either = _by_last(_train, _train_in_parts), _by_last(_evaluate, None)
-_backward_either = _by_last(_backward, _backward_in_parts)
+@njit(**EXACT)
+def _backward_arguments(like_x, like_weight, y, size, channels, call):
+    c = carray(integers(call), (CALL,))
+    rows = carray(doubles(c[ROWS]), (c[ROW_COUNT], channels))
+    inputs, outputs = (c[DY], c[X], None if y is None else c[Y]), (c[DX], None)
+    options = size, channels, carray(doubles(call), (CALL,))[EPS], rows, (c[THREADS], c[OPENMP], 0)
+    return (like_x, like_weight) + inputs + outputs + (c[WEIGHT], c[DWEIGHT], c[DBIAS]) + options
+
+
+@njit(**EXACT)
+def _finish(call, waited):
+    carray(integers(call), (CALL,))[WAITED] = waited
 
 
 @njit(**EXACT)
 def _train_call(like_x, like_weight, size, channels, floor, last, call):
-    c, rows = carray(integers(call), (CALL,)), carray(doubles(carray(integers(call), (CALL,))[ROWS]), (5, channels))
-    arrays = like_x, like_weight, c[X], c[Y], None, c[WEIGHT], c[BIAS], c[MEAN], c[VAR]
-    eps, hands = carray(doubles(call), (CALL,))[EPS], (c[THREADS], c[OPENMP], 0)
-    c[WAITED] = _train_either(last, *(arrays + (size, channels, floor, eps, rows, hands)))
+    _finish(call, _train(*(_forward_arguments(like_x, like_weight, size, channels, floor, 5, call) + last)))
+
+
+@njit(**EXACT)
+def _train_in_parts_call(like_x, like_weight, size, channels, floor, last, call):
+    _finish(call, _train_in_parts(*(_forward_arguments(like_x, like_weight, size, channels, floor, 5, call) + last)))
 
 
 @njit(**EXACT)
 def _evaluate_call(like_x, like_weight, size, channels, floor, last, call):
-    c, rows = carray(integers(call), (CALL,)), carray(doubles(carray(integers(call), (CALL,))[ROWS]), (2, channels))
-    arrays = like_x, like_weight, c[X], c[Y], None, c[WEIGHT], c[BIAS], c[MEAN], c[VAR]
-    eps, hands = carray(doubles(call), (CALL,))[EPS], (c[THREADS], c[OPENMP], 0)
-    c[WAITED] = _evaluate_either(last, *(arrays + (size, channels, floor, eps, rows, hands)))
+    _finish(call, _evaluate(*(_forward_arguments(like_x, like_weight, size, channels, floor, 2, call) + last)))
 
 
 @njit(**EXACT)
 def _backward_call(like_x, like_weight, y, size, channels, last, call):
-    c = carray(integers(call), (CALL,))
-    rows = carray(doubles(c[ROWS]), (c[ROW_COUNT], channels))
-    arrays = like_x, like_weight, c[DY], c[X], None if y is None else c[Y], c[DX], None, c[WEIGHT], c[DWEIGHT], c[DBIAS]
-    eps, hands = carray(doubles(call), (CALL,))[EPS], (c[THREADS], c[OPENMP], 0)
-    c[WAITED] = _backward_either(last, *(arrays + (size, channels, eps, rows, hands)))
+    _finish(call, _backward(*(_backward_arguments(like_x, like_weight, y, size, channels, call) + last)))
+
+
+@njit(**EXACT)
+def _backward_in_parts_call(like_x, like_weight, y, size, channels, last, call):
+    _finish(call, _backward_in_parts(*(_backward_arguments(like_x, like_weight, y, size, channels, call) + last)))
+
+
+@njit(**EXACT)
+def _copy_words(source, to):  # ``to[:] = source`` takes half a second to compile
+    for i in range(len(source)):
+        to[i] = source[i]
 
 
 @njit(**EXACT)
 def _keep(function, data, size, out):
-    out[0], out[1] = function, size // 8
-    out[2 : 2 + out[1]] = carray(integers(data), (out[1],))
+    words, out[0], out[1] = carray(integers(data), (size // 8,)), function, size // 8
+    _copy_words(words, out[2:])
 
 
 @njit(**EXACT)
@@ -315,21 +326,32 @@ def _bare(like):
 @cached()
 def _keep_train(out, like_x, like_weight, size, channels, floor, last):
     """Leaves in out what `_run` takes the address of."""
-    function, data, nbytes = outlined(_train_call, (_bare(like_x), _bare(like_weight), size, channels, floor, last, 0))
-    _keep(function, data, nbytes, out)
+    given = _bare(like_x), _bare(like_weight), size, channels, floor, last, 0
+    _keep(*outlined(_train_call, given), out)
+
+
+@cached()
+def _keep_train_in_parts(out, like_x, like_weight, size, channels, floor, last):
+    given = _bare(like_x), _bare(like_weight), size, channels, floor, last, 0
+    _keep(*outlined(_train_in_parts_call, given), out)
 
 
 @cached()
 def _keep_evaluate(out, like_x, like_weight, size, channels, floor, last):
-    function, data, nbytes = outlined(_evaluate_call, (_bare(like_x), _bare(like_weight), size, channels, floor, last, 0))
-    _keep(function, data, nbytes, out)
+    given = _bare(like_x), _bare(like_weight), size, channels, floor, last, 0
+    _keep(*outlined(_evaluate_call, given), out)
 
 
 @cached()
 def _keep_backward(out, like_x, like_weight, y, size, channels, last):
-    arguments = _bare(like_x), _bare(like_weight), y, size, channels, last, 0
-    function, data, nbytes = outlined(_backward_call, arguments)
-    _keep(function, data, nbytes, out)
+    given = _bare(like_x), _bare(like_weight), y, size, channels, last, 0
+    _keep(*outlined(_backward_call, given), out)
+
+
+@cached()
+def _keep_backward_in_parts(out, like_x, like_weight, y, size, channels, last):
+    given = _bare(like_x), _bare(like_weight), y, size, channels, last, 0
+    _keep(*outlined(_backward_in_parts_call, given), out)
 
 
 # -- the operators ---------------------------------------------------------------------------------------------
@@ -461,12 +483,12 @@ def _backward_kernel(stack, inputs, outputs):
     if _differentiate(given[0], given[1], given[2], given[3], given[4], eps, made):
         for i in range(5):
             _delete(given[i])
-        results[:] = made
+        _copy_words(made, results)
     else:
         for i in range(3):
             _drop(made[i])
         _leave_to(RECORDED_NAME, given)
-        results[:] = given[:3]
+        _copy_words(given[:3], results)
 
 
 def _backward_of_cudnn(stack, inputs, outputs):
@@ -480,7 +502,7 @@ def _backward_of_cudnn(stack, inputs, outputs):
         _new_undefined(given[5:].ctypes.data)
     passed = np.array((given[1], given[0], given[2], given[5], given[8], given[7]))
     _leave_to(RECORDED_NAME if _grad_mode() & 1 else BACKWARD_NAME, passed)
-    results[:] = passed[:3]
+    _copy_words(passed[:3], results)
 
 
 # -- in Python -------------------------------------------------------------------------------------------------
@@ -527,12 +549,14 @@ def prepare(
         plan = _plans[key] = new
     options = size, channels, 0.0 if relu else -math.inf
     if trains and not plan[TRAIN]:
-        plan[TRAIN] = _compiled(_keep_train, *examples, *options, steps.of_train)
+        keep = _keep_train if steps.train is step.train else _keep_train_in_parts
+        plan[TRAIN] = _compiled(keep, *examples, *options, steps.of_train)
     if not trains and not plan[EVALUATE]:
         plan[EVALUATE] = _compiled(_keep_evaluate, *examples, *options, steps.of_evaluate)
     if records and not plan[BACKWARD_KERNEL]:
         y = 0 if relu else None
-        plan[BACKWARD_KERNEL] = _compiled(_keep_backward, *examples, y, *options[:2], steps.of_backward)
+        keep = _keep_backward if steps.backward is step.backward else _keep_backward_in_parts
+        plan[BACKWARD_KERNEL] = _compiled(keep, *examples, y, *options[:2], steps.of_backward)
     return True
 
 

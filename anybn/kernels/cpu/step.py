@@ -218,9 +218,10 @@ def evaluate(
 def rows_of(statistics):
     """Mean, shift and variance of what `train` filled, or of `evaluate`'s copies; and whether they are constants."""
     rows, constant = np.zeros((3, statistics.shape[1])), len(statistics) == 2
-    rows[MEAN], rows[VAR] = statistics[0], statistics[1 if constant else VAR]
-    if not constant:
-        rows[SHIFT] = statistics[SHIFT]
+    for c in range(statistics.shape[1]):  # whole rows at a time take 2 s to compile, for the sake of an error's words
+        rows[MEAN, c], rows[VAR, c] = statistics[0, c], statistics[1 if constant else VAR, c]
+        if not constant:
+            rows[SHIFT, c] = statistics[SHIFT, c]
     return rows, constant
 
 
