@@ -1,4 +1,4 @@
-"""A module's forward pass on the CPU through an operator that torch runs without Python: `anybn.kernels.cpu.operator`."""
+"""A module's forward pass on the CPU by an operator that torch runs without Python: `anybn.kernels.cpu.operator`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import importlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, cudnn_batch_norm, is_grad_enabled
@@ -25,18 +25,17 @@ _TORCH = TorchBackend()
 _EVALUATES, _TRAINS = (0.0, 2.0), (1.0, 3.0)  # without relu and with, see `operator`
 
 
-class State:
-    """A module's running statistics as the operator takes them: by address, so that autograd does not keep them.
+class State(NamedTuple):
+    """A module's running statistics as the operator takes them: by address, so that autograd does not keep them."""
 
-    It belongs to two tensors; a copy of a module makes one of its own.
-    """
-
-    def __init__(self, mean: Tensor, var: Tensor):
-        self.mean, self.var = mean, var
-        self.operand = torch.tensor((operator().MAGIC, mean._cdata, var._cdata))
+    mean: Tensor
+    var: Tensor
+    at: tuple[int, int]
+    """what their ``_cdata`` says, which `torch.utils.swap_tensors` changes"""
+    operand: Tensor
 
     def __reduce__(self) -> Any:
-        return type(None), ()
+        return type(None), ()  # a copy of the module makes its own
 
 
 @functools.cache
@@ -54,8 +53,8 @@ def _install() -> Any:
         return None
     compiled = importlib.import_module("anybn.kernels.cpu.operator")
     for name in (compiled.BACKWARD, compiled.RECORDED_BACKWARD):
-        _library.define(name.split("::")[1] + compiled.SCHEMA)
-    _library.impl(compiled.RECORDED_BACKWARD.split("::")[1], _recorded_backward, "CompositeImplicitAutograd")
+        _library.define(name + compiled.SCHEMA)
+    _library.impl(compiled.RECORDED_BACKWARD, _recorded_backward, "CompositeImplicitAutograd")
     _numbers.update(numbers)
     return compiled if compiled.install(library, (numbers[torch.int64], numbers[torch.float64])) else None
 
@@ -74,15 +73,16 @@ def _recorded_backward(dy: Any, x: Any, weight: Any, rows: Any, y: Any, eps: flo
 
 def _called(x: Tensor, weight: Any, bias: Any, operand: Tensor, what: float, eps: float) -> Any:
     """What the operator gives; None, with nothing done, if it takes no such call."""
-    arguments = x, weight, bias, operand, None, True, what, eps
-    try:
-        if (found := cudnn_batch_norm(*arguments))[0] is None:
-            if not _prepare(x, weight, what):
-                return None
-            found = cudnn_batch_norm(*arguments)
-    except RuntimeError:  # of sparse tensors and their like, for which there is no kernel
-        return None
-    return None if found[0] is None else found
+    for _ in range(2):
+        try:
+            found = cudnn_batch_norm(x, weight, bias, operand, None, True, what, eps)
+        except RuntimeError:  # of sparse tensors and their like, for which there is no kernel
+            return None
+        if found[0] is not None:
+            return found
+        if not _prepare(x, weight, what):
+            return None
+    return None
 
 
 def _prepare(x: Tensor, weight: Tensor, what: float) -> bool:
@@ -97,7 +97,8 @@ def _prepare(x: Tensor, weight: Tensor, what: float) -> bool:
 def _new_state(module: Any, mean: Any, var: Any) -> State | None:
     if operator() is None or not all(type(a) is Tensor and not a.is_neg() for a in (mean, var)):
         return None
-    module._operand = State(mean, var)
+    at = mean._cdata, var._cdata
+    module._operand = State(mean, var, at, torch.tensor((operator().MAGIC, *at)))
     return module._operand
 
 
@@ -118,9 +119,10 @@ def through_operator(module: Any, x: Tensor, activation: str | None) -> Tensor |
         and x.dim() in module._ranks
     ):
         return None
-    if state is None or state.mean is not mean or state.var is not var:
-        if (state := _new_state(module, mean, var)) is None:
-            return None
+    if state is None or mean is not state.mean or var is not state.var or (mean._cdata, var._cdata) != state.at:
+        state = _new_state(module, mean, var)
+    if state is None:
+        return None
     if not module.training:
         before = _lock.writes
         found = _called(x, weight, bias, state.operand, _EVALUATES[relu], eps)
@@ -133,7 +135,7 @@ def through_operator(module: Any, x: Tensor, activation: str | None) -> Tensor |
         return None
     if (found := _called(x, weight, bias, state.operand, _TRAINS[relu], eps)) is None:
         return None
-    y, rows = found[:2]
+    y, rows = found[0], found[3]
     if tracks:
         new, channels = -1.0 if momentum is None else momentum, len(weight)
         example, count = cpu.examples()[x.dtype], x.numel() // channels

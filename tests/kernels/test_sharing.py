@@ -84,7 +84,7 @@ def team(request, monkeypatch):
     if openmp.team() is None:
         pytest.skip("torch has no OpenMP threads that can be shared here")
     monkeypatch.setattr(sharing, "REST", 0)
-    monkeypatch.setattr(sharing, "_crowded_until", 0)
+    sharing.team[sharing.CROWDED_UNTIL] = 0
     before_torch = torch.get_num_threads()
 
     def choose(count):

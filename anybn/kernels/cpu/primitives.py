@@ -184,8 +184,8 @@ def restore_environment(_, array, index):
 def outlined(_, called, arguments):
     """Addresses of a function and of data with which `invoke` makes it ``called(*arguments)``; what it raises is lost.
 
-    Last comes how many bytes the data are. They lie on the stack of the function that this stands in, and end with it. Both functions become one library:
-    Numba would optimize one of its own, and again what it is linked to.
+    Last comes how many bytes the data are. They lie on the stack of the function that this stands in, and end with it.
+    Both functions become one library: Numba would optimize one of its own, and again what it is linked to.
     """
     argument_types = tuple(arguments.types)
 
