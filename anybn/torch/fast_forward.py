@@ -23,15 +23,11 @@ from anybn.backends.torch.autograd import Recorded, op_by_op_here
 from anybn.backends.torch.cuda import TorchArrays
 from anybn.core.call import Spec
 from anybn.torch.fast_forward_on_cuda import fast_forward_on_cuda
-from anybn.torch.through_operator import through_operator
+from anybn.torch.through_operator import saved_tensors_hooks, through_operator
 
 _TORCH = TorchBackend()
 _spec = functools.lru_cache(Spec)  # a third of the time
 _FLOAT32, _FLOAT64 = torch.float32, torch.float64
-
-#: What autograd gives the tensors to that it is to keep, if that is somebody's own function; torch does not say
-#: publicly, and before it said at all, there might always be one.
-_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
 def _is_plain(a: Any) -> bool:
@@ -120,7 +116,7 @@ def fast_forward(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
-    if records and spec.relu and _saved_tensors_hooks(True) is not None:  # which would read y at once
+    if records and spec.relu and saved_tensors_hooks(True) is not None:  # which would read y at once
         return None
     y, floor = empty_like(x), 0.0 if spec.relu else -math.inf
     statistics = np.empty((5 if of_batch else 2, channels))

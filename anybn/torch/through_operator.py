@@ -71,8 +71,16 @@ def _recorded_backward(dy: Any, x: Any, weight: Any, rows: Any, y: Any, eps: flo
     return grads.x, grads.weight, grads.bias
 
 
+#: What autograd gives the tensors to that it is to keep, if that is somebody's own function; torch does not say
+#: publicly, and before it said at all, there might always be one.
+saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+
+
 def _called(x: Tensor, weight: Any, bias: Any, operand: Tensor, what: float, eps: float) -> Any:
     """What the operator gives; None, with nothing done, if it takes no such call."""
+    # Who keeps tensors for autograd may count them, as checkpointing does: it is to see no call that fails.
+    if saved_tensors_hooks(True) is not None and not _prepare(x, weight, what):
+        return None
     for _ in range(2):
         try:
             found = cudnn_batch_norm(x, weight, bias, operand, None, True, what, eps)
@@ -98,7 +106,9 @@ def _new_state(module: Any, mean: Any, var: Any) -> State | None:
     if operator() is None or not all(type(a) is Tensor and not a.is_neg() for a in (mean, var)):
         return None
     at = mean._cdata, var._cdata
-    module._operand = State(mean, var, at, torch.tensor((operator().MAGIC, *at)))
+    with torch.inference_mode(False):  # else autograd could not keep it
+        operand = torch.tensor((operator().MAGIC, *at), device="cpu")
+    module._operand = State(mean, var, at, operand)
     return module._operand
 
 

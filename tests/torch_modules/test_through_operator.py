@@ -11,7 +11,6 @@ from anybn.conformance import inputs
 
 torch = pytest.importorskip("torch", reason="torch: not installed, pip install torch")
 
-import anybn  # noqa: E402
 import anybn.torch  # noqa: E402
 from anybn.torch import through_operator  # noqa: E402
 
@@ -19,15 +18,6 @@ if through_operator.operator() is None:
     pytest.skip("numba: not installed, or torch has no OpenMP threads that can be shared", allow_module_level=True)
 
 SHAPE = (4, 8, 3, 5)
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    """A crowded machine has Python hand out the threads."""
-    before = anybn.get_num_threads()
-    anybn.set_num_threads(1)
-    yield
-    anybn.set_num_threads(before)
 
 
 def module(**options):
@@ -138,6 +128,16 @@ def test_what_hooks_keep_in_its_place():
         assert torch.allclose(dx.double(), expected_gradient(bn, x, dy), atol=2e-2)
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_checkpointing_counts_what_is_kept(activation):
+    """In a first call too, before which there is no plan."""
+    through_operator.operator().forget_plans()
+    bn, x, dy = module(activation=activation), tensor().requires_grad_(), tensor(1)
+    y = torch.utils.checkpoint.checkpoint(bn, x, use_reentrant=False)
+    assert torch.allclose(torch.autograd.grad(y, x, dy)[0].double(), expected_gradient(bn, x, dy), atol=1e-5)
+    assert int(bn.num_batches_tracked) == 1
+
+
 def test_statistics_that_are_gone_are_an_error():
     bn, x = module(), tensor().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda a: a[:1] if a.dtype is torch.float64 else a, lambda a: a):
@@ -221,3 +221,20 @@ def test_somebody_elses_call_of_torchs_operator_gives_nothing():
     given = tensor(), torch.ones(8), torch.zeros(8)
     for state in ((None, None), (torch.zeros(8), torch.ones(8)), (torch.zeros(3, dtype=torch.int64), None)):
         assert torch.cudnn_batch_norm(*given, *state, True, 0.1, 1e-5)[0] is None
+
+
+def test_trains_after_a_first_call_in_inference_mode():
+    bn = module().eval()
+    with torch.inference_mode():
+        bn(tensor())
+    y = bn.train()(tensor().requires_grad_())
+    assert takes(y)
+    y.sum().backward()
+
+
+def test_a_default_device_does_not_matter():
+    bn = module()
+    with torch.device("meta"):
+        y = bn(tensor().requires_grad_())
+    assert takes(y)
+    assert y.device.type == "cpu"

@@ -24,6 +24,8 @@ class Team(NamedTuple):
     """the address of ``GOMP_parallel``"""
     in_parallel: Callable[[], int]
     """whether the thread is in a parallel region already, where others wait for it, and it has no team of its own"""
+    in_parallel_at: int
+    """its address"""
 
 
 def _was_forked() -> bool:
@@ -63,5 +65,5 @@ def _team_of(torch: Any) -> Team | None:
             parallel = ctypes.cast(symbols.GOMP_parallel, ctypes.c_void_p).value
             in_parallel = ctypes.cast(symbols.omp_in_parallel, ctypes.c_void_p).value
             if parallel and in_parallel:
-                return Team(parallel, ctypes.PYFUNCTYPE(ctypes.c_int)(in_parallel))
+                return Team(parallel, ctypes.PYFUNCTYPE(ctypes.c_int)(in_parallel), in_parallel)
     return None

@@ -95,17 +95,14 @@ X, Y, DY, DX, WEIGHT, BIAS, DWEIGHT, DBIAS, MEAN, VAR, ROWS, ROW_COUNT, EPS, THR
 
 @njit(**EXACT)
 def _hands(call):
-    """Fills in who may help, as `sharing.hands` says it; False if that is for Python to say."""
+    """Fills in who may help, as `sharing.hands` says it; but nobody where that says our pool, which Python starts."""
     team, limit = carray(integers(_context()[TEAM]), (2,)), carray(integers(_context()[LIMIT]), (1,))
     call[THREADS] = min(abi.num_threads(), limit[0])
     if call[THREADS] > 1:
-        if team[sharing.ENTRY] == 0 or nanoseconds() < team[sharing.CROWDED_UNTIL]:
-            return False
-        if _in_parallel() != 0:
+        if team[sharing.ENTRY] == 0 or nanoseconds() < team[sharing.CROWDED_UNTIL] or _in_parallel() != 0:
             call[THREADS] = 1
         else:
             call[OPENMP] = team[sharing.ENTRY]
-    return True
 
 
 @njit(**EXACT)
@@ -259,12 +256,12 @@ def _normalize(x, weight, bias, state, what, eps, made):
         or call[WEIGHT] == 0
         or call[BIAS] == 0
         or not _state(state, channels, call)
-        or not _hands(call)
         or not abi.new_in(plan, made.ctypes.data)
         or not abi.new_in_order(_context()[FLOAT64], 5 if trains else 2, channels, made[1:].ctypes.data)
     ):
         return False
     call[Y], call[ROWS] = abi.data_of(made[0]), abi.data_of(made[1])
+    _hands(call)
     return _run(kernel, call)
 
 
@@ -312,7 +309,6 @@ def _differentiate(dy, x, weight, rows, y, eps, made):
         or call[ROWS] == 0
         or call[WEIGHT] == 0
         or (y != 0 and call[Y] == 0)
-        or not _hands(call)
         or not abi.new_in(plan, made.ctypes.data)
         or not abi.new_in_order(dtype, 0, channels, made[1:].ctypes.data)
         or not abi.new_in_order(dtype, 0, channels, made[2:].ctypes.data)
@@ -322,6 +318,7 @@ def _differentiate(dy, x, weight, rows, y, eps, made):
     copied = np.zeros(1, np.int64)
     if call[DY] == 0 and abi.new_in(plan, copied.ctypes.data) and abi.copy(copied[0], dy, 0) == 0:
         call[DY] = abi.data_of(copied[0])
+    _hands(call)
     done = call[DY] != 0 and _run(plan[DIFFERENTIATE], call)
     abi.drop(copied[0])
     return done
@@ -427,7 +424,7 @@ def prepare(
 
 
 def forget_plans() -> None:
-    """For tests that change what plans go by. Backward passes that are still to come are left to Python."""
+    """Backward passes that are still to come are left to Python then."""
     _buckets[:] = 0
     _plans.clear()
 
@@ -449,11 +446,11 @@ def install(library: ctypes.CDLL, dtypes: tuple[int, int]) -> bool:
         np.frombuffer(name.encode() + b"\0", np.uint8)
         for name in (f"anybn::{BACKWARD}", f"anybn::{RECORDED_BACKWARD}", "")
     ]
-    held = _buckets, threads.limit, sharing.team, *names
-    context = np.array((*(a.ctypes.data for a in held), *dtypes))
+    held: list[np.ndarray] = [_buckets, threads.limit, sharing.team, *names]
+    context = np.array([a.ctypes.data for a in held] + list(dtypes), np.int64)
     sharing.team[sharing.ENTRY] = team.parallel
     llvm.add_symbol("anybn_context", context.ctypes.data)
-    llvm.add_symbol("anybn_in_parallel", ctypes.cast(team.in_parallel, ctypes.c_void_p).value)
+    llvm.add_symbol("anybn_in_parallel", team.in_parallel_at)
     _kept.extend((context, *names))
     kernels = (
         (b"aten", b"CPU", b"cudnn_batch_norm", Callback(_forward, 3)),
@@ -470,4 +467,6 @@ def install(library: ctypes.CDLL, dtypes: tuple[int, int]) -> bool:
 
 @after_fork
 def _leave_team() -> None:
-    sharing.team[sharing.ENTRY] = 0  # whose threads are the parent's
+    """OpenMP's threads are the parent's: on more than one, the child's calls go through Python, which has others."""
+    sharing.team[sharing.ENTRY] = 0
+    forget_plans()
