@@ -99,10 +99,10 @@ def _hands(call):
     team, limit = carray(integers(_context()[TEAM]), (2,)), carray(integers(_context()[LIMIT]), (1,))
     call[THREADS] = min(abi.num_threads(), limit[0])
     if call[THREADS] > 1:
-        if team[sharing.ENTRY] == 0 or nanoseconds() < team[sharing.CROWDED_UNTIL] or _in_parallel() != 0:
+        if team[sharing.ENTRIES] == 0 or nanoseconds() < team[sharing.CROWDED_UNTIL] or _in_parallel() != 0:
             call[THREADS] = 1
         else:
-            call[OPENMP] = team[sharing.ENTRY]
+            call[OPENMP] = team[sharing.ENTRIES]
 
 
 @njit(**EXACT)
@@ -399,7 +399,7 @@ def prepare(
     if ndim > abi.MOST_AXES or size == 0 or (trains and size // channels < 2):
         return False
     steps = step.steps_of(shape, strides, examples[0].itemsize, 1)
-    if steps is None or (threads.get_num_threads() > 1 and not sharing.team[sharing.ENTRY]):
+    if steps is None or (threads.get_num_threads() > 1 and not sharing.team[sharing.ENTRIES]):
         return False
     new = np.zeros(PLAN, np.int64)
     new[abi.DTYPE], new[WEIGHT_DTYPE] = dtypes
@@ -448,7 +448,7 @@ def install(library: ctypes.CDLL, dtypes: tuple[int, int]) -> bool:
     ]
     held: list[np.ndarray] = [_buckets, threads.limit, sharing.team, *names]
     context = np.array([a.ctypes.data for a in held] + list(dtypes), np.int64)
-    sharing.team[sharing.ENTRY] = team.parallel
+    sharing.team[sharing.ENTRIES] = team.entries.ctypes.data
     llvm.add_symbol("anybn_context", context.ctypes.data)
     llvm.add_symbol("anybn_in_parallel", team.in_parallel_at)
     _kept.extend((context, *names))
@@ -468,5 +468,5 @@ def install(library: ctypes.CDLL, dtypes: tuple[int, int]) -> bool:
 @after_fork
 def _leave_team() -> None:
     """OpenMP's threads are the parent's: on more than one, the child's calls go through Python, which has others."""
-    sharing.team[sharing.ENTRY] = 0
+    sharing.team[sharing.ENTRIES] = 0
     forget_plans()

@@ -34,8 +34,8 @@ MASKED_RUN = 16
 #: two arrays, and its joined rows are half as wide: (32, 28, 28, 128) takes 1.10 ms in place of 1.34.
 WIDTH = 1024
 #: Columns at least for which it is worth going through all rows, to read them once: 2 KB of float32. Two threads train
-#: (256, 1024) in panels of 256 columns in 88 us, in parts, which lie together in memory, in 70; (8, 480, 8, 8), channels
-#: last, goes backward in panels of 128 columns in 257 us, in parts in 137.
+#: (256, 1024) in panels of 256 columns in 88 us, in parts, which lie together in memory, in 70; (8, 480, 8, 8),
+#: channels last, goes backward in panels of 128 columns in 257 us, in parts in 137.
 NARROW = 512
 #: Values of one parameter side by side, in a row, from which they get a loop of their own; fewer get a copy of the
 #: parameter each. With 64 in place of 32, the copies crowded the cache as soon as two threads shared it.

@@ -125,6 +125,17 @@ def invoke(_, function, data):
 
 
 @intrinsic
+def invoke_number(_, function):
+    """The int that the function at this address gives."""
+
+    def generate(context, builder, signature, arguments):
+        called = builder.inttoptr(arguments[0], ir.FunctionType(_I32, []).as_pointer())
+        return builder.sext(builder.call(called, []), ir.IntType(64))
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
 def invoke_parallel(_, parallel, function, data):
     """``parallel(function, data, 0, 0)``, of the address of OpenMP's entry, on as many threads as it thinks right."""
 
