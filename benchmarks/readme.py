@@ -33,7 +33,7 @@ def speed() -> str:
             )
     versions = rows[0]["versions"]
     where = f"{rows[0]['cpu']}, {rows[0]['threads']} threads, torch {versions['torch']}, numba {versions['numba']}"
-    return "\n".join(lines) + f"\n\nfloat32 tensors on {where}, {rows[0]['date']}; not measured again since."
+    return "\n".join(lines) + f"\n\nfloat32 tensors on {where}, {rows[0]['date']}."
 
 
 def accuracy() -> str:

@@ -30,6 +30,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     activation: Activation = None
     group: Any = None
     _block: Any = None  # the open block of `anybn.accumulate`
+    _operand: Any = None  # of the operator that it goes through: see `anybn.torch.through_operator`
     _buffers: dict[str, Any]
 
     def __init__(

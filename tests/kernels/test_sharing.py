@@ -33,7 +33,7 @@ def count(tickets, done, claims):
         for number in range(first, last):
             done[number] += 1
         fetch_add(claims, 0, 1)
-        first, last = sharing.proceed(tickets, last - first)
+        first, last = sharing.proceed(tickets, first, last)
 
 
 @shared
@@ -47,7 +47,7 @@ def meet(tickets, arrived, threads):
             if look(arrived, 0) >= len(threads):
                 break
             sched_yield()
-        first, last = sharing.proceed(tickets, last - first)
+        first, last = sharing.proceed(tickets, first, last)
 
 
 @shared
@@ -62,7 +62,7 @@ def fail(tickets, done, caller, caller_fails, begun):
         if fails:
             raise MemoryError
         fetch_add(done, 0, 1)
-        first, last = sharing.proceed(tickets, last - first)
+        first, last = sharing.proceed(tickets, first, last)
 
 
 @pytest.fixture(params=["torch's", "own"])
@@ -84,7 +84,7 @@ def team(request, monkeypatch):
     if openmp.team() is None:
         pytest.skip("torch has no OpenMP threads that can be shared here")
     monkeypatch.setattr(sharing, "REST", 0)
-    monkeypatch.setattr(sharing, "_crowded_until", 0)
+    sharing.team[sharing.CROWDED_UNTIL] = 0
     before_torch = torch.get_num_threads()
 
     def choose(count):

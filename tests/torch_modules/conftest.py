@@ -1,21 +1,24 @@
 import pytest
 
 
-@pytest.fixture(params=["as planned", "in parts", "in general"])
+@pytest.fixture(params=["as planned", "in parts", "in Python", "in general"])
 def way(request, monkeypatch):
-    """How a module's forward and backward passes are done: what is small, what is large, what is special."""
-    if request.param == "in parts":
-        plan = pytest.importorskip("anybn.kernels.cpu.plan")
-        step = pytest.importorskip("anybn.kernels.cpu.step", reason="numba: not installed, pip install 'anybn[fast]'")
-        caches = (plan.plan_of, step.steps_of)
-        monkeypatch.setattr(plan, "CACHE", 0)
-        monkeypatch.setattr(plan, "GRAIN", 64)
-    else:
-        caches = ()
+    """How a module's passes are done: what is small, what is large, what the operator does not take, the special."""
     if request.param == "in general":
         monkeypatch.setattr("anybn.torch.module.fast_forward", lambda *_: None)
-    for cached in caches:
-        cached.cache_clear()
+    if request.param == "in Python":
+        monkeypatch.setattr("anybn.torch.fast_forward.through_operator", lambda *_: None)
+    if request.param != "in parts":
+        yield request.param
+        return
+    plan = pytest.importorskip("anybn.kernels.cpu.plan")
+    step = pytest.importorskip("anybn.kernels.cpu.step", reason="numba: not installed, pip install 'anybn[fast]'")
+    operator = pytest.importorskip("anybn.kernels.cpu.operator")
+    monkeypatch.setattr(plan, "CACHE", 0)
+    monkeypatch.setattr(plan, "GRAIN", 64)
+    forget = plan.plan_of.cache_clear, step.steps_of.cache_clear, operator.forget_plans
+    for each in forget:
+        each()
     yield request.param
-    for cached in caches:
-        cached.cache_clear()
+    for each in forget:
+        each()

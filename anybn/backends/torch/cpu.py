@@ -117,9 +117,9 @@ def _destination(call: Call) -> torch.Tensor:
     return torch.empty_like(call.x) if call.out is None else call.out
 
 
-def statistics_of_rows(rows: np.ndarray, x: torch.Tensor) -> Statistics:
+def statistics_of_rows(rows: np.ndarray | torch.Tensor, x: torch.Tensor) -> Statistics:
     """Of the rows mean, shift, var and m2 of the batch, or mean and var of the running ones, as steps leave them."""
-    tensors = torch.from_numpy(rows)
+    tensors = torch.from_numpy(rows) if isinstance(rows, np.ndarray) else rows
     if len(tensors) == 2:
         return Statistics(None, tensors[0], None, tensors[1])
     mean, shift, var, m2 = tensors[:4]

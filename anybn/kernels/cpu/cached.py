@@ -20,8 +20,9 @@ import llvmlite
 import numba
 import numpy as np
 from llvmlite.binding import llvm_version_info
-from numba import njit
+from numba import njit, types
 from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
@@ -114,3 +115,13 @@ def cached(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         return dispatcher
 
     return decorate
+
+
+class Callback(CFunc):
+    """A compiled function, of int64 and without a result, for C to call at its ``address``."""
+
+    def __init__(self, function: Callable[..., Any], arguments: int):
+        super().__init__(function, ((types.int64,) * arguments, types.void), {}, {"error_model": "numpy"})
+        with suppress(RuntimeError):  # see `_Kernel`
+            self._cache = _Files(function)
+        undisturbed(self.compile)

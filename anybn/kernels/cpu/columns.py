@@ -281,7 +281,7 @@ def train(tickets, x, y, residual, floor, eps, weight, bias, statistics, width, 
             finish_statistics(c0, c1, count, sums, eps, weight, statistics, shift)
             spread_all(mean, shift, scale, bias, inner, k0, columns)
             write_y(x, y, residual, None, floor, columns[0], shifts, columns[2], columns[3], width, 0, rows, k0, k1)
-        first, last = proceed(tickets, last - first)
+        first, last = proceed(tickets, first, last)
 
 
 @shared(**KERNEL)
@@ -302,7 +302,7 @@ def backward(
             finish_gradients(c0, c1, count, sums, eps, weight, shift, var, gradients)
             spread_gradients(mean, shift, gradients, inner, k0, columns)
             write_dx(dy, x, active, None, dx, dresidual, columns, shifts, width, 0, rows, k0, k1)
-        first, last = proceed(tickets, last - first)
+        first, last = proceed(tickets, first, last)
 
 
 # -- parts: stripes --------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def sum_parts(tickets, x, mask, origin, partial, width, inner, panel, stripe):
             c0, c1 = channels_of(k0, k1, width, inner, len(origin))
             for c in range(c0, c1):
                 partial[0, r0 // stripe, c], partial[1, r0 // stripe, c] = sums[0, c], sums[1, c]
-        first, last = proceed(tickets, last - first)
+        first, last = proceed(tickets, first, last)
 
 
 @shared(**KERNEL)
@@ -351,7 +351,7 @@ def gradient_sum_parts(tickets, dy, x, active, mask, origin, partial, width, inn
             c0, c1 = channels_of(k0, k1, width, inner, len(origin))
             for c in range(c0, c1):
                 partial[0, r0 // stripe, c], partial[1, r0 // stripe, c] = sums[0, c], sums[1, c]
-        first, last = proceed(tickets, last - first)
+        first, last = proceed(tickets, first, last)
 
 
 @shared(**KERNEL)
@@ -368,7 +368,7 @@ def normalize_parts(
                 spread_all(mean, shift, scale, bias, inner, k0, columns)
                 spread_for = p
             write_y(x, y, residual, mask, floor, columns[0], shifts, columns[2], columns[3], width, r0, r1, k0, k1)
-        first, last = proceed(tickets, last - first)
+        first, last = proceed(tickets, first, last)
 
 
 @shared(**KERNEL)
@@ -383,7 +383,7 @@ def gradient_parts(tickets, dy, x, active, mask, dx, dresidual, mean, shift, gra
                 spread_gradients(mean, shift, gradients, inner, k0, columns)
                 spread_for = p
             write_dx(dy, x, active, mask, dx, dresidual, columns, shifts, width, r0, r1, k0, k1)
-        first, last = proceed(tickets, last - first)
+        first, last = proceed(tickets, first, last)
 
 
 @cached(**KERNEL)

@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from anybn._lock import after_fork
 
 
@@ -24,6 +26,10 @@ class Team(NamedTuple):
     """the address of ``GOMP_parallel``"""
     in_parallel: Callable[[], int]
     """whether the thread is in a parallel region already, where others wait for it, and it has no team of its own"""
+    in_parallel_at: int
+    """its address"""
+    entries: np.ndarray
+    """for compiled code: the addresses of ``GOMP_parallel`` and ``omp_get_thread_num``"""
 
 
 def _was_forked() -> bool:
@@ -62,6 +68,8 @@ def _team_of(torch: Any) -> Team | None:
             symbols = ctypes.CDLL(library, mode=os.RTLD_NOLOAD)
             parallel = ctypes.cast(symbols.GOMP_parallel, ctypes.c_void_p).value
             in_parallel = ctypes.cast(symbols.omp_in_parallel, ctypes.c_void_p).value
-            if parallel and in_parallel:
-                return Team(parallel, ctypes.PYFUNCTYPE(ctypes.c_int)(in_parallel))
+            number = ctypes.cast(symbols.omp_get_thread_num, ctypes.c_void_p).value
+            if parallel and in_parallel and number:
+                entries = np.array((parallel, number), np.int64)
+                return Team(parallel, ctypes.PYFUNCTYPE(ctypes.c_int)(in_parallel), in_parallel, entries)
     return None

@@ -107,7 +107,7 @@ def _grow(helpers, count):
                 return
             _acquire_lock(helpers[i + LOCK], 1)
         helpers[i + SELF] = helpers[i:].ctypes.data
-        function, _ = outlined(_serve, (helpers[i + SELF],))
+        function, _, _ = outlined(_serve, (helpers[i + SELF],))
         if _start_new_thread(function, helpers[i + SELF :].ctypes.data) == _NO_THREAD:  # where its argument lies
             return
         fetch_add(helpers, COUNT, 1)

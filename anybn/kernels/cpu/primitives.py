@@ -88,6 +88,31 @@ def integers(typing_context, address):
 
 
 @intrinsic
+def doubles(typing_context, address):
+    """The address as a pointer to float64."""
+
+    def inttoptr(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float64)(types.int64), inttoptr
+
+
+def address_of(symbol):
+    """A function for compiled code that gives the address which `llvmlite.binding.add_symbol` gave this name."""
+
+    @intrinsic
+    def address(_):
+        def generate(context, builder, signature, arguments):
+            module = builder.module
+            known = module.globals.get(symbol) or ir.GlobalVariable(module, ir.IntType(8), symbol)
+            return builder.ptrtoint(known, ir.IntType(64))
+
+        return types.int64(), generate
+
+    return address
+
+
+@intrinsic
 def invoke(_, function, data):
     """``function(data)``, of addresses."""
 
@@ -97,6 +122,17 @@ def invoke(_, function, data):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def invoke_number(_, function):
+    """The int that the function at this address gives."""
+
+    def generate(context, builder, signature, arguments):
+        called = builder.inttoptr(arguments[0], ir.FunctionType(_I32, []).as_pointer())
+        return builder.sext(builder.call(called, []), ir.IntType(64))
+
+    return types.int64(types.int64), generate
 
 
 @intrinsic
@@ -159,8 +195,8 @@ def restore_environment(_, array, index):
 def outlined(_, called, arguments):
     """Addresses of a function and of data with which `invoke` makes it ``called(*arguments)``; what it raises is lost.
 
-    The data lie on the stack of the function that this stands in, and end with it. Both functions become one library:
-    Numba would optimize one of its own, and again what it is linked to.
+    Last comes how many bytes the data are. They lie on the stack of the function that this stands in, and end with it.
+    Both functions become one library: Numba would optimize one of its own, and again what it is linked to.
     """
     argument_types = tuple(arguments.types)
 
@@ -182,8 +218,8 @@ def outlined(_, called, arguments):
         context.call_conv.call_function(inside, target, types.none, compiled.fndesc.argtypes, given)
         inside.ret_void()
         i64 = ir.IntType(64)
-        return context.make_tuple(
-            builder, signature.return_type, [builder.ptrtoint(function, i64), builder.ptrtoint(data, i64)]
-        )
+        size = ir.Constant(i64, context.get_abi_sizeof(data.type.pointee))
+        found = [builder.ptrtoint(function, i64), builder.ptrtoint(data, i64), size]
+        return context.make_tuple(builder, signature.return_type, found)
 
-    return types.UniTuple(types.int64, 2)(called, arguments), generate
+    return types.UniTuple(types.int64, 3)(called, arguments), generate

@@ -146,7 +146,7 @@ def forward(tickets, x, y, values, centered, eps, weight, bias, length, statisti
                     normalize_values(row, out, m, s, rstd, w, b)
                 else:
                     normalize_runs(row, out, m, s, rstd, w, b, length)
-        first, last = proceed(tickets, last - first)
+        first, last = proceed(tickets, first, last)
 
 
 @shared(**KERNEL)
@@ -185,7 +185,7 @@ def backward(
                     add_compensated(dbiases, lost[1], dbias)
                     fill(dweight, 0.0)
                     fill(dbias, 0.0)
-        first, last = proceed(tickets, last - first)
+        first, last = proceed(tickets, first, last)
 
 
 # -- the operations --------------------------------------------------------------------------------------------

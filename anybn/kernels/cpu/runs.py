@@ -195,7 +195,7 @@ def train(tickets, x, y, residual, floor, eps, weight, bias, statistics, length,
             finish_statistics(c0, c1, count, sums, eps, weight, statistics, shift)
             for run in range(0, len(x) // length, channels):
                 write_y(x, y, residual, None, floor, mean, shift, scale, bias, length, 1, run + c0, run + c1)
-        first, last = proceed(tickets, last - first)
+        first, last = proceed(tickets, first, last)
 
 
 @shared(**KERNEL)
@@ -211,7 +211,7 @@ def backward(tickets, dy, x, active, dx, dresidual, count, eps, weight, mean, sh
             finish_gradients(c0, c1, count, sums, eps, weight, shift, var, gradients)
             for run in range(0, len(x) // length, channels):
                 write_dx(dy, x, active, None, dx, dresidual, mean, shift, gradients, length, 1, run + c0, run + c1)
-        first, last = proceed(tickets, last - first)
+        first, last = proceed(tickets, first, last)
 
 
 # -- parts: segments -------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def sum_parts(tickets, x, mask, origin, partial, length, segments):
             start, stop = segment(number, length, segments)
             c, behind = number // segments % len(origin), behind_of(number // segments, len(origin), length)
             s1[number], s2[number] = run_sums(x, mask, start, stop, behind, origin[c])
-        first, last = proceed(tickets, last - first)
+        first, last = proceed(tickets, first, last)
 
 
 @shared(**KERNEL)
@@ -240,7 +240,7 @@ def gradient_sum_parts(tickets, dy, x, active, mask, origin, partial, length, se
             start, stop = segment(number, length, segments)
             c, behind = number // segments % len(origin), behind_of(number // segments, len(origin), length)
             s1[number], s2[number] = run_gradient_sums(dy, x, active, mask, start, stop, behind, origin[c])
-        first, last = proceed(tickets, last - first)
+        first, last = proceed(tickets, first, last)
 
 
 @shared(**KERNEL)
@@ -249,7 +249,7 @@ def normalize_parts(tickets, x, y, residual, mask, floor, eps, weight, bias, mea
     first, last = begin(tickets)
     while first < last:
         write_y(x, y, residual, mask, floor, mean, shift, scale, bias, length, segments, first, last)
-        first, last = proceed(tickets, last - first)
+        first, last = proceed(tickets, first, last)
 
 
 @shared(**KERNEL)
@@ -257,7 +257,7 @@ def gradient_parts(tickets, dy, x, active, mask, dx, dresidual, mean, shift, gra
     first, last = begin(tickets)
     while first < last:
         write_dx(dy, x, active, mask, dx, dresidual, mean, shift, gradients, length, segments, first, last)
-        first, last = proceed(tickets, last - first)
+        first, last = proceed(tickets, first, last)
 
 
 @cached(**KERNEL)

@@ -14,13 +14,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
 from anybn.kernels.cpu import openmp, pool
 from anybn.kernels.cpu.cached import cached
 from anybn.kernels.cpu.primitives import (
     fetch_add,
+    integers,
     invoke,
+    invoke_number,
     invoke_parallel,
     look,
     nanoseconds,
@@ -31,38 +33,63 @@ from anybn.kernels.cpu.primitives import (
 )
 from anybn.kernels.cpu.threads import ENVIRONMENT, get_num_threads
 
-#: The tickets of a call: the next number, how many are done, how many go with one claim, how many there are; how many
-#: threads may work, and how many have come; the addresses of OpenMP's entry and of our pool, 0 for what is not to be
-#: used, of the kernel and of its arguments; when all numbers were done, and for how long OpenMP went on waiting, in
-#: nanoseconds; the caller's floating-point environment.
-NEXT, DONE, STEP, COUNT, THREADS, COME, OPENMP, POOL, KERNEL, ARGUMENTS, FINISHED, WAITED, CALLERS = range(13)
-SIZE = CALLERS + ENVIRONMENT
+#: The tickets of a call: how many are done, how many go with one claim, how many there are, how many are a thread's
+#: share; how many threads may work, how many have come and how many have begun; the addresses of OpenMP's entries and
+#: of our pool, 0 for what is not to be used, of the kernel and of its arguments; when all numbers were done, and for
+#: how long OpenMP went on waiting, in nanoseconds; the caller's floating-point environment; the next of each share.
+DONE, STEP, COUNT, SHARE, THREADS, COME, BEGUN, OPENMP, POOL, KERNEL, ARGUMENTS, FINISHED, WAITED, CALLERS = range(14)
+NEXT, _MOST_SHARES = CALLERS + ENVIRONMENT, 16
+SIZE = NEXT + _MOST_SHARES
 
 
 # -- in kernels ------------------------------------------------------------------------------------------------
 
 
 @njit
-def begin(tickets):
-    """The first range of numbers that the thread claims; empty when there are none."""
-    first = fetch_add(tickets, NEXT, tickets[STEP])
-    return first, min(first + tickets[STEP], tickets[COUNT])
+def _claim(tickets, share):
+    """The next range of a share, or of those after it; empty when all numbers are claimed."""
+    count, size = tickets[COUNT], tickets[SHARE]
+    shares = -(-count // size)
+    for _ in range(shares):
+        first, end = fetch_add(tickets, NEXT + share, tickets[STEP]), min((share + 1) * size, count)
+        if first < end:
+            return first, min(first + tickets[STEP], end)
+        share = share + 1 if share + 1 < shares else 0
+    return 0, 0
 
 
 @njit
-def proceed(tickets, done):
-    """The next range, after so many numbers are done."""
-    fetch_add(tickets, DONE, done)
-    return begin(tickets)
+def begin(tickets):
+    """The first range of numbers that the thread claims; empty when there are none.
+
+    A thread begins with its own share, as in torch's operations: before and after ours, they have the same part of an
+    array in that thread's cache.
+    """
+    number, shares = 0, -(-tickets[COUNT] // tickets[SHARE])
+    if tickets[OPENMP] != 0:
+        number = invoke_number(carray(integers(tickets[OPENMP]), (2,))[1])
+    elif tickets[THREADS] > 1:
+        number = fetch_add(tickets, BEGUN, 1)
+    return _claim(tickets, number % shares)
+
+
+@njit
+def proceed(tickets, first, last):
+    """The next range, after this one is done."""
+    fetch_add(tickets, DONE, last - first)
+    return _claim(tickets, first // tickets[SHARE])
 
 
 @cached(nogil=True)
 def tickets_of(work, hands):
     """Tickets of a call for ``(count, step)`` of a plan, with `hands` to do it, which one claim needs none of."""
     count, step = work
-    tickets = np.zeros(SIZE, np.int64)
-    tickets[STEP], tickets[COUNT] = step, count
-    threads = min(hands[0], -(-count // step))
+    tickets, claims = np.zeros(SIZE, np.int64), max(1, -(-count // step))
+    threads = min(hands[0], claims)
+    shares = max(1, min(threads, _MOST_SHARES))
+    tickets[STEP], tickets[COUNT], tickets[SHARE] = step, count, -(-claims // shares) * step
+    for share in range(shares):
+        tickets[NEXT + share] = share * tickets[SHARE]
     if threads > 1:
         tickets[THREADS], tickets[OPENMP], tickets[POOL] = threads, hands[1], hands[2]
     return tickets
@@ -92,9 +119,9 @@ def run(tickets, kernel, arguments):
     else:
         tickets[KERNEL], tickets[ARGUMENTS] = kernel, arguments
         save_environment(tickets, CALLERS)
-        join, data = outlined(_join, (tickets,))
+        join, data, _ = outlined(_join, (tickets,))
         if tickets[OPENMP] != 0:
-            invoke_parallel(tickets[OPENMP], join, data)
+            invoke_parallel(carray(integers(tickets[OPENMP]), (2,))[0], join, data)
             if tickets[FINISHED] != 0:
                 tickets[WAITED] = nanoseconds() - tickets[FINISHED]
         else:
@@ -104,7 +131,7 @@ def run(tickets, kernel, arguments):
 
 
 _SOURCE = """def {name}({parameters}):
-    function, data = outlined(kernel, ({parameters},))
+    function, data, _ = outlined(kernel, ({parameters},))
     run(tickets, function, data)
 """
 
@@ -136,29 +163,30 @@ def shared(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 #: all of them, that took 20 to 90 ms for calls that our own pool, which waits for nobody who has not come, did in 2.
 CROWDED, REST = 1_000_000, 20
 
-_crowded_until = 0
-
+#: What `hands` goes by, for compiled callers too: see `operator`. The address of OpenMP's entries, 0 for none that are
+#: to be used; until when it is to be left alone, in nanoseconds.
+ENTRIES, CROWDED_UNTIL = range(2)
+team = np.zeros(2, np.int64)
 
 #: `hands` of a call that is the caller's.
 ALONE = (1, 0, 0)
 
 
 def hands() -> tuple[int, int, int]:
-    """Who may help in a call: how many threads, the caller's included; OpenMP's entry, or else our pool's address."""
+    """Who may help in a call: how many threads, the caller's included; where OpenMP's entries are, or our pool is."""
     if (threads := get_num_threads()) > 1:
-        if (team := openmp.team()) is None or time.monotonic_ns() < _crowded_until:
+        if (its := openmp.team()) is None or time.monotonic_ns() < team[CROWDED_UNTIL]:
             if address := pool.pool_of(threads - 1):
                 return threads, 0, address
-        elif not team.in_parallel():
-            return threads, team.parallel, 0
+        elif not its.in_parallel():
+            return threads, its.entries.ctypes.data, 0
     return ALONE
 
 
 def note_wait(waited: int) -> None:
     """Of a call, what its tickets say that OpenMP waited."""
-    global _crowded_until
     if waited > CROWDED:
-        _crowded_until = time.monotonic_ns() + REST * int(waited)
+        team[CROWDED_UNTIL] = time.monotonic_ns() + REST * int(waited)
 
 
 def share(kernel: Callable[..., None], count: int, step: int, *arguments: Any) -> None:

@@ -21,7 +21,7 @@ from numba.extending import overload
 from anybn.kernels.cpu import columns, runs
 from anybn.kernels.cpu.cached import cached
 from anybn.kernels.cpu.plan import EVALUATED_RUN, Plan, plan_of
-from anybn.kernels.cpu.primitives import integers, pointer
+from anybn.kernels.cpu.primitives import doubles, integers, pointer
 from anybn.kernels.cpu.sharing import ALONE, WAITED, hands, tickets_of
 from anybn.kernels.cpu.sharing import note_wait as note_wait  # for who calls a step
 from anybn.kernels.cpu.values import (
@@ -184,12 +184,12 @@ def train_in_parts(
 
 
 @cached(**_COMPILED)
-def update(like_x, statistics, count, momentum, running_mean, running_var, batches):
+def update(like_x, rows, channels, count, momentum, running_mean, running_var, batches):
     """Fold statistics of `train` into the running ones, and count the batch, all at addresses.
 
     momentum below 0 is the cumulative average, and running_var unbiased, as torch has it.
     """
-    tracked, channels = carray(integers(batches), (1,)), statistics.shape[1]
+    tracked, statistics = carray(integers(batches), (1,)), carray(doubles(rows), (5, channels))
     tracked[0] += 1
     new = momentum if momentum >= 0.0 else 1.0 / tracked[0]
     mean, var = array_at(statistics, running_mean, channels), array_at(statistics, running_var, channels)
@@ -218,9 +218,10 @@ def evaluate(
 def rows_of(statistics):
     """Mean, shift and variance of what `train` filled, or of `evaluate`'s copies; and whether they are constants."""
     rows, constant = np.zeros((3, statistics.shape[1])), len(statistics) == 2
-    rows[MEAN], rows[VAR] = statistics[0], statistics[1 if constant else VAR]
-    if not constant:
-        rows[SHIFT] = statistics[SHIFT]
+    for c in range(statistics.shape[1]):  # whole rows at a time take 2 s to compile, for the sake of an error's words
+        rows[MEAN, c], rows[VAR, c] = statistics[0, c], statistics[1 if constant else VAR, c]
+        if not constant:
+            rows[SHIFT, c] = statistics[SHIFT, c]
     return rows, constant
 
 

@@ -14,9 +14,13 @@ from itertools import repeat
 from operator import call
 from typing import Any
 
+import numpy as np
+
 from anybn import _settings
 
-_num_threads: int | None = None
+#: The number of threads that one call uses at most, if torch does not say fewer; 0 before anybody has asked. Compiled
+#: callers of kernels read it too, hence an array.
+limit = np.zeros(1, np.int64)
 
 
 def get_num_threads() -> int:
@@ -25,13 +29,12 @@ def get_num_threads() -> int:
     What `set_num_threads` was given, else the environment variable ANYBN_NUM_THREADS, else the number of CPUs that the
     process may use; where torch is loaded, no more than ``torch.get_num_threads()``.
     """
-    global _num_threads
-    if _num_threads is None:
+    if not limit[0]:
         given = os.environ.get("ANYBN_NUM_THREADS", "")
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        _num_threads = max(1, int(given)) if given.isdecimal() else available
+        limit[0] = max(1, int(given)) if given.isdecimal() else available
     of_torch = getattr(sys.modules.get("torch"), "get_num_threads", None)
-    return _num_threads if of_torch is None else min(_num_threads, of_torch())
+    return int(limit[0]) if of_torch is None else min(int(limit[0]), of_torch())
 
 
 def set_num_threads(count: int) -> None:
@@ -46,8 +49,7 @@ def set_num_threads(count: int) -> None:
     1
     >>> anybn.set_num_threads(before)
     """
-    global _num_threads
-    _num_threads = _settings.positive("count", count)
+    limit[0] = min(_settings.positive("count", count), np.iinfo(np.int32).max)
 
 
 # -- tasks in Python -------------------------------------------------------------------------------------------

@@ -1,0 +1,240 @@
+"""Modules whose calls torch runs without Python: that they do, and what is special about such a call."""
+
+import copy
+import gc
+import pickle
+
+import numpy as np
+import pytest
+
+from anybn.conformance import inputs
+
+torch = pytest.importorskip("torch", reason="torch: not installed, pip install torch")
+
+import anybn.torch  # noqa: E402
+from anybn.torch import through_operator  # noqa: E402
+
+if through_operator.operator() is None:
+    pytest.skip("numba: not installed, or torch has no OpenMP threads that can be shared", allow_module_level=True)
+
+SHAPE = (4, 8, 3, 5)
+
+
+def module(**options):
+    bn = anybn.torch.BatchNorm2d(SHAPE[1], **options)
+    with torch.no_grad():
+        bn.weight.copy_(torch.arange(8) / 4 + 0.5)
+        bn.bias.copy_(torch.arange(8) / 8 - 0.5)
+    return bn
+
+
+def tensor(seed=0, dtype=torch.float32):
+    return torch.from_numpy(inputs.normal(SHAPE, seed) * 3 + 1).to(dtype)
+
+
+def plain(bn, x):
+    """The formula in operations of torch's, of the batch."""
+    mean = x.mean((0, 2, 3), keepdim=True)
+    var = (x - mean).square().mean((0, 2, 3), keepdim=True)
+    y = (x - mean) / torch.sqrt(var + bn.eps) * bn.weight[:, None, None] + bn.bias[:, None, None]
+    return y.relu() if bn.activation else y
+
+
+def expected_gradient(bn, x, dy):
+    exact = copy.deepcopy(bn).double()
+    given = x.detach().double().requires_grad_()
+    return torch.autograd.grad(plain(exact, given), given, dy.double())[0]
+
+
+def takes(y):
+    return type(y.grad_fn).__name__ == "CudnnBatchNormBackward0"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_takes_what_nets_have(dtype, kind, activation, training):
+    bn = module(activation=activation).train(training)
+    x = tensor(dtype=dtype).to(memory_format=kind).requires_grad_()
+    y = bn(x)
+    assert takes(y)
+    assert y.is_contiguous(memory_format=kind)
+    assert torch.autograd.grad(y.sum(), x)[0].is_contiguous(memory_format=kind)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_differentiable_to_any_order(activation, training):
+    bn = module(activation=activation).double().train(training)
+    x = tensor(dtype=torch.float64).requires_grad_()
+    assert takes(bn(x))
+    assert torch.autograd.gradgradcheck(bn, x)
+    if training:
+        thirds = []
+        for f in (bn, lambda x: plain(bn, x)):
+            first = torch.autograd.grad(f(x).pow(4).sum(), x, create_graph=True)[0]
+            second = torch.autograd.grad(first.pow(2).sum(), x, create_graph=True)[0]
+            thirds.append(torch.autograd.grad(second.pow(2).sum(), x)[0])
+        assert torch.allclose(*thirds, rtol=1e-10, atol=1e-10 * float(thirds[1].abs().max()))
+
+
+DY = {
+    "negative in a bit": lambda dy: torch.complex(dy, -dy).conj().imag,
+    "expanded": lambda dy: dy[:1].expand(SHAPE),
+    "in another format": lambda dy: dy.to(memory_format=torch.channels_last),
+    "in no format": lambda dy: dy.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
+    "with gaps": lambda dy: torch.stack((dy, dy), -1)[..., 0],
+    "zero": lambda dy: torch._efficientzerotensor(SHAPE),
+}
+
+
+@pytest.mark.parametrize("how", DY)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_dy_may_lie_anyhow(how, activation):
+    bn, x, dy = module(activation=activation), tensor().requires_grad_(), DY[how](tensor(1))
+    y = bn(x)
+    assert takes(y)
+    dx = torch.autograd.grad(y, x, dy)[0]
+    assert torch.allclose(dx.double(), expected_gradient(bn, x, dy.contiguous() + 0), atol=1e-5)
+
+
+def test_many_dy_at_once():
+    bn, x = module(), tensor().requires_grad_()
+    many = torch.stack([tensor(seed) for seed in range(3)])
+    found = torch.autograd.grad(bn(x), x, many, is_grads_batched=True)[0]
+    for dx, dy in zip(found, many, strict=True):
+        assert torch.allclose(dx.double(), expected_gradient(bn, x, dy), atol=1e-5)
+
+
+def test_twice_through_one_graph():
+    bn, x, dy = module(activation="relu"), tensor().requires_grad_(), tensor(1)
+    y = bn(x)
+    first = torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(y, x, dy)[0])
+
+
+def test_what_hooks_keep_in_its_place():
+    """Anything may come back from them: another layout, another precision."""
+    bn, x, dy = module(activation="relu"), tensor().requires_grad_(), tensor(1)
+    last = x.to(memory_format=torch.channels_last)
+    for pack, unpack in (
+        (lambda a: a.detach().clone(memory_format=torch.contiguous_format), lambda a: a),
+        (lambda a: a.half() if a.dtype is torch.float32 else a, lambda a: a.float() if a.dtype is torch.half else a),
+    ):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            y = bn(last)
+        dx = torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+        assert torch.allclose(dx.double(), expected_gradient(bn, x, dy), atol=2e-2)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_checkpointing_counts_what_is_kept(activation):
+    """In a first call too, before which there is no plan."""
+    through_operator.operator().forget_plans()
+    bn, x, dy = module(activation=activation), tensor().requires_grad_(), tensor(1)
+    y = torch.utils.checkpoint.checkpoint(bn, x, use_reentrant=False)
+    assert torch.allclose(torch.autograd.grad(y, x, dy)[0].double(), expected_gradient(bn, x, dy), atol=1e-5)
+    assert int(bn.num_batches_tracked) == 1
+
+
+def test_statistics_that_are_gone_are_an_error():
+    bn, x = module(), tensor().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda a: a[:1] if a.dtype is torch.float64 else a, lambda a: a):
+        y = bn(x)
+    with pytest.raises(RuntimeError, match="invalid gradient"):
+        y.sum().backward()
+
+
+def test_y_after_a_relu_is_not_to_be_written_to():
+    y = module(activation="relu")(tensor().requires_grad_())
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    module()(tensor().requires_grad_()).add_(1).sum().backward()  # without one, it is
+
+
+def test_parameters_of_another_dtype_before_the_backward_pass():
+    bn, x, dy = module(), tensor().requires_grad_(), tensor(1)
+    expected, y = expected_gradient(bn, x, dy), bn(x)
+    bn.half()
+    assert torch.allclose(torch.autograd.grad(y, x, dy)[0].double(), expected, atol=1e-3)
+
+
+def test_copies_have_statistics_of_their_own():
+    bn = module()
+    bn(tensor())
+    for twin in (copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))):
+        before = bn.running_mean.clone()
+        twin(tensor(1))
+        assert torch.equal(bn.running_mean, before)
+        assert not torch.equal(twin.running_mean, before)
+
+
+def test_buffers_that_change_their_memory():
+    """Each way that torch has, after a call has gone through the operator."""
+    ways = (
+        lambda bn: torch.utils.swap_tensors(bn.running_mean, torch.zeros(8, dtype=torch.float64)),
+        lambda bn: bn.running_mean.set_(torch.zeros(8, dtype=torch.float64)),
+        lambda bn: setattr(bn.running_mean, "data", torch.zeros(8, dtype=torch.float64)),
+        lambda bn: setattr(bn, "running_mean", torch.zeros(8, dtype=torch.float64)),
+        lambda bn: bn.load_state_dict({**bn.state_dict(), "running_mean": np.zeros(8)}, assign=True),
+    )
+    x = tensor()
+    for change in ways:
+        bn, fresh = module(), module()
+        bn(tensor(1))
+        bn.running_var.fill_(1)
+        change(bn)
+        gc.collect()
+        for each in (bn, fresh):
+            each(x)
+        assert torch.equal(bn.running_mean, fresh.running_mean)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_arrays_of_another_length_are_named(name):
+    bn = module()
+    bn(tensor())
+    getattr(bn, name).data = torch.ones(5, dtype=getattr(bn, name).dtype)
+    before = copy.deepcopy(bn.state_dict())
+    with pytest.raises(ValueError, match=rf"{name} has shape \(5,\)"):
+        bn(tensor())
+    for key, value in bn.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_more_layouts_than_there_are_plans(monkeypatch):
+    operator = through_operator.operator()
+    operator.forget_plans()
+    monkeypatch.setattr(operator, "_MOST_PLANS", 1)
+    bn, other = module(), tensor().reshape(4, 8, 5, 3).requires_grad_()
+    assert takes(bn(tensor().requires_grad_()))
+    y = bn(other)
+    assert not takes(y)
+    assert torch.allclose(y.double(), plain(copy.deepcopy(bn).double(), other.double()), atol=1e-5)
+    operator.forget_plans()
+
+
+def test_somebody_elses_call_of_torchs_operator_gives_nothing():
+    """Before anybn was there, it had no kernel for the CPU."""
+    given = tensor(), torch.ones(8), torch.zeros(8)
+    for state in ((None, None), (torch.zeros(8), torch.ones(8)), (torch.zeros(3, dtype=torch.int64), None)):
+        assert torch.cudnn_batch_norm(*given, *state, True, 0.1, 1e-5)[0] is None
+
+
+def test_trains_after_a_first_call_in_inference_mode():
+    bn = module().eval()
+    with torch.inference_mode():
+        bn(tensor())
+    y = bn.train()(tensor().requires_grad_())
+    assert takes(y)
+    y.sum().backward()
+
+
+def test_a_default_device_does_not_matter():
+    bn = module()
+    with torch.device("meta"):
+        y = bn(tensor().requires_grad_())
+    assert takes(y)
+    assert y.device.type == "cpu"
