@@ -1,6 +1,6 @@
 """What a call of a torch module costs on (8, 16), where computing costs nothing: anybn.torch beside torch.nn.
 
-    python benchmarks/overhead.py            # half a minute, into benchmarks/results/overhead.json
+    python benchmarks/overhead.py            # half a minute, into benchmarks/results/overhead.json and docs/speed.md
 
 Medians over rounds in which each contestant has one turn, in random order; every result is checked first. "grad" is
 with gradients recorded, as in training, "no grad" without.
@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from accuracy import fill
 from speed import RESULTS, context, write
 
 import anybn
@@ -53,6 +54,17 @@ def contestants(training: bool, recorded: bool) -> dict[str, Run]:
     return {name: (lambda call=bn: call(x)) for name, bn in callables.items()}
 
 
+def table(rows: list[dict]) -> str:
+    """Microseconds, a line for each of the modules."""
+    columns = [
+        ("training" if r["training"] else "evaluation") + (", with gradients" if r["grad"] else "") for r in rows
+    ]
+    lines = [f"| one call on (8, 16) | {' | '.join(columns)} |", "|---" * (len(rows) + 1) + "|"]
+    for name in ("anybn.torch", "torch.nn"):
+        lines.append(f"| `{name}.BatchNorm1d` | " + " | ".join(f"{r['us'][name]:.0f} us" for r in rows) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     use_threads(min(2, anybn.get_num_threads()))
     rows = []
@@ -67,6 +79,7 @@ def main() -> None:
             rows.append(row | {"ratio": round(us["torch.nn"] / us["anybn.torch"], 2)})
             print(rows[-1])
     write(RESULTS / "overhead.json", json.dumps({"context": context(2, False), "shape": SHAPE, "rows": rows}, indent=1))
+    fill("small arrays", table(rows))
 
 
 if __name__ == "__main__":

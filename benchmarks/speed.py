@@ -257,6 +257,11 @@ for kind, a in (("channels first", x), ("(N, C)", rows)):
     first(f"backward, {kind}", lambda: pullback(a))
     bn.eval()
     first(f"evaluation, {kind}", lambda: bn(a))
+
+import torch, anybn.torch
+module, given = anybn.torch.BatchNorm2d(16), torch.from_numpy(x)
+first("a torch module, training step", lambda: module(given.requires_grad_()).sum().backward())
+first("a torch module, evaluation", lambda: module.eval()(given.detach()))
 print(json.dumps(took))
 """
 
@@ -276,7 +281,7 @@ def compile_times() -> dict[str, dict[str, float]]:
 def print_compile_times(surroundings: Row) -> None:
     times = compile_times()
     for name in times["empty cache"]:
-        print(f"{name:28} " + "   ".join(f"{process} {took[name]:7.3f} s" for process, took in times.items()))
+        print(f"{name:30} " + "   ".join(f"{process} {took[name]:7.3f} s" for process, took in times.items()))
     write(RESULTS / "compile.json", json.dumps({"context": surroundings, "seconds": times}, indent=1))
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, empty_like, is_grad_enabled
 from torch._C import _current_graph_task_id
-from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from anybn import _lock
@@ -24,7 +23,7 @@ from anybn.backends.torch.autograd import Recorded, op_by_op_here
 from anybn.backends.torch.cuda import TorchArrays
 from anybn.core.call import Spec
 from anybn.torch.fast_forward_on_cuda import fast_forward_on_cuda
-from anybn.torch.through_operator import saved_tensors_hooks, through_operator
+from anybn.torch.through_operator import is_count, learn, saved_tensors_hooks, through_operator
 
 _TORCH = TorchBackend()
 _spec = functools.lru_cache(Spec)  # a third of the time
@@ -98,14 +97,13 @@ def fast_forward(
         and (residual is None or (_is_plain(residual) and cpu.lies_like(x, residual)))
     ):
         return None
-    momentum, batches_at = module.momentum, None
+    momentum, learns = module.momentum, False
     if of_batch:
         if size // channels < 2 or not (momentum is None or 0 <= momentum <= 1):
             return None
-        if mean is not None and module.track_running_stats and _current_graph_task_id() == -1:  # see `recomputes`
-            batches_at = 0 if batches is None else _vector(batches, Tensor, torch.int64, ())
-            if not batches_at:
-                return None
+        learns = mean is not None and module.track_running_stats and _current_graph_task_id() == -1  # see `recomputes`
+        if learns and not is_count(batches):
+            return None
     plan = steps.steps_of(shape, x.stride(), example.itemsize, 1)
     if plan is None:
         return None
@@ -137,12 +135,6 @@ def fast_forward(
     if waited < 0:
         return None  # x shares memory with the state
     steps.note_wait(waited)
-    if batches_at:
-        new = -1.0 if momentum is None else momentum
-        with _lock.commits:
-            _lock.writes |= 1
-            rows = statistics.ctypes.data
-            steps.update(example, rows, channels, size // channels, new, mean_at, var_at, batches_at)
-            _lock.writes += 1
-        increment_version((mean, var, batches))
+    if learns:
+        learn(mean, var, batches, momentum, x, statistics.ctypes.data)
     return y

@@ -141,22 +141,28 @@ def through_operator(module: Any, x: Tensor, activation: str | None) -> Tensor |
                 found = _called(x, weight, bias, state.operand, _EVALUATES[relu], eps)
         return None if found is None else found[0]
     tracks = module.track_running_stats and _current_graph_task_id() == -1  # see `recomputes`
-    if not (momentum is None or 0 <= momentum <= 1) or (tracks and not _is_count(batches)):
+    if not (momentum is None or 0 <= momentum <= 1) or (tracks and not is_count(batches)):
         return None
     if (found := _called(x, weight, bias, state.operand, _TRAINS[relu], eps)) is None:
         return None
-    y, rows = found[0], found[3]
     if tracks:
-        new, channels = -1.0 if momentum is None else momentum, len(weight)
-        example, count = cpu.examples()[x.dtype], x.numel() // channels
-        with _lock.commits:
-            _lock.writes |= 1
-            at = mean.data_ptr(), var.data_ptr(), batches.data_ptr()
-            cpu.steps().update(example, rows.data_ptr(), channels, count, new, *at)
-            _lock.writes += 1
-        increment_version((mean, var, batches))
-    return y
+        learn(mean, var, batches, momentum, x, found[3].data_ptr())
+    return found[0]
 
 
-def _is_count(a: Any) -> bool:
+# -- running statistics ----------------------------------------------------------------------------------------
+
+
+def is_count(a: Any) -> bool:
     return type(a) is Tensor and a.dtype is torch.int64 and not a.shape and a.is_cpu and a.data_ptr() != 0
+
+
+def learn(mean: Tensor, var: Tensor, batches: Tensor, momentum: float | None, x: Tensor, rows: int) -> None:
+    """Fold the statistics of x, as a compiled step has left them at this address, into running ones, and count x."""
+    channels, new, example = len(mean), -1.0 if momentum is None else momentum, cpu.examples()[x.dtype]
+    with _lock.commits:
+        _lock.writes |= 1
+        at = mean.data_ptr(), var.data_ptr(), batches.data_ptr()
+        cpu.steps().update(example, rows, channels, x.numel() // channels, new, *at)
+        _lock.writes += 1
+    increment_version((mean, var, batches))
