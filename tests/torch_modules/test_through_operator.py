@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+from safety import survives
 
 from anybn.conformance import inputs
 
@@ -238,3 +239,36 @@ def test_a_default_device_does_not_matter():
         y = bn(tensor().requires_grad_())
     assert takes(y)
     assert y.device.type == "cpu"
+
+
+CALL = """
+import torch, anybn.torch
+bn = anybn.torch.BatchNorm2d(2)
+x = torch.arange(16.0).reshape(2, 2, 2, 2).requires_grad_()
+y = bn(x)
+y.sum().backward()
+print(type(y.grad_fn).__name__, abs(float(y.detach().sum())) < 1e-5)
+"""
+
+
+def test_a_torch_that_lacks_a_function():
+    """As older ones do: then Python makes the calls."""
+    lacking = "from anybn.kernels.cpu import torch_abi; torch_abi._SYMBOLS.append('aoti_torch_of_another_version')"
+    assert survives(f"import torch\n{lacking}\n{CALL}") == "RecordedBackward True\n"
+
+
+def test_a_forked_child_has_plans_of_its_own():
+    """On one thread; on more, Python hands out threads that are not the parent's."""
+    code = f"""{CALL}
+import os, sys
+for threads, expected in ((1, "CudnnBatchNormBackward0"), (2, "RecordedBackward")):
+    sys.stdout.flush()
+    if (child := os.fork()) == 0:
+        torch.set_num_threads(threads)
+        anybn.set_num_threads(threads)
+        y = bn(x)
+        y.sum().backward()
+        os._exit(type(y.grad_fn).__name__ != expected)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    assert survives(code, PYTHONWARNINGS="ignore") == "CudnnBatchNormBackward0 True\n"
