@@ -23,7 +23,7 @@ from anybn.backends.torch.autograd import Recorded, op_by_op_here
 from anybn.backends.torch.cuda import TorchArrays
 from anybn.core.call import Spec
 from anybn.torch.fast_forward_on_cuda import fast_forward_on_cuda
-from anybn.torch.through_operator import is_count, learn, saved_tensors_hooks, through_operator
+from anybn.torch.through_operator import is_count, learn, saved_tensors_hooks, tensors_of, through_operator
 
 _TORCH = TorchBackend()
 _spec = functools.lru_cache(Spec)  # a third of the time
@@ -69,12 +69,10 @@ def fast_forward(
             recomputes = _current_graph_task_id() != -1
             return fast_forward_on_cuda(chosen, module, x, residual, activation is not None, recomputes)
         return None
-    steps, parameters, buffers = cpu.steps(), module._parameters, module._buffers
-    try:
-        weight, bias = parameters["weight"], parameters["bias"]
-        mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-    except KeyError:  # parametrized, or a replica of DataParallel
+    if (tensors := tensors_of(module)) is None:
         return None
+    weight, bias, mean, var, batches = tensors
+    steps = cpu.steps()
     shape, dtype, channels, eps = x.shape, x.dtype, module.num_features, module.eps
     if len(shape) not in module._ranks or shape[1] != channels:
         return None

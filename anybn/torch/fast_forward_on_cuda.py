@@ -20,6 +20,7 @@ from anybn.backends.torch.cuda import TorchArrays
 from anybn.core.call import Call, Spec, Statistics
 from anybn.kernels.cuda import launch
 from anybn.kernels.layout import layout_of_strides
+from anybn.torch.through_operator import tensors_of
 
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 
@@ -58,12 +59,9 @@ def fast_forward_on_cuda(
     kernels: TorchArrays, module: Any, x: torch.Tensor, residual: torch.Tensor | None, relu: bool, recomputes: bool
 ) -> torch.Tensor | None:
     """y; or None, with nothing done, for whatever is special or wrong. ``recomputes``: the batch is learnt already."""
-    parameters, buffers = module._parameters, module._buffers
-    try:
-        weight, bias = parameters["weight"], parameters["bias"]
-        mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-    except KeyError:  # parametrized, or a replica of DataParallel
+    if (tensors := tensors_of(module)) is None:
         return None
+    weight, bias, mean, var, batches = tensors
     shape, channels, eps, momentum = x.shape, module.num_features, module.eps, module.momentum
     if len(shape) not in module._ranks or shape[1] != channels or x.dtype not in _NAMES or x.is_neg():
         return None

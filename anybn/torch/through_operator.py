@@ -112,14 +112,21 @@ def _new_state(module: Any, mean: Any, var: Any) -> State | None:
     return module._operand
 
 
-def through_operator(module: Any, x: Tensor, activation: str | None) -> Tensor | None:
-    """y; or None, with nothing done, for whatever the operator does not take. x is no subclass, and on the CPU."""
+def tensors_of(module: Any) -> tuple[Any, Any, Any, Any, Any] | None:
+    """Weight, bias, running mean and variance, and the count of batches; None unless they are the module's own."""
     parameters, buffers = module._parameters, module._buffers
     try:
-        weight, bias = parameters["weight"], parameters["bias"]
-        mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        running = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        return parameters["weight"], parameters["bias"], *running
     except KeyError:  # parametrized, or a replica of DataParallel
         return None
+
+
+def through_operator(module: Any, x: Tensor, activation: str | None) -> Tensor | None:
+    """y; or None, with nothing done, for whatever the operator does not take. x is no subclass, and on the CPU."""
+    if (tensors := tensors_of(module)) is None:
+        return None
+    weight, bias, mean, var, batches = tensors
     state, eps, relu, momentum = module._operand, module.eps, activation is not None, module.momentum
     if not (
         (type(weight) is Parameter or type(weight) is Tensor)
