@@ -6,8 +6,8 @@ column needs of its channel is spread over the columns before the rows are gone 
 
 A mask is one value for each row: rows are not joined then, and a row is what all channels have at one position.
 
-A thread claims *panels*, some columns over all rows, each worked on while it lies in the cache; or, where a panel is
-too large for that or the statistics are given, stripes of panels, some rows of them.
+A thread claims *panels*, some columns over all rows, where all of the array stays in its cache; else, or where the
+statistics are given, *stripes* of panels, some rows of them.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
@@ -94,23 +94,34 @@ def part_of(x, width, r, k0, k1):
     return cut(x, r * width + k0, r * width + k1)
 
 
+@njit(**EXACT)
+def rows_apart(x, width, r0, r1, lanes):
+    """The distance of the rows, so many, that a loop over rows r0 to r1 reads at once; the last row may not be whole.
+
+    A processor fetches ahead where it sees one address follow another. Neighbouring rows read by turns end that row by
+    row; of rows far apart, each is a stream for as long as the loop goes on. On one thread, and arrays that are not in
+    the cache, the sums of a forward pass take 0.24 ns a value in place of 0.36, those of a backward pass 0.33 to 0.45
+    in place of 0.68, dx 0.65 in place of 0.90.
+    """
+    return max(0, min(r1, len(x) // width) - r0) // lanes
+
+
 @njit(**SUMS)
-def block_column_sums(x, mask, width, r0, r1, k0, k1, origin, b1, b2):
+def block_column_sums(x, mask, width, first, last, apart, rest, end, k0, k1, origin, b1, b2):
+    """Sums of the rows from first to last, of those once, twice and three times as far apart, and of rest to end."""
     fill(b1, 0.0)
     fill(b2, 0.0)
-    whole = min(r1, len(x) // width)
-    even = r0 + max(0, whole - r0) // 4 * 4
-    for r in range(r0, even, 4):  # four rows for each pass over the sums, which lie in memory
-        x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + 1, k0, k1)
-        x2, x3 = part_of(x, width, r + 2, k0, k1), part_of(x, width, r + 3, k0, k1)
-        m0, m1, m2, m3 = at(mask, r), at(mask, r + 1), at(mask, r + 2), at(mask, r + 3)
+    for r in range(first, last):
+        x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + apart, k0, k1)
+        x2, x3 = part_of(x, width, r + 2 * apart, k0, k1), part_of(x, width, r + 3 * apart, k0, k1)
+        m0, m1, m2, m3 = at(mask, r), at(mask, r + apart), at(mask, r + 2 * apart), at(mask, r + 3 * apart)
         for k in range(len(x0)):
             o = origin[k]
             d0, d1 = shown(load(x0[k]) - o, m0), shown(load(x1[k]) - o, m1)
             d2, d3 = shown(load(x2[k]) - o, m2), shown(load(x3[k]) - o, m3)
             b1[k] += (d0 + d1) + (d2 + d3)
             b2[k] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
-    for r in range(even, r1):
+    for r in range(rest, end):
         row, m = part_of(x, width, r, k0, k1), at(mask, r)
         for k in range(len(row)):
             d = shown(load(row[k]) - origin[k], m)
@@ -119,21 +130,20 @@ def block_column_sums(x, mask, width, r0, r1, k0, k1, origin, b1, b2):
 
 
 @njit(**SUMS)
-def block_column_gradient_sums(dy, x, active, mask, width, r0, r1, k0, k1, origin, b1, b2):
+def block_column_gradient_sums(dy, x, active, mask, width, first, last, apart, rest, end, k0, k1, origin, b1, b2):
+    """Sums of the rows from first to last, of those so far apart from them, and of rest to end."""
     fill(b1, 0.0)
     fill(b2, 0.0)
-    whole = min(r1, len(x) // width)
-    even = r0 + max(0, whole - r0) // 2 * 2
-    for r in range(r0, even, 2):
-        x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + 1, k0, k1)
-        dy0, dy1 = part_of(dy, width, r, k0, k1), part_of(dy, width, r + 1, k0, k1)
-        a0, a1 = part_of(active, width, r, k0, k1), part_of(active, width, r + 1, k0, k1)
-        m0, m1 = at(mask, r), at(mask, r + 1)
+    for r in range(first, last):
+        x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + apart, k0, k1)
+        dy0, dy1 = part_of(dy, width, r, k0, k1), part_of(dy, width, r + apart, k0, k1)
+        a0, a1 = part_of(active, width, r, k0, k1), part_of(active, width, r + apart, k0, k1)
+        m0, m1 = at(mask, r), at(mask, r + apart)
         for k in range(len(x0)):
             g0, g1 = shown(active_dy(dy0[k], at(a0, k)), m0), shown(active_dy(dy1[k], at(a1, k)), m1)
             b1[k] += g0 + g1
             b2[k] += g0 * shown(load(x0[k]) - origin[k], m0) + g1 * shown(load(x1[k]) - origin[k], m1)
-    for r in range(even, r1):
+    for r in range(rest, end):
         row, drow = part_of(x, width, r, k0, k1), part_of(dy, width, r, k0, k1)
         arow, m = part_of(active, width, r, k0, k1), at(mask, r)
         for k in range(len(row)):
@@ -145,14 +155,18 @@ def block_column_gradient_sums(dy, x, active, mask, width, r0, r1, k0, k1, origi
 @njit(**EXACT)
 def column_sums(x, mask, width, r0, r1, k0, k1, origin, s1, s2):
     """``sum(x - origin)`` and ``sum((x - origin)**2)`` of columns k0 to k1 over rows r0 to r1."""
-    b1, b2, lost1, lost2, blocks = s1, s2, s1, s2, -(-(r1 - r0) // ROW_BLOCK)
-    if blocks != 1:
+    apart = rows_apart(x, width, r0, r1, 4)
+    block = ROW_BLOCK // 4
+    b1, b2, lost1, lost2, several = s1, s2, s1, s2, apart > block
+    if several:
         b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
         for total in (s1, s2, lost1, lost2):
             fill(total, 0.0)
-    for r in range(r0, r1, ROW_BLOCK):
-        block_column_sums(x, mask, width, r, min(r + ROW_BLOCK, r1), k0, k1, origin, b1, b2)
-        if blocks != 1:
+    for r in range(0, max(1, apart), block):
+        last = min(r + block, apart)
+        rest = r0 + 4 * apart if last == apart else r1
+        block_column_sums(x, mask, width, r0 + r, r0 + last, apart, rest, r1, k0, k1, origin, b1, b2)
+        if several:
             add_compensated(s1, lost1, b1)
             add_compensated(s2, lost2, b2)
 
@@ -160,26 +174,50 @@ def column_sums(x, mask, width, r0, r1, k0, k1, origin, s1, s2):
 @njit(**EXACT)
 def column_gradient_sums(dy, x, active, mask, width, r0, r1, k0, k1, origin, s1, s2):
     """``sum(dy)`` and ``sum(dy * (x - origin))`` of columns k0 to k1 over rows r0 to r1; dy is 0 where not active."""
-    b1, b2, lost1, lost2, blocks = s1, s2, s1, s2, -(-(r1 - r0) // ROW_BLOCK)
-    if blocks != 1:
+    apart = rows_apart(x, width, r0, r1, 2)
+    block = ROW_BLOCK // 2
+    b1, b2, lost1, lost2, several = s1, s2, s1, s2, apart > block
+    if several:
         b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
         for total in (s1, s2, lost1, lost2):
             fill(total, 0.0)
-    for r in range(r0, r1, ROW_BLOCK):
-        block_column_gradient_sums(dy, x, active, mask, width, r, min(r + ROW_BLOCK, r1), k0, k1, origin, b1, b2)
-        if blocks != 1:
+    for r in range(0, max(1, apart), block):
+        last = min(r + block, apart)
+        rest = r0 + 2 * apart if last == apart else r1
+        rows = width, r0 + r, r0 + last, apart, rest, r1
+        block_column_gradient_sums(dy, x, active, mask, *rows, k0, k1, origin, b1, b2)
+        if several:
             add_compensated(s1, lost1, b1)
             add_compensated(s2, lost2, b2)
 
 
 @njit(**EXACT)
+def put_y(out, k, value, mean, shift, scale, bias, residual, floor, keep):
+    store(out, k, shown(normalized(value, mean, shift, scale, bias, residual, floor), keep))
+
+
+@njit(**EXACT)
+def put_dx(out, residual_out, k, dy, value, mean, shift, mean_dy, slope, scale, keep):
+    put(residual_out, k, shown(dy, keep))
+    store(out, k, shown(dx_of(dy, value, mean, shift, mean_dy, slope, scale), keep))
+
+
+@njit(**EXACT)
 def write_rows(x, y, residual, mask, floor, mean, shift, scale, bias, width, r0, r1, k0, k1):
-    for r in range(r0, r1):
+    apart = rows_apart(x, width, r0, r1, 2)
+    for r in range(r0, r0 + apart):
+        x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + apart, k0, k1)
+        y0, y1 = part_of(y, width, r, k0, k1), part_of(y, width, r + apart, k0, k1)
+        a0, a1 = part_of(residual, width, r, k0, k1), part_of(residual, width, r + apart, k0, k1)
+        m0, m1 = at(mask, r), at(mask, r + apart)
+        for k in range(len(x0)):
+            put_y(y0, k, x0[k], mean[k], at(shift, k), scale[k], bias[k], at(a0, k), floor, m0)
+            put_y(y1, k, x1[k], mean[k], at(shift, k), scale[k], bias[k], at(a1, k), floor, m1)
+    for r in range(r0 + 2 * apart, r1):
         row, out = part_of(x, width, r, k0, k1), part_of(y, width, r, k0, k1)
         residual_row, m = part_of(residual, width, r, k0, k1), at(mask, r)
         for k in range(len(row)):
-            v = normalized(row[k], mean[k], at(shift, k), scale[k], bias[k], at(residual_row, k), floor)
-            store(out, k, shown(v, m))
+            put_y(out, k, row[k], mean[k], at(shift, k), scale[k], bias[k], at(residual_row, k), floor, m)
 
 
 @njit(**EXACT)
@@ -196,14 +234,25 @@ def write_dx(dy, x, active, mask, dx, dresidual, columns, shift, width, r0, r1, 
     """dx and the residual's gradient in columns k0 to k1 of rows r0 to r1, with what `spread_gradients` put into
     columns."""
     mean, mean_dy, slope, scale = columns[0], columns[2], columns[3], columns[4]
-    for r in range(r0, r1):
+    apart = rows_apart(x, width, r0, r1, 2)
+    for r in range(r0, r0 + apart):
+        x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + apart, k0, k1)
+        dx0, dx1 = part_of(dx, width, r, k0, k1), part_of(dx, width, r + apart, k0, k1)
+        dy0, dy1 = part_of(dy, width, r, k0, k1), part_of(dy, width, r + apart, k0, k1)
+        a0, a1 = part_of(active, width, r, k0, k1), part_of(active, width, r + apart, k0, k1)
+        out0, out1 = part_of(dresidual, width, r, k0, k1), part_of(dresidual, width, r + apart, k0, k1)
+        m0, m1 = at(mask, r), at(mask, r + apart)
+        for k in range(len(x0)):
+            g0, g1 = active_dy(dy0[k], at(a0, k)), active_dy(dy1[k], at(a1, k))
+            put_dx(dx0, out0, k, g0, x0[k], mean[k], at(shift, k), mean_dy[k], slope[k], scale[k], m0)
+            put_dx(dx1, out1, k, g1, x1[k], mean[k], at(shift, k), mean_dy[k], slope[k], scale[k], m1)
+    for r in range(r0 + 2 * apart, r1):
         row, out, drow = part_of(x, width, r, k0, k1), part_of(dx, width, r, k0, k1), part_of(dy, width, r, k0, k1)
         arow, residual_row = part_of(active, width, r, k0, k1), part_of(dresidual, width, r, k0, k1)
         m = at(mask, r)
         for k in range(len(row)):
             g = active_dy(drow[k], at(arow, k))
-            put(residual_row, k, shown(g, m))
-            store(out, k, shown(dx_of(g, row[k], mean[k], at(shift, k), mean_dy[k], slope[k], scale[k]), m))
+            put_dx(out, residual_row, k, g, row[k], mean[k], at(shift, k), mean_dy[k], slope[k], scale[k], m)
 
 
 @njit(**EXACT)

@@ -33,10 +33,10 @@ MASKED_RUN = 16
 #: Columns gone through at once: mean, scale and bias, 24 KB, fit the innermost cache beside one array. Backward reads
 #: two arrays, and its joined rows are half as wide: (32, 28, 28, 128) takes 1.10 ms in place of 1.34.
 WIDTH = 1024
-#: Columns at least for which it is worth going through all rows, to read them once: 2 KB of float32. Two threads train
-#: (256, 1024) in panels of 256 columns in 88 us, in parts, which lie together in memory, in 70; (8, 480, 8, 8),
-#: channels last, goes backward in panels of 128 columns in 257 us, in parts in 137.
-NARROW = 512
+#: The same of whole rows of channels, which need no copies of a parameter. In a net, each thread's cache holds the rows
+#: that it wrote in the operation before: panels this wide, in stripes of some rows, are read from there. Narrow panels
+#: over all rows would be read once in place of twice, but half of each from another thread's cache.
+PANEL = 2048
 #: Values of one parameter side by side, in a row, from which they get a loop of their own; fewer get a copy of the
 #: parameter each. With 64 in place of 32, the copies crowded the cache as soon as two threads shared it.
 ROW_RUN = 32
@@ -51,8 +51,8 @@ BLOCK = 1 << 17
 
 #: Values of a run whose sum is added to the others with what rounding loses kept (Kahan 1965).
 RUN_BLOCK = 4096
-#: Rows of columns, the same.
-ROW_BLOCK = 32
+#: Rows of columns, the same; a loop adds four of them at once, or two.
+ROW_BLOCK = 128
 #: Values that are summed on their own, so that threads can share a channel; the sums are merged in a fixed order.
 SEGMENT = 1 << 16
 #: Samples at least whose rows' sums for weight and bias are one part: parts of fewer would take more memory than x.
@@ -64,8 +64,8 @@ SAMPLES = 4
 GRAIN = 1 << 17
 #: Claims of a call, about: enough for threads of different speed to end together.
 CLAIMS = 32
-#: Bytes up to which one thread may take all. Of more, a single panel is read twice, in stripes, which threads share:
-#: two of them train (8, 128, 16, 16), channels last, in 73 us in place of 100.
+#: Bytes up to which a panel is one task. More is read twice, in stripes, which threads share: two of them train
+#: (8, 128, 16, 16), channels last, in 73 us in place of 100.
 ONE_THREAD = 2 * GRAIN
 #: Fewer rows than this, of more values than that, cannot keep all threads busy, which take a row each: with the values
 #: of a row shared instead, two threads are 1.4 times as fast.
@@ -133,25 +133,28 @@ def plan_of(layout: Layout, itemsize: int, arrays: int, run: int = RUN, masked: 
     joined = 1 if masked else max(1, min(WIDTH // arrays // whole, outer))
     width, rows = joined * whole, -(-outer // joined)
     unit = width if joined > 1 else inner  # columns that hold channels whole
-
-    def panel(columns: int) -> int:
-        return min(width, max(1, columns // unit) * unit)
-
-    broad = panel(WIDTH)
-    narrow = panel(min(WIDTH, max(NARROW, CACHE // 4 // (rows * itemsize * arrays))))
-    panels = -(-width // narrow)
-    stripe = max(1, SEGMENT // broad)
+    units = width // unit
+    panels = -(-units // max(1, (PANEL if inner == 1 else WIDTH) // unit))
+    columns = -(-units // panels) * unit
+    panels = -(-width // columns)
+    worth = max(1, -(-values // SEGMENT), min(CLAIMS, nbytes // GRAIN))
+    stripe = -(-rows // _even(-(-worth // panels)))
     stripes = -(-rows // stripe)
     return Plan(
         "columns",
         first=slice(0, whole, inner),
-        fits=rows * narrow * itemsize * arrays <= CACHE // 4 and (panels > 1 or nbytes <= ONE_THREAD),
+        fits=nbytes <= ONE_THREAD or (stripes == 1 and rows * columns * itemsize * arrays <= CACHE // 4),
         tasks=_claims(panels, nbytes),
-        of_task=(width, inner, narrow),
-        parts=_claims(stripes * -(-width // broad), nbytes),
-        of_part=(width, inner, broad, stripe),
+        of_task=(width, inner, columns),
+        parts=_claims(stripes * panels, nbytes),
+        of_part=(width, inner, columns, stripe),
         partial=(2, stripes, channels),
     )
+
+
+def _even(count: int) -> int:
+    """As many or some more, so that two or four threads have as many each."""
+    return -(-count // 4) * 4 if count > 2 else count
 
 
 def _claims(count: int, nbytes: int) -> tuple[int, int]:
