@@ -25,6 +25,7 @@ import datetime
 import json
 import os
 import platform
+import random
 import re
 import statistics
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accuracy import fill
+from layers import Pass, medians, timed
 from torch import Tensor, nn
 
 import anybn
@@ -159,6 +161,18 @@ def evaluation(model: nn.Module, x: Tensor) -> Run:
             return model(x)
 
     return run
+
+
+def layers_of(models: dict[str, nn.Module], runs: dict[str, Run], rounds: int) -> dict[str, list[Pass]]:
+    """The passes of the batch norms of each contestant that runs, with median times; in turns, each twice."""
+    found: dict[str, list[list[Pass]]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name in random.sample(list(runs), len(runs)):
+            runs[name]()
+            with timed(models[name]) as passes:
+                runs[name]()
+            found[name].append(passes)
+    return {name: medians(passes) for name, passes in found.items()}
 
 
 # -- results first ---------------------------------------------------------------------------------------------
