@@ -2,12 +2,13 @@
 
     python benchmarks/nets.py                        # all of it, an hour, into benchmarks/results/nets.jsonl
     python benchmarks/nets.py --docs                 # and puts tables into docs/speed.md and README.md
-    python benchmarks/nets.py --net resnet18 --format last --rounds 5
+    python benchmarks/nets.py --net resnet18 --rounds 5
 
 The contestants are a net of torch's (``torch``), the same one after `anybn.torch.convert` (``converted``), and after it
 with ``fuse=`` (``fused``); with ``--compile`` the first two under ``torch.compile``; and the net without its batch
-norms (``identity``). Batch norm's share of a step is the step minus identity's. timm has the nets but the last two,
-which are written here: an MLP over ``(N, C)`` and a net of 3-D convolutions.
+norms (``identity``). timm has the nets but the last two, which are written here: an MLP over ``(N, C)`` and a net of
+3-D convolutions. What the batch norms take of all that is timed by itself, as `layers.py` does it; what a fused net's
+take, beside torch's operations for the same, batch norm, addition and relu.
 
 Before anything is timed, the converted nets' outputs and the gradients of all parameters are compared with those of the
 original in float64. They may be off by ten times what torch's own net is in float32: the convolutions' rounding decides
@@ -35,7 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accuracy import fill
-from layers import Pass, medians, timed
+from layers import Pass, medians, milliseconds, separated, timed
 from torch import Tensor, nn
 
 import anybn
@@ -116,6 +117,7 @@ def contestants(net: Net, memory_format: torch.memory_format, compiled: bool) ->
     found = {"torch": original, "converted": converted, "identity": without_batch_norms(copy.deepcopy(original))}
     try:
         found["fused"] = anybn.torch.convert(copy.deepcopy(original), fuse=example)
+        found["separate"] = separated(found["fused"])
     except ValueError as error:
         print(f"  not fused: {error}")
     if compiled:
@@ -223,8 +225,12 @@ def measured(names: list[str], rounds: int, compiled: bool) -> Iterator[dict[str
                     contestant: step(model, x, target) if what == "step" else evaluation(model, x)
                     for contestant, model in models.items()
                 }
+                separate = runs.pop("separate", None)
                 before = seconds_of_others()
                 timings = interleaved(runs, rounds, 0)
+                layers = [layers_of(models, {name: runs[name] for name in ("torch", "converted")}, rounds)]
+                if separate is not None:
+                    layers.append(layers_of(models, {"separate": separate, "fused": runs["fused"]}, rounds))
                 yield {
                     "net": name,
                     "layout": f"channels {layout}",
@@ -232,6 +238,14 @@ def measured(names: list[str], rounds: int, compiled: bool) -> Iterator[dict[str
                     "shape": net.shape,
                     "ms": {k: round(t.median * 1e3, 3) for k, t in timings.items()},
                     "spread": {k: round(t.spread, 3) for k, t in timings.items()},
+                    "layers_ms": {
+                        name: {
+                            "forward": round(milliseconds(passes, False), 3),
+                            "backward": round(milliseconds(passes, True), 3),
+                        }
+                        for found in layers
+                        for name, passes in found.items()
+                    },
                     "seconds_of_others": round(seconds_of_others() - before, 1),
                     **here(),
                 }
@@ -255,15 +269,17 @@ def cpu_name() -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Of steps and evaluations: torch's ms, the others' as ratios to it, above 1 where they take less time."""
-    head = "| net | layout | | torch, ms | converted | `fuse=` | batch norm's share: torch's / ours, fused |\n"
-    lines = [head, "|---|---|---|---|---|---|---|\n"]
+    """Of steps and evaluations: torch's ms, and ratios to torch's, above 1 where the others take less time."""
+    head = "| net | layout | | torch, ms | converted | `fuse=` | batch norms: forward, backward | with add and relu |\n"
+    lines = [head, "|---|---|---|---|---|---|---|---|\n"]
     for row in rows:
-        ms = row["ms"]
+        ms, layers = row["ms"], row["layers_ms"]
         ratios = [f"{ms['torch'] / ms[k]:.2f}" if k in ms else "-" for k in ("converted", "fused")]
-        share = [ms["torch"] - ms["identity"]] + [ms[k] - ms["identity"] for k in ("converted", "fused") if k in ms]
-        shares = ", ".join(f"{share[0] / part:.1f}" if part > 0 else "-" for part in share[1:])
-        cells = (row["net"], row["layout"], row["what"], f"{ms['torch']:.0f}", *ratios, shares)
+        of_layers = [
+            ", ".join(f"{layers[a][k] / layers[b][k]:.2f}" for k in layers[a] if layers[a][k]) if b in layers else "-"
+            for a, b in (("torch", "converted"), ("separate", "fused"))
+        ]
+        cells = (row["net"], row["layout"], row["what"], f"{ms['torch']:.0f}", *ratios, *of_layers)
         lines.append("| " + " | ".join(cells) + " |\n")
     of_converted = [row["ms"]["torch"] / row["ms"]["converted"] for row in rows]
     lines.append(f"\nGeometric mean, converted: {statistics.geometric_mean(of_converted):.2f}; ")

@@ -1,6 +1,6 @@
 """A module's forward pass for the calls that a net makes: by torch's operator, else in one compiled step.
 
-What the operator does not take are residuals, modules without weight, bias or statistics, and platforms without it. On
+What the operator does not take are modules without weight, bias or statistics, and platforms without it. On
 (8, 16) it is Python that takes the time there, 5 us, and autograd 3 more: what is not needed here is left out.
 """
 
@@ -60,7 +60,7 @@ def fast_forward(
     """y; or None, with nothing done, for whatever is special or wrong: `anybn.batch_norm` takes that."""
     if type(x) is not Tensor or type(backend_for(x)) is not TorchBackend or op_by_op_here():
         return None
-    if residual is None and x.is_cpu and (y := through_operator(module, x, activation)) is not None:
+    if x.is_cpu and (y := through_operator(module, x, residual, activation)) is not None:
         return y
     if not _is_plain(x):
         return None

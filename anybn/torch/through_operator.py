@@ -6,11 +6,13 @@ import ctypes
 import functools
 import importlib
 import os
+import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, cudnn_batch_norm, is_grad_enabled
+from torch import _scaled_dot_product_efficient_attention as attention
 from torch._C import _current_graph_task_id
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
@@ -22,7 +24,7 @@ from anybn.backends.torch.autograd import differentiated
 from anybn.core.call import Call, Spec
 
 _TORCH = TorchBackend()
-_EVALUATES, _TRAINS = (0.0, 2.0), (1.0, 3.0)  # without relu and with, see `operator`
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 class State(NamedTuple):
@@ -33,6 +35,8 @@ class State(NamedTuple):
     at: tuple[int, int]
     """what their ``_cdata`` says, which `torch.utils.swap_tensors` changes"""
     operand: Tensor
+    scale: float
+    """what stands for the operand's address where the operator takes a number"""
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copy of the module makes its own
@@ -64,11 +68,11 @@ _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float3
 _numbers: dict[torch.dtype, int] = {}
 
 
-def _recorded_backward(dy: Any, x: Any, weight: Any, rows: Any, y: Any, eps: float) -> tuple[Any, ...]:
+def _recorded_backward(dy: Any, x: Any, weight: Any, rows: Any, y: Any, adds: bool, eps: float) -> tuple[Any, ...]:
     """The operator's backward pass where that is to be differentiable, or it has no kernel."""
     call = Call(x, Spec(1, eps, y is not None), weight, weight)  # like bias
-    grads = differentiated(_TORCH, call, cpu.statistics_of_rows(rows, x), dy, y, False)
-    return grads.x, grads.weight, grads.bias
+    grads = differentiated(_TORCH, call, cpu.statistics_of_rows(rows, x), dy, y, adds)
+    return grads.x, grads.weight, grads.bias, grads.residual if adds else dy
 
 
 #: What autograd gives the tensors to that it is to keep, if that is somebody's own function; torch does not say
@@ -76,30 +80,43 @@ def _recorded_backward(dy: Any, x: Any, weight: Any, rows: Any, y: Any, eps: flo
 saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
-def _called(x: Tensor, weight: Any, bias: Any, operand: Tensor, what: float, eps: float) -> Any:
-    """What the operator gives; None, with nothing done, if it takes no such call."""
+def _called(
+    x: Tensor, residual: Tensor | None, weight: Any, bias: Any, state: State, trains: bool, relu: bool, eps: float
+) -> tuple[Tensor, Tensor] | None:
+    """y and the rows that the operator gives; None, with nothing done, if it takes no such call."""
     # Who keeps tensors for autograd may count them, as checkpointing does: it is to see no call that fails.
-    if saved_tensors_hooks(True) is not None and not _prepare(x, weight, what):
+    if saved_tensors_hooks(True) is not None and not _prepare(x, residual, weight, trains, relu):
         return None
     for _ in range(2):
         try:
-            found = cudnn_batch_norm(x, weight, bias, operand, None, True, what, eps)
+            if residual is None:
+                y, _, _, rows = cudnn_batch_norm(x, weight, bias, state.operand, None, True, trains + 2 * relu, eps)
+            else:
+                y, rows, _, _ = attention(x, _alias(residual), weight, bias, trains, eps, relu, scale=state.scale)
         except RuntimeError:  # of sparse tensors and their like, for which there is no kernel
             return None
-        if found[0] is not None:
-            return found
-        if not _prepare(x, weight, what):
+        if y is not None:
+            return (y if residual is None or relu else _alias(y)), rows
+        if not _prepare(x, residual, weight, trains, relu):
             return None
     return None
 
 
-def _prepare(x: Tensor, weight: Tensor, what: float) -> bool:
+def _alias(a: Tensor) -> Tensor:
+    """The same values, which may be written to in a although autograd keeps what is returned, or the other way round.
+
+    The derivative of `attention` keeps the residual and y, and has no use for them where no relu follows.
+    """
+    return _unsafe_view(a, a.shape) if a.requires_grad and is_grad_enabled() else a
+
+
+def _prepare(x: Tensor, residual: Tensor | None, weight: Tensor, trains: bool, relu: bool) -> bool:
     dtypes, examples = (x.dtype, weight.dtype), cpu.examples()
     if not all(dtype in examples for dtype in dtypes):
         return False
     numbers, found = (_numbers[dtype] for dtype in dtypes), (examples[dtype] for dtype in dtypes)
-    relu, trains = what >= 2.0, what in _TRAINS
-    return bool(operator().prepare(x.shape, x.stride(), tuple(numbers), tuple(found), relu, trains, is_grad_enabled()))
+    prepared, follows = operator().prepared, relu + 2 * (residual is not None)
+    return bool(prepared.prepare(x.shape, x.stride(), tuple(numbers), tuple(found), follows, trains, is_grad_enabled()))
 
 
 def _new_state(module: Any, mean: Any, var: Any) -> State | None:
@@ -108,7 +125,8 @@ def _new_state(module: Any, mean: Any, var: Any) -> State | None:
     at = mean._cdata, var._cdata
     with torch.inference_mode(False):  # else autograd could not keep it
         operand = torch.tensor((operator().MAGIC, *at), device="cpu")
-    module._operand = State(mean, var, at, operand)
+    (scale,) = struct.unpack("d", struct.pack("Q", operator().NAN << 48 | operand.data_ptr()))
+    module._operand = State(mean, var, at, operand, scale)
     return module._operand
 
 
@@ -122,7 +140,7 @@ def tensors_of(module: Any) -> tuple[Any, Any, Any, Any, Any] | None:
         return None
 
 
-def through_operator(module: Any, x: Tensor, activation: str | None) -> Tensor | None:
+def through_operator(module: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor | None:
     """y; or None, with nothing done, for whatever the operator does not take. x is no subclass, and on the CPU."""
     if (tensors := tensors_of(module)) is None:
         return None
@@ -134,26 +152,28 @@ def through_operator(module: Any, x: Tensor, activation: str | None) -> Tensor |
         and (relu is False or activation == "relu")
         and eps > 0
         and x.dim() in module._ranks
+        and (residual is None or (type(residual) is Tensor and residual.is_cpu and weight.is_cpu and bias.is_cpu))
     ):
         return None
     if state is None or mean is not state.mean or var is not state.var or (mean._cdata, var._cdata) != state.at:
         state = _new_state(module, mean, var)
     if state is None:
         return None
+    call = x, residual, weight, bias, state, module.training, relu, eps
     if not module.training:
         before = _lock.writes
-        found = _called(x, weight, bias, state.operand, _EVALUATES[relu], eps)
+        found = _called(*call)
         if before & 1 or before != _lock.writes:  # another thread was at a module's statistics, perhaps these
             with _lock.commits:
-                found = _called(x, weight, bias, state.operand, _EVALUATES[relu], eps)
+                found = _called(*call)
         return None if found is None else found[0]
     tracks = module.track_running_stats and _current_graph_task_id() == -1  # see `recomputes`
     if not (momentum is None or 0 <= momentum <= 1) or (tracks and not is_count(batches)):
         return None
-    if (found := _called(x, weight, bias, state.operand, _TRAINS[relu], eps)) is None:
+    if (found := _called(*call)) is None:
         return None
     if tracks:
-        learn(mean, var, batches, momentum, x, found[3].data_ptr())
+        learn(mean, var, batches, momentum, x, found[1].data_ptr())
     return found[0]
 
 

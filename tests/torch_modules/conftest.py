@@ -13,10 +13,10 @@ def way(request, monkeypatch):
         return
     plan = pytest.importorskip("anybn.kernels.cpu.plan")
     step = pytest.importorskip("anybn.kernels.cpu.step", reason="numba: not installed, pip install 'anybn[fast]'")
-    operator = pytest.importorskip("anybn.kernels.cpu.operator")
+    prepared = pytest.importorskip("anybn.kernels.cpu.prepared")
     monkeypatch.setattr(plan, "CACHE", 0)
     monkeypatch.setattr(plan, "GRAIN", 64)
-    forget = plan.plan_of.cache_clear, step.steps_of.cache_clear, operator.forget_plans
+    forget = plan.plan_of.cache_clear, step.steps_of.cache_clear, prepared.forget_plans
     for each in forget:
         each()
     yield request.param

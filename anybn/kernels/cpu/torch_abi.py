@@ -43,6 +43,7 @@ delete = _function("aoti_torch_delete_tensor_object", _address)
 new_handle = _function("aoti_torch_new_tensor_handle", _address, _address)
 new_undefined = _function("aoti_torch_new_uninitialized_tensor", _address)
 copy = _function("aoti_torch_copy_", _address, _address, _int)
+delete_list = _function("torch_delete_list", _address)
 call_dispatcher = _function("aoti_torch_call_dispatcher", _address, _address, _address)
 
 
