@@ -40,8 +40,9 @@ def torch_module(channels_last: bool) -> Normalizer:
         t = to_torch(x)
         if channels_last:
             t = t.to(memory_format=torch.channels_last)
+        bn = torch.nn.BatchNorm2d(x.shape[1])  # float32 weights with 16-bit input, as autocast has it
         with torch.no_grad():
-            y = torch.nn.BatchNorm2d(x.shape[1])(t)  # float32 weights with 16-bit input, as autocast has it
+            y = (bn.double() if t.dtype is torch.float64 else bn)(t)
         return y.view(torch.uint16).numpy().view(x.dtype) if y.dtype == torch.bfloat16 else y.numpy()
 
     return normalize
@@ -100,6 +101,8 @@ def rows() -> dict[str, tuple[np.ndarray, str]]:
         table[f"{shape}, mean 100"] = (inputs.normal(shape) + 100, "float32")
     for dtype in ("float16", "bfloat16"):
         table[f"{dtype}, mean 1e3"] = (inputs.normal() + 1e3, dtype)
+    table["float64, N(0, 1)"] = (inputs.normal(), "float64")
+    table["float64, mean 1e3"] = (inputs.normal() + 1e3, "float64")
     return table
 
 
