@@ -178,7 +178,7 @@ def test_inside_a_parallel_region_the_caller_works_alone():
         def region(_):
             found.append((team.in_parallel(), np.array_equal(compiled(), expected)))
 
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(team.parallel)(
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(int(team.entries[0]))(
             ctypes.cast(region, ctypes.c_void_p), None, 3, 0
         )
         assert found == [(1, True)] * 3, found

@@ -118,10 +118,10 @@ def cached(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 class Callback(CFunc):
-    """A compiled function, of int64 and without a result, for C to call at its ``address``."""
+    """A compiled function of three int64, without a result, for torch's dispatcher to call at its ``address``."""
 
-    def __init__(self, function: Callable[..., Any], arguments: int):
-        super().__init__(function, ((types.int64,) * arguments, types.void), {}, {"error_model": "numpy"})
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__(function, ((types.int64,) * 3, types.void), {}, {"error_model": "numpy"})
         with suppress(RuntimeError):  # see `_Kernel`
             self._cache = _Files(function)
         undisturbed(self.compile)

@@ -11,7 +11,6 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +21,8 @@ from anybn._lock import after_fork
 
 
 class Team(NamedTuple):
-    parallel: int
-    """the address of ``GOMP_parallel``"""
-    in_parallel: Callable[[], int]
-    """whether the thread is in a parallel region already, where others wait for it, and it has no team of its own"""
-    in_parallel_at: int
-    """its address"""
+    in_parallel: Any
+    """a C function: whether the thread is in a parallel region, where others wait for it and it has no team"""
     entries: np.ndarray
     """for compiled code: the addresses of ``GOMP_parallel`` and ``omp_get_thread_num``"""
 
@@ -71,5 +66,5 @@ def _team_of(torch: Any) -> Team | None:
             number = ctypes.cast(symbols.omp_get_thread_num, ctypes.c_void_p).value
             if parallel and in_parallel and number:
                 entries = np.array((parallel, number), np.int64)
-                return Team(parallel, ctypes.PYFUNCTYPE(ctypes.c_int)(in_parallel), in_parallel, entries)
+                return Team(ctypes.PYFUNCTYPE(ctypes.c_int)(in_parallel), entries)
     return None

@@ -279,10 +279,10 @@ def install(library: ctypes.CDLL, dtypes: tuple[int, int]) -> bool:
     addresses = np.array([a.ctypes.data for a in held] + list(dtypes), np.int64)
     sharing.team[sharing.ENTRIES] = team.entries.ctypes.data
     llvm.add_symbol("anybn_context", addresses.ctypes.data)
-    llvm.add_symbol("anybn_in_parallel", team.in_parallel_at)
+    llvm.add_symbol("anybn_in_parallel", ctypes.cast(team.in_parallel, ctypes.c_void_p).value)
     prepared.kept.extend((addresses, *names))
     for namespace, key, name, function in _KERNELS:
-        kernel, registry = Callback(function, 3), ctypes.c_void_p()
+        kernel, registry = Callback(function), ctypes.c_void_p()
         prepared.kept.append(kernel)
         library.aoti_torch_library_init_impl(
             namespace.encode(), key.encode(), __file__.encode(), 0, ctypes.byref(registry)

@@ -67,34 +67,26 @@ def look(_, array, index):
     return types.int64(array, types.intp), generate
 
 
+def _as_pointer(context, builder, signature, arguments):
+    return builder.inttoptr(arguments[-1], context.get_value_type(signature.return_type))
+
+
 @intrinsic
 def pointer(typing_context, like, address):
     """The address as a pointer to like's dtype."""
-
-    def inttoptr(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[1], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like.dtype)(like, address), inttoptr
+    return types.CPointer(like.dtype)(like, address), _as_pointer
 
 
 @intrinsic
 def integers(typing_context, address):
     """The address as a pointer to int64."""
-
-    def inttoptr(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.int64)(types.int64), inttoptr
+    return types.CPointer(types.int64)(types.int64), _as_pointer
 
 
 @intrinsic
 def doubles(typing_context, address):
     """The address as a pointer to float64."""
-
-    def inttoptr(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.float64)(types.int64), inttoptr
+    return types.CPointer(types.float64)(types.int64), _as_pointer
 
 
 def address_of(symbol):
