@@ -249,6 +249,11 @@ class Backend:
         """True if a and b may share memory."""
         return a is b
 
+    def overlaps_any(self, x: Array, others: tuple[Array | None, ...]) -> bool:
+        """`overlaps`, of x with any of the others that are this library's; in every call with what the state holds."""
+        cls = type(x)
+        return any(a is not None and (type(a) is cls or self.owns(type(a))) and self.overlaps(x, a) for a in others)
+
     def same_memory(self, a: Array, b: Array) -> bool:
         """True if a and b are the same elements of the same memory in the same order."""
         return a is b

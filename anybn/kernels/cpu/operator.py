@@ -150,12 +150,14 @@ def _finish(call, waited):
 
 @njit(**EXACT)
 def _train_call(like_x, like_weight, size, channels, floor, last, call):
-    _finish(call, _train(*(_forward_arguments(like_x, like_weight, size, channels, floor, 5, call) + last)))
+    given = _forward_arguments(like_x, like_weight, size, channels, floor, 5, call)
+    _finish(call, _train(None, *(given + last)))
 
 
 @njit(**EXACT)
 def _train_in_parts_call(like_x, like_weight, size, channels, floor, last, call):
-    _finish(call, _train_in_parts(*(_forward_arguments(like_x, like_weight, size, channels, floor, 5, call) + last)))
+    given = _forward_arguments(like_x, like_weight, size, channels, floor, 5, call)
+    _finish(call, _train_in_parts(None, *(given + last)))
 
 
 @njit(**EXACT)
