@@ -139,6 +139,13 @@ class NumPyBackend(Backend):
             call = call._replace(out=np.empty_like(call.x))
         return super().evaluate(call, statistics)
 
+    def evaluate_at_once(
+        self, x: Array, arrays: tuple[Any, ...], channels: int, axis: int, eps: float, relu: bool
+    ) -> np.ndarray | None:
+        if type(self) is not NumPyBackend or type(x) is not _ndarray:
+            return None
+        return kernels().evaluate_at_once(x, arrays, channels, axis, eps, relu)  # type: ignore[no-any-return]
+
     def gradients(
         self, call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None, wants_residual: bool
     ) -> Gradients:

@@ -34,7 +34,7 @@ from anybn.kernels.layout import (
 )
 
 row_kernels = rows  # see `Backend.normalize_rows`
-_FLOAT64 = np.dtype(np.float64)
+_ndarray, _FLOAT32, _FLOAT64 = np.ndarray, np.dtype(np.float32), np.dtype(np.float64)
 _KERNELS = {"runs": runs, "columns": columns}
 
 
@@ -84,8 +84,8 @@ def train(call: Call) -> tuple[np.ndarray, Statistics, tuple[np.ndarray, np.ndar
         x.ravel("K"),
         y.ravel("K"),
         None if residual is None else lies_like(x, steps.order, residual).ravel("K"),
-        None if weight is None else weight.astype(_FLOAT64),
-        None if bias is None else bias.astype(_FLOAT64),
+        _parameter(weight),
+        _parameter(bias),
         *(running or (None, None)),
         x.size,
         channels,
@@ -110,6 +110,13 @@ def _steps_on(x: np.ndarray, axis: int) -> tuple[Steps, np.ndarray]:
         steps = steps_of(x.shape, x.strides, x.itemsize, axis, x.itemsize)
         assert steps is not None
     return steps, x
+
+
+def _parameter(values: np.ndarray | None) -> np.ndarray | None:
+    """weight or bias as steps take it: float32 as it lies there, if it can be written to, else as float64."""
+    if values is None or (type(values) is _ndarray and values.dtype is _FLOAT32 and values.flags.carray):
+        return values
+    return values.astype(_FLOAT64)
 
 
 def batch_statistics(call: Call) -> Statistics:
@@ -155,8 +162,8 @@ def evaluate(call: Call, statistics: Statistics) -> np.ndarray:
         x.ravel("K"),
         y.ravel("K"),
         None if residual is None else lies_like(x, steps.order, residual).ravel("K"),
-        None if weight is None else weight.astype(_FLOAT64),
-        None if bias is None else bias.astype(_FLOAT64),
+        _parameter(weight),
+        _parameter(bias),
         np.array(statistics.mean),
         np.array(statistics.var),
         x.size,
@@ -170,6 +177,47 @@ def evaluate(call: Call, statistics: Statistics) -> np.ndarray:
     if waited:
         note_wait(waited)
     return y if out is None else delivered(y, out)
+
+
+@functools.lru_cache(maxsize=1024)
+def _steps_at_once(
+    dtype: np.dtype, shape: tuple[int, ...], strides: tuple[int, ...], channels: int, axis: int
+) -> tuple[int, tuple[Any, ...]] | None:
+    """The size, and the last arguments of `step.evaluate`, for arrays that one thread evaluates; None for others."""
+    if dtype not in (_FLOAT32, _FLOAT64) or len(shape) < 2 or not -len(shape) <= axis < len(shape):
+        return None
+    size, axis = math.prod(shape), axis % len(shape)
+    if not size or shape[axis] != channels:
+        return None
+    steps = steps_of(shape, strides, dtype.itemsize, axis, dtype.itemsize)
+    return (size, steps.of_evaluate) if steps is not None and steps.alone else None
+
+
+def evaluate_at_once(
+    x: np.ndarray, arrays: tuple[Any, ...], channels: int, axis: int, eps: float, relu: bool
+) -> np.ndarray | None:
+    """See `Backend.evaluate_at_once`. Arrays that own their memory share none."""
+    known, (weight, bias, mean, var, *_) = _steps_at_once(x.dtype, x.shape, x.strides, channels, axis), arrays
+    if known is None or x.base is not None or not x.flags.behaved:
+        return None
+    wanted = (channels,)
+    for a in (mean, var):
+        if type(a) is not _ndarray or a.dtype is not _FLOAT64 or a.base is not None or a.shape != wanted:
+            return None
+    for a in (weight, bias):
+        if a is not None and (
+            type(a) is not _ndarray
+            or a.dtype is not _FLOAT32
+            or a.base is not None
+            or a.shape != wanted
+            or not a.flags.carray
+        ):
+            return None
+    size, last = known
+    y, floor = np.empty_like(x), 0.0 if relu else -math.inf
+    flat = x.ravel("K"), y.ravel("K"), None, weight, bias, np.array(mean), np.array(var)
+    evaluate_in_one_step(None, None, *flat, size, channels, floor, eps, None, ALONE, *last)
+    return y
 
 
 def _evaluate_in_parts(call: Call, statistics: Statistics) -> np.ndarray:
@@ -259,7 +307,7 @@ def _gradients_in_one_step(
         None if active is None else lies_like(x, steps.order, active).ravel("K"),
         dx.ravel("K"),
         None if dresidual is None else dresidual.ravel("K"),
-        None if weight is None else weight.astype(_FLOAT64),
+        _parameter(weight),
         dweight,
         dbias,
         x.size,
