@@ -34,6 +34,8 @@ from anybn.kernels.layout import (
 )
 
 row_kernels = rows  # see `Backend.normalize_rows`
+_NO_FLOOR = -math.inf  # what y is at least, without a relu
+_empty_like = np.empty_like  # in a call on (8, 16), names of modules count
 _ndarray, _FLOAT32, _FLOAT64 = np.ndarray, np.dtype(np.float32), np.dtype(np.float64)
 _KERNELS = {"runs": runs, "columns": columns}
 
@@ -214,9 +216,11 @@ def evaluate_at_once(
         ):
             return None
     size, last = known
-    y, floor = np.empty_like(x), 0.0 if relu else -math.inf
-    flat = x.ravel("K"), y.ravel("K"), None, weight, bias, np.array(mean), np.array(var)
-    evaluate_in_one_step(None, None, *flat, size, channels, floor, eps, None, ALONE, *last)
+    y = _empty_like(x)
+    evaluate_in_one_step(
+        None, None, x.ravel("K"), y.ravel("K"), None, weight, bias, mean.copy(), var.copy(),
+        size, channels, 0.0 if relu else _NO_FLOOR, eps, None, ALONE, *last,
+    )  # fmt: skip
     return y
 
 
