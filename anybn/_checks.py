@@ -122,11 +122,10 @@ def mask(value: Array, x: Array, axis: int | tuple[int, ...], backend: Backend, 
             f"mask has shape {shape}; x has {shape_of(x)} with channels on axis {axis}, so it must be {wanted} "
             "or broadcast to that: x's shape without the channel axis"
         )
-    xp = backend.namespace(x)
-    value = xp.reshape(value, (1,) * (len(wanted) - len(shape)) + shape)
-    for i in axes:
-        value = xp.expand_dims(value, axis=i)
-    return value
+    laid = [1] * (len(wanted) - len(shape)) + list(shape)
+    for i in sorted(axes):
+        laid.insert(i, 1)
+    return backend.namespace(x).reshape(value, tuple(laid))
 
 
 def state_arrays(

@@ -62,7 +62,9 @@ def _positions(call: Call, layout: Layout) -> np.ndarray | None:
     if mask is None:
         return None
     shape = tuple(1 if i == axis else size for i, size in enumerate(call.x.shape))
-    return np.array(np.broadcast_to(mask, shape).transpose(layout.order), order="C").reshape(-1)
+    if mask.shape != shape:
+        mask = np.broadcast_to(mask, shape)
+    return np.array(mask.transpose(layout.order), order="C").reshape(-1)
 
 
 # -- forward ---------------------------------------------------------------------------------------------------
@@ -198,9 +200,9 @@ def _steps_at_once(
 def evaluate_at_once(
     x: np.ndarray, arrays: tuple[Any, ...], channels: int, axis: int, eps: float, relu: bool
 ) -> np.ndarray | None:
-    """See `Backend.evaluate_at_once`. Arrays that own their memory share none."""
+    """See `Backend.evaluate_at_once`. Of arrays that own their memory, only views can share it."""
     known, (weight, bias, mean, var, *_) = _steps_at_once(x.dtype, x.shape, x.strides, channels, axis), arrays
-    if known is None or x.base is not None or not x.flags.behaved:
+    if known is None or not x.flags.behaved:
         return None
     wanted = (channels,)
     for a in (mean, var):
@@ -215,6 +217,8 @@ def evaluate_at_once(
             or not a.flags.carray
         ):
             return None
+    if x.base is not None and any(a is not None and np.may_share_memory(x, a) for a in (weight, bias, mean, var)):
+        return None
     size, last = known
     y = _empty_like(x)
     evaluate_in_one_step(
