@@ -34,7 +34,7 @@ from anybn.kernels.layout import (
 )
 
 row_kernels = rows  # see `Backend.normalize_rows`
-_NO_FLOOR = -math.inf  # what y is at least, without a relu
+_NO_FLOOR = -math.inf  # see `_floor`
 _empty_like = np.empty_like  # in a call on (8, 16), names of modules count
 _ndarray, _FLOAT32, _FLOAT64 = np.ndarray, np.dtype(np.float32), np.dtype(np.float64)
 _KERNELS = {"runs": runs, "columns": columns}
@@ -93,7 +93,7 @@ def train(call: Call) -> tuple[np.ndarray, Statistics, tuple[np.ndarray, np.ndar
         *(running or (None, None)),
         x.size,
         channels,
-        0.0 if spec.relu else -math.inf,
+        0.0 if spec.relu else _NO_FLOOR,
         spec.eps,
         rows,
         ALONE if steps.alone else hands(),
@@ -172,7 +172,7 @@ def evaluate(call: Call, statistics: Statistics) -> np.ndarray:
         np.array(statistics.var),
         x.size,
         x.shape[spec.axis],
-        0.0 if spec.relu else -math.inf,
+        0.0 if spec.relu else _NO_FLOOR,
         spec.eps,
         None,
         ALONE if steps.alone else hands(),
@@ -243,7 +243,7 @@ def _evaluate_in_parts(call: Call, statistics: Statistics) -> np.ndarray:
 
 def _floor(spec: Spec) -> float:
     """What y is at least."""
-    return 0.0 if spec.relu else -math.inf
+    return 0.0 if spec.relu else _NO_FLOOR
 
 
 def _writable(statistics: Statistics) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
