@@ -6,7 +6,6 @@ Each function returns the argument as it is used from then on, or raises with: w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -52,28 +51,28 @@ def floating_array(name: str, value: Array, backend: Backend) -> Array:
 def batch(x: Array, backend: Backend, channel_axis: Any, num_features: int | None, name: str = "x") -> int:
     """The channel axis of x, called name, as an index from the front."""
     floating_array(name, x, backend)
-    shape = shape_of(x)
-    if len(shape) < 2:
-        advice = "for one sample use x[None]" if len(shape) == 1 else "give it a batch and a channel axis"
-        raise ValueError(f"{name} has shape {shape}; batch norm needs (N, C, ...): {advice}")
-    given = _settings.axis(channel_axis)
-    if not -len(shape) <= given < len(shape):
-        raise ValueError(
-            f"axis is {given} but {name} has shape {shape}: the channel axis must lie in "
-            f"[{-len(shape)}, {len(shape) - 1}]"
-        )
-    index = given % len(shape)
-    if num_features is not None and shape[index] != num_features:
-        if shape[-1] == num_features:
-            advice = f"its shape {shape} looks channels-last: pass axis=-1"
-        elif shape[1] == num_features:
-            advice = f"its shape {shape} looks channels-first: pass axis=1"
-        else:
-            advice = f"its shape is {shape}: pass the channel axis as axis, or use a state of {shape[index]} channels"
-        raise ValueError(
-            f"{name} has {shape[index]} channels on axis {given} but the state has {num_features}; {advice}"
-        )
+    shape, given = shape_of(x), _settings.axis(channel_axis)
+    rank = len(shape)
+    index = given + rank if given < 0 else given
+    if rank < 2 or not 0 <= index < rank or (num_features is not None and shape[index] != num_features):
+        raise ValueError(_not_a_batch(name, shape, given, num_features))
     return index
+
+
+def _not_a_batch(name: str, shape: tuple[int, ...], axis: int, num_features: int | None) -> str:
+    rank = len(shape)
+    if rank < 2:
+        advice = "for one sample use x[None]" if rank == 1 else "give it a batch and a channel axis"
+        return f"{name} has shape {shape}; batch norm needs (N, C, ...): {advice}"
+    if not -rank <= axis < rank:
+        return f"axis is {axis} but {name} has shape {shape}: the channel axis must lie in [{-rank}, {rank - 1}]"
+    if shape[-1] == num_features:
+        advice = f"its shape {shape} looks channels-last: pass axis=-1"
+    elif shape[1] == num_features:
+        advice = f"its shape {shape} looks channels-first: pass axis=1"
+    else:
+        advice = f"its shape is {shape}: pass the channel axis as axis, or use a state of {shape[axis]} channels"
+    return f"{name} has {shape[axis]} channels on axis {axis} but the state has {num_features}; {advice}"
 
 
 def same_place(name: str, value: Array, x: Array, backend: Backend) -> None:
@@ -123,11 +122,10 @@ def mask(value: Array, x: Array, axis: int | tuple[int, ...], backend: Backend, 
             f"mask has shape {shape}; x has {shape_of(x)} with channels on axis {axis}, so it must be {wanted} "
             "or broadcast to that: x's shape without the channel axis"
         )
-    xp = backend.namespace(x)
-    value = xp.reshape(value, (1,) * (len(wanted) - len(shape)) + shape)
-    for i in axes:
-        value = xp.expand_dims(value, axis=i)
-    return value
+    laid = [1] * (len(wanted) - len(shape)) + list(shape)
+    for i in sorted(axes):
+        laid.insert(i, 1)
+    return backend.namespace(x).reshape(value, tuple(laid))
 
 
 def state_arrays(
@@ -135,15 +133,13 @@ def state_arrays(
 ) -> None:
     """That weight, bias, running_mean and running_var, or the first of them, are ``(C,)``, in every call: what a state
     or module holds, others hold too, and can resize. And that x, if it is given, does not lie on them."""
-    wanted, cls = (channels,), type(x)
+    wanted = (channels,)
     for a in arrays:
-        if a is None:
-            continue
-        if a.shape != wanted and shape_of(a) != wanted:
+        if a is not None and a.shape != wanted and shape_of(a) != wanted:
             name = next(name for name, b in zip(_STATE_ARRAYS, arrays, strict=False) if b is a)
             raise ValueError(_wrong_shape(name, a, channels))
-        if backend is not None and (type(a) is cls or backend.owns(type(a))) and backend.overlaps(x, a):
-            raise ValueError("x shares memory with the state: give one of them a copy")
+    if backend is not None and backend.overlaps_any(x, arrays):
+        raise ValueError("x shares memory with the state: give one of them a copy")
 
 
 def _wrong_shape(name: str, value: Array, channels: int) -> str:
@@ -159,16 +155,8 @@ def as_it_was(name: str, value: Array, shape: tuple[int, ...]) -> None:
         )
 
 
-def overlaps_any(x: Array, others: Iterable[Array | None], backend: Backend) -> bool:
-    """Whether x shares memory with one of the others that are of its library."""
-    for a in others:
-        if a is not None and (type(a) is type(x) or backend.owns(type(a))) and backend.overlaps(x, a):
-            return True
-    return False
-
-
 def out(
-    value: Array, x: Array, residual: Array | None, state_arrays: Iterable[Array | None], backend: Backend
+    value: Array, x: Array, residual: Array | None, state_arrays: tuple[Array | None, ...], backend: Backend
 ) -> Array:
     if not backend.writable:
         raise TypeError(f"out was given but {backend.name} arrays cannot be written to: use the returned array")
@@ -178,7 +166,7 @@ def out(
     for name, array in (("x", x), ("residual", residual)):
         if array is not None and backend.overlaps(value, array) and not backend.same_memory(value, array):
             raise ValueError(f"out shares part of {name}'s memory: pass {name} itself, or an array of its own")
-    if overlaps_any(value, state_arrays, backend):
+    if backend.overlaps_any(value, state_arrays):
         raise ValueError("out shares memory with the state: pass an array of its own")
     return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,14 +17,15 @@ from anybn.core.call import Array, ArrayT, Call, Gradients, Spec, Statistics, dt
 from anybn.groups import engines, exchange
 from anybn.state.arrays import Arrays
 from anybn.state.state import BatchNormState
-from anybn.state.store import Batch
+from anybn.state.store import Batch, Store
 
 #: (whether torch.compile records this, what it records in place of `batch_norm`), once there has been a torch tensor.
 compiled: tuple[Callable[[], bool], Callable[..., Array]] | None = None
 
 
-#: The default, which needs no check: a call has many arguments, and they are looked at before each.
-_SKIP = "skip"
+#: Words that need no check: a call has many arguments, and they are looked at before each.
+_SKIP, _RELU = "skip", "relu"
+_spec = functools.lru_cache(Spec)  # half of the time
 
 
 class Checked(NamedTuple):
@@ -105,6 +107,18 @@ def batch_norm(
     if compiled is not None and compiled[0]():
         options = {"mask": mask, "residual": residual, "nonfinite": nonfinite, "group": group, "out": out}
         return compiled[1](x, state, training=training, axis=axis, activation=activation, **options)
+    if (
+        training is False
+        and mask is residual is group is out is None
+        and (activation is None or activation is _RELU)
+        and nonfinite is _SKIP
+        and type(axis) is int
+        and type(state) is BatchNormState
+        and type(store := state._store) is Store
+    ):
+        given = store.arrays, store.num_features, axis, store.eps, activation is not None
+        if (done := backend_for(x).evaluate_at_once(x, *given)) is not None:
+            return done  # type: ignore[no-any-return]
     try:
         checked = check(x, state, training, axis, mask, residual, activation, nonfinite, group, out)
     except Exception as error:
@@ -196,7 +210,9 @@ def check(
     if not isinstance(state, BatchNormState):
         hint = "; import anybn.jax makes states pytrees" if root_module(type(state)) == "jax" else ""
         raise TypeError(f"state is a {type(state).__name__}; it must be an anybn.BatchNormState of x's channels{hint}")
-    index = _checks.batch(x, backend, axis, state.num_features)
+    store = state._store
+    channels = store.num_features
+    index = _checks.batch(x, backend, axis, channels)
     if training is not True and training is not False:
         training = _settings.flag("training", training)
     if activation is not None:
@@ -215,17 +231,18 @@ def check(
         mask = _checks.mask(mask, x, index, backend)
     if residual is not None:
         _checks.like_x("residual", residual, x, backend)
-    before, placed = state._store.placed_beside(backend, x)
-    _checks.state_arrays(before[:4], state.num_features, x, backend)
+    before, placed = store.placed_beside(backend, x)
+    _checks.state_arrays(before[:4], channels, x, backend)
     if out is not None:
         _checks.out(out, x, residual, before[:4], backend)
         if recorded and backend.records(x, placed.weight, placed.bias, residual):
             raise ValueError("out was given but autograd is to record this call: drop out, or use torch.no_grad()")
 
-    empty = 0 in x.shape and (group is None or backend.is_traced(x))
-    uses_batch = (training or not state.track_running_stats) and not empty
+    shape, tracks = x.shape, before.running_mean is not None
+    empty = 0 in shape and (group is None or backend.is_traced(x))
+    uses_batch = (training or not tracks) and not empty
     trains = training and not empty and not backend.recomputes()
-    commits = trains and state.track_running_stats
+    commits = trains and tracks
     if uses_batch:
         if group is None and (mask is None or not backend.is_traced(mask)):
             _checks.enough_values(_count(backend, x, index, mask), x, mask is not None)
@@ -233,15 +250,15 @@ def check(
             raise ValueError(
                 'nonfinite is "raise" but x has no values yet (it is traced or lazy): use "skip", or look at y'
             )
-    spec = Spec(index, state.eps, activation == "relu")
+    spec = _spec(index, store.eps, activation is not None)
     members = update = None
     if group is not None and uses_batch:
         names = "eps", "momentum", "ddof", "affine", "scale", "bias"
         given = {name: value for name, value in state._settings().items() if name in names}
-        given |= {"channels": x.shape[index], "dtype": dtype_name(x.dtype), "axis": index, "training": training}
+        given |= {"channels": shape[index], "dtype": dtype_name(x.dtype), "axis": index, "training": training}
         members = exchange.Members(group, exchange.settings(**given, relu=spec.relu, nonfinite=nonfinite))
     elif uses_batch and commits:
-        update = state._store.planned_update(placed, nonfinite == "propagate")
+        update = store.planned_update(placed, nonfinite == "propagate")
     call = Call(x, spec, placed.weight, placed.bias, residual, mask, members, update, out)
     return Checked(backend, call, state, before, placed, nonfinite, uses_batch, commits, trains)
 
@@ -299,7 +316,9 @@ def given_statistics(checked: Checked) -> Statistics:
 def finish(checked: Checked, statistics: Statistics, running: tuple[Array, Array] | None = None) -> None:
     """What changes the state, after everything else has succeeded."""
     backend, call, state, before, placed, nonfinite, uses_batch, commits, trains = checked
-    if uses_batch and nonfinite == "raise":
+    if not uses_batch:
+        return
+    if nonfinite == "raise":
         _require_finite(backend, statistics)
     store = state._store
     if not trains or (isinstance(statistics.count, int) and statistics.count == 0):  # all members' x are empty

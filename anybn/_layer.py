@@ -114,33 +114,35 @@ class BatchNorm:
         self, x: ArrayT, *, mask: Array | None = None, residual: Array | None = None, out: Array | None = None
     ) -> ArrayT:
         """y, as `batch_norm` gives it in this layer's mode; shapes, mask, residual, out and errors as there."""
-        return _functional.batch_norm(x, self.state, mask=mask, residual=residual, out=out, **self._options(x))
+        if self._ranks:
+            self._check_rank(x)
+        return _functional.batch_norm(
+            x, self.state, training=self.training, axis=self.axis, mask=mask, residual=residual,
+            activation=self.activation, group=self.group, out=out,
+        )  # fmt: skip
 
     def vjp(
         self, x: ArrayT, *, mask: Array | None = None, residual: Array | None = None, out: Array | None = None
     ) -> tuple[ArrayT, Callable[[Array], Gradients]]:
         """(y, pullback), as `batch_norm_vjp` gives them in this layer's mode."""
-        return _functional.batch_norm_vjp(x, self.state, mask=mask, residual=residual, out=out, **self._options(x))
-
-    def _options(self, x: Array) -> dict[str, Any]:
-        try:
+        if self._ranks:
             self._check_rank(x)
+        return _functional.batch_norm_vjp(
+            x, self.state, training=self.training, axis=self.axis, mask=mask, residual=residual,
+            activation=self.activation, group=self.group, out=out,
+        )  # fmt: skip
+
+    def _check_rank(self, x: Array) -> None:
+        try:
+            if not hasattr(x, "shape"):
+                backend_for(x)  # raises
+            if len(x.shape) not in self._ranks:
+                advice = ": for one sample use x[None]" if len(x.shape) == self._ranks[0] - 1 else ""
+                shape = _checks.shape_of(x)
+                raise ValueError(f"x has shape {shape}; {type(self).__name__} needs {self._shapes}{advice}")
         except Exception as error:
             _functional.notify_failure(x, self.state, self.training, self.group, error)
             raise
-        return {
-            "training": self.training, "axis": self.axis, "activation": self.activation, "group": self.group
-        }  # fmt: skip
-
-    def _check_rank(self, x: Array) -> None:
-        if not self._ranks:
-            return
-        if not hasattr(x, "shape"):
-            backend_for(x)  # raises
-        if len(x.shape) not in self._ranks:
-            advice = ": for one sample use x[None]" if len(x.shape) == self._ranks[0] - 1 else ""
-            shape = _checks.shape_of(x)
-            raise ValueError(f"x has shape {shape}; {type(self).__name__} needs {self._shapes}{advice}")
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, or with False evaluation mode; returns self."""

@@ -46,6 +46,9 @@ class Moments:
     def var(self, ddof: int = 0) -> Array:
         """``m2 / (count - ddof)``, in mean's shape; NaN where there are not more than ddof values."""
         xp = backend_for(self.mean).namespace(self.mean)
+        if isinstance(self.count, int):
+            n = self.count - ddof
+            return self.m2 / n if n > 0 else xp.full_like(self.m2, xp.nan)
         n = _number(xp, self.count, self.m2) - ddof + xp.zeros_like(self.m2)
         return xp.where(n > 0, self.m2, xp.full_like(self.m2, xp.nan)) / xp.where(n > 0, n, xp.ones_like(n))
 

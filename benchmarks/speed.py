@@ -1,4 +1,5 @@
-"""The speed table of docs/speed.md: anybn, torch, JAX if you like, and a plain copy, interleaved in one process.
+"""The speed table of docs/speed.md: anybn, torch, Keras on NumPy where it is installed, JAX if you like, and a plain
+copy, interleaved in one process.
 
     python benchmarks/speed.py                     # all of it, some minutes, into benchmarks/results/speed.jsonl
     python benchmarks/speed.py --docs              # and puts the summary into docs/speed.md
@@ -7,7 +8,8 @@
 
 Every result is checked against long double arithmetic before anything is timed. The numbers are medians over rounds in
 which each contestant has one turn, in random order. Each call follows directly upon an operation of its library that
-writes x, or dy, as in a net; ``--rested`` leaves that away. ``numpy alone`` is the obvious code without a library.
+writes x, or dy, as in a net; ``--rested`` leaves that away. ``numpy alone`` is the obvious code without a library,
+``keras`` Keras's layer on its NumPy backend, which has no gradients.
 Outputs are fresh on both sides, gradients off but for the backward pass, which is torch.autograd.grad through either
 module, or ``pullback(dy)`` on NumPy arrays. Both sides have the same number of threads; JAX takes all CPUs, and a copy
 takes one: ``copy`` is np.copyto into memory that is in use, ``fresh copy`` is x.copy(). For bn + add + relu, torch is
@@ -104,11 +106,32 @@ def with_jax(case: Case, data: Data) -> dict[str, Run]:
     return {"jax": lambda: jax.block_until_ready(compiled(*arguments))}
 
 
+# -- Keras -----------------------------------------------------------------------------------------------------
+
+
+def with_keras(case: Case, data: Data) -> dict[str, Run]:
+    """What a user of NumPy arrays has: Keras's layer on its NumPy backend; not with 16 bits, and without gradients."""
+    if not HAS_KERAS or case.dtype not in ("float32", "float64") or case.op not in ("forward", "evaluation", "call"):
+        return {}
+    os.environ["KERAS_BACKEND"] = "numpy"  # before the first import, which only this function makes
+    import keras
+
+    axis = -1 if case.layout == LAST else 1
+    layer = keras.layers.BatchNormalization(axis=axis, epsilon=1e-5, momentum=0.9, dtype=case.dtype)
+    x, training = as_users_have_it(case, data.x), case.op != "evaluation"
+    layer.build(x.shape)
+    layer.set_weights(data[3:])
+    return {"keras": lambda: layer(x, training=training)}
+
+
+HAS_KERAS = importlib.util.find_spec("keras") is not None
+
+
 # -- rows ------------------------------------------------------------------------------------------------------
 
 
 def context(threads: int, jax: bool) -> Row:
-    packages = [p for p in ("numpy", "numba", "torch", *["jax"] * jax) if importlib.util.find_spec(p)]
+    packages = [p for p in ("numpy", "numba", "torch", "keras", *["jax"] * jax) if importlib.util.find_spec(p)]
     versions = {"anybn": anybn.__version__, "python": platform.python_version()}
     versions |= {package: version(package) for package in packages}
     return {"threads": threads, "cpu": cpu(), "versions": versions, "date": datetime.date.today().isoformat()}
@@ -129,14 +152,15 @@ def rows_of(case: Case, timings: dict[str, Timing], busy: float, rested: bool, s
             continue
         measured = {"ours": timings[library]} | {
             name.removesuffix(".nn").replace(" ", "_"): timings[name]
-            for name in ("torch.nn", "numpy alone", "jax", "copy", "fresh copy")
+            for name in ("torch.nn", "numpy alone", "keras", "jax", "copy", "fresh copy")
             if name in timings
         }
         row = {"op": case.op, "library": library, "layout": case.layout, "dtype": case.dtype, "shape": case.shape}
         row |= {f"{name}_us": round(t.median * 1e6, 2) for name, t in measured.items()}
         row["ratio"] = round(row["torch_us"] / row["ours_us"], 3) if "torch" in measured else None
-        if library == "numpy" and "numpy_alone" in measured:
-            row["alone_ratio"] = round(row["numpy_alone_us"] / row["ours_us"], 3)
+        for name, ratio in (("numpy_alone", "alone_ratio"), ("keras", "keras_ratio")):
+            if library == "numpy" and name in measured:
+                row[ratio] = round(row[f"{name}_us"] / row["ours_us"], 3)
         row["spread"] = {name: round(t.spread, 3) for name, t in measured.items()}
         row["busy"], row["rested"] = round(busy, 2), rested
         rows.append(row | surroundings)
@@ -204,25 +228,32 @@ def copy_verdict(layout: str, rows: list[Row]) -> str:
     return f"forward, {layout}, from 1 MB up, mean to worst: {'; '.join(shown)} (goal {COPIES})"
 
 
+#: Of contestants that not every row has -> the heading of their column.
+OTHERS = {"alone_ratio": "NumPy alone / anybn", "keras_ratio": "Keras on NumPy / anybn"}
+
+
 def markdown(rows: list[Row]) -> str:
-    lines = [
-        f"| {rows[0]['dtype']} | torch tensors | NumPy arrays | NumPy alone / anybn | time in copies of x |",
-        "|---|---|---|---|---|",
-    ]
+    others = {ratio: heading for ratio, heading in OTHERS.items() if any(ratio in row for row in rows)}
+    headings = [rows[0]["dtype"], "torch tensors", "NumPy arrays", *others.values(), "time in copies of x"]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for op in OPS:
         for layout in LAYOUTS:
             parts = [of_part(rows, library=library, op=op, layout=layout) for library in ("torch", "numpy")]
             if not all(parts):
                 continue
             name = f"one call on {parts[0][0]['shape']}" if op == "call" else f"{TITLES[op]}, {layout}"
-            means = [against_torch(part) for part in parts]
-            ratios = [f"**{mean:.1f}** ({worst['ratio']:.1f})" for mean, worst in means]
-            alone = [row for row in parts[1] if "alone_ratio" in row]
-            mean, worst = against_torch(alone, "alone_ratio") if alone else (0.0, {})
-            ratios.append(f"**{mean:.1f}** ({worst['alone_ratio']:.1f})" if alone else "")
+            ratios = [in_short(part, "ratio") for part in parts] + [in_short(parts[1], ratio) for ratio in others]
             copies = [f"{statistics.geometric_mean(in_copies(large(p), 'copy_us')):.1f}" for p in parts if large(p)]
             lines.append(f"| {name} | {' | '.join(ratios)} | {', '.join(copies)} |")
     return "\n".join(lines)
+
+
+def in_short(rows: list[Row], ratio: str) -> str:
+    """The geometric mean and the worst of the rows that have it."""
+    if not (having := [row for row in rows if ratio in row]):
+        return ""
+    mean, worst = against_torch(having, ratio)
+    return f"**{mean:.1f}** ({worst[ratio]:.1f})"
 
 
 TITLES = {
@@ -322,8 +353,8 @@ def main() -> None:
         return
     use_threads(options.threads)
     how = {"rounds": options.rounds, "seconds": options.seconds, "rested": options.rested, "attempts": 5}
-    if options.jax:
-        how["others"] = with_jax
+    contestants = [with_keras, *[with_jax] * options.jax]
+    how["others"] = lambda case, data: {name: run for of in contestants for name, run in of(case, data).items()}
     rows = []
     for case in cases(options.op or OPS, options.layout or LAYOUTS, options.dtype):
         for row in rows_of(case, *measure(case, **how), options.rested, surroundings):

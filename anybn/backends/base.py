@@ -249,6 +249,11 @@ class Backend:
         """True if a and b may share memory."""
         return a is b
 
+    def overlaps_any(self, x: Array, others: tuple[Array | None, ...]) -> bool:
+        """`overlaps`, of x with any of the others that are this library's; in every call with what the state holds."""
+        cls = type(x)
+        return any(a is not None and (type(a) is cls or self.owns(type(a))) and self.overlaps(x, a) for a in others)
+
     def same_memory(self, a: Array, b: Array) -> bool:
         """True if a and b are the same elements of the same memory in the same order."""
         return a is b
@@ -288,6 +293,16 @@ class Backend:
             return y
         call.out[...] = y
         return call.out
+
+    def evaluate_at_once(
+        self, x: Array, arrays: tuple[Any, ...], channels: int, axis: int, eps: float, relu: bool
+    ) -> Array | None:
+        """y with the weight, bias, running mean and variance that a state has, of which nothing has been checked.
+
+        None, with nothing done, for whatever is special or wrong: that is checked, and goes the way of all calls. For
+        backends whose arrays can be normalized in less time than the checks take.
+        """
+        return None
 
     def gradients(
         self, call: Call, statistics: Statistics, dy: Array, active: Array | None, wants_residual: bool

@@ -20,6 +20,8 @@ from anybn.core.call import Array, Call, Gradients, Statistics, Update
 from anybn.groups import exchange
 from anybn.kernels.cpu import chunked
 
+_ndarray = np.ndarray  # the name of a module's attribute takes as long to find as the comparison
+
 
 class NumPyBackend(Backend):
     name = "numpy"
@@ -42,7 +44,7 @@ class NumPyBackend(Backend):
         )
 
     def holds(self, array: Array, device: Any) -> bool:
-        return type(array) is np.ndarray or self.owns(type(array))
+        return type(array) is _ndarray or self.owns(type(array))
 
     def refusal(self, x: Array) -> str:
         if not x.dtype.isnative:
@@ -92,6 +94,15 @@ class NumPyBackend(Backend):
             return a is b
         return np.may_share_memory(a, b)
 
+    def overlaps_any(self, x: Array, others: tuple[Array | None, ...]) -> bool:
+        if x.base is None:  # where all own their memory, it is another's for each
+            for a in others:
+                if a is not None and (type(a) is not _ndarray or a.base is not None or a is x):
+                    break
+            else:
+                return False
+        return super().overlaps_any(x, others)
+
     def same_memory(self, a: Array, b: Array) -> bool:
         return a is b or (
             a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
@@ -106,7 +117,8 @@ class NumPyBackend(Backend):
         if not call.x.size:
             return None
         chosen = kernels()
-        return chosen if chosen.supports(_bits(call.x).dtype) and chosen.takes(call) else chunked
+        supported = chosen.supports(_bits_of(call.x.dtype)) and (call.mask is None or chosen.takes(call))
+        return chosen if supported else chunked
 
     def statistics(self, call: Call) -> Statistics:
         if call.group is None and (chosen := self._kernels_for(call)):
@@ -115,18 +127,24 @@ class NumPyBackend(Backend):
 
     def train(self, call: Call) -> tuple[np.ndarray, Statistics, tuple[np.ndarray, np.ndarray] | None]:
         if call.group is None and (chosen := self._kernels_for(call)):
-            y, statistics = chosen.train(_in_bits(call))
-            return y.view(call.x.dtype) if call.out is None else call.out, statistics, None
+            y, statistics, running = chosen.train(_in_bits(call))
+            return _delivered(y, call), statistics, running
         return super().train(call)
 
     def evaluate(self, call: Call, statistics: Statistics) -> np.ndarray:
         if chosen := self._kernels_for(call):
-            y = chosen.evaluate(_in_bits(call), statistics)
-            return y.view(call.x.dtype) if call.out is None else call.out
+            return _delivered(chosen.evaluate(_in_bits(call), statistics), call)
         if call.out is None and (call.residual is not None or call.mask is not None):
             # NumPy gives the sum of arrays of different memory orders in none of the two.
             call = call._replace(out=np.empty_like(call.x))
         return super().evaluate(call, statistics)
+
+    def evaluate_at_once(
+        self, x: Array, arrays: tuple[Any, ...], channels: int, axis: int, eps: float, relu: bool
+    ) -> np.ndarray | None:
+        if type(self) is not NumPyBackend or type(x) is not _ndarray:
+            return None
+        return kernels().evaluate_at_once(x, arrays, channels, axis, eps, relu)  # type: ignore[no-any-return]
 
     def gradients(
         self, call: Call, statistics: Statistics, dy: np.ndarray, active: np.ndarray | None, wants_residual: bool
@@ -197,7 +215,7 @@ def _import_operations() -> ModuleType:
 
 def _bits(a: Any) -> Any:
     """16-bit numbers as kernels take them, as bits; all else as it is."""
-    return a if a is None or a.dtype.itemsize != 2 else a.view(_bits_of(a.dtype))
+    return a if a is None or a.itemsize != 2 else a.view(_bits_of(a.dtype))
 
 
 @functools.cache
@@ -207,7 +225,14 @@ def _bits_of(dtype: np.dtype) -> np.dtype:
 
 def _in_bits(call: Call) -> Call:
     """The call as kernels take it."""
-    if call.x.dtype.itemsize != 2:
+    if call.x.itemsize != 2:
         return call
-    x, spec, weight, bias, residual, mask, _, _, out = call
-    return Call(_bits(x), spec, weight, bias, _bits(residual), mask, None, None, _bits(out))
+    x, spec, weight, bias, residual, mask, _, update, out = call
+    return Call(_bits(x), spec, weight, bias, _bits(residual), mask, None, update, _bits(out))
+
+
+def _delivered(y: np.ndarray, call: Call) -> np.ndarray:
+    """What kernels made, as the call is to have it."""
+    if call.out is not None:
+        return call.out
+    return y if y.dtype is call.x.dtype else y.view(call.x.dtype)

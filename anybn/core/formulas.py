@@ -66,7 +66,8 @@ def value_count(xp: Any, x: Array, axis: int, mask: Array | None, working: Any) 
     if mask is None:
         return math.prod(x.shape[i] for i in reduced_axes(x.ndim, axis))
     channels = mask.shape[axis]
-    everywhere = xp.broadcast_to(mask, tuple(channels if i == axis else size for i, size in enumerate(x.shape)))
+    shape = tuple(channels if i == axis else size for i, size in enumerate(x.shape))
+    everywhere = mask if mask.shape == shape else xp.broadcast_to(mask, shape)
     integer = xp.int64 if dtype_name(working) == "float64" else xp.int32  # what has one mostly has the other
     return xp.sum(
         xp.astype(everywhere, integer), axis=None if channels == 1 else reduced_axes(x.ndim, axis), dtype=integer

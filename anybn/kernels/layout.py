@@ -66,14 +66,13 @@ def match_layouts(
         layout = layout_of(x, axis)
         assert layout is not None
     order = layout.order
-    return layout, x, [a if a is None or _has_layout_of(x, order, a) else _laid_out_like(x, a) for a in others]
+    return layout, x, [None if a is None else lies_like(x, order, a) for a in others]
 
 
-def _has_layout_of(x: np.ndarray, order: tuple[int, ...], a: np.ndarray) -> bool:
-    return a.strides == x.strides or a.transpose(order).flags.c_contiguous
-
-
-def _laid_out_like(x: np.ndarray, a: np.ndarray) -> np.ndarray:
+def lies_like(x: np.ndarray, order: tuple[int, ...], a: np.ndarray) -> np.ndarray:
+    """a in the layout of x, which has this order and no gaps: as it is, or a copy."""
+    if (a.itemsize == x.itemsize and a.strides == x.strides) or a.transpose(order).flags.c_contiguous:
+        return a
     copy = np.empty_like(x, dtype=a.dtype)
     copy[...] = a
     return copy

@@ -159,20 +159,19 @@ class Store:
 
     def _learnt(self, batch: Batch, old: Arrays) -> Arrays:
         backend, arrays, running = batch.backend, batch.placed, batch.running
-        device, batches = backend.device_of(batch.x), counted(old.num_batches_tracked) + 1
+        batches = counted(old.num_batches_tracked) + 1
         if old is not batch.before:  # overtaken, and so is what was made of it
-            arrays, running = placed(old, self.dtype, backend, device), None
-        stays = arrays is not old and trained_elsewhere(old, self.private, backend, device)
-        if (stays or arrays.exact_of("running_mean") or arrays.exact_of("running_var")) and backend.lasts(
-            batch.statistics.mean
-        ):
-            return self._learnt_on_the_host(batch, old if stays else arrays, batches)
+            arrays, running = placed(old, self.dtype, backend, backend.device_of(batch.x)), None
+        if arrays is not old or arrays.exact:
+            stays = arrays is not old and trained_elsewhere(old, self.private, backend, backend.device_of(batch.x))
+            if (stays or any(map(arrays.exact_of, RUNNING))) and backend.lasts(batch.statistics.mean):
+                return self._learnt_on_the_host(batch, old if stays else arrays, batches)
         if running is None:
             update = self.planned_update(arrays, batch.propagate)
             assert update is not None
             running = backend.update(update, batch.statistics)
-        mean, var = map(backend.frozen, running)
-        arrays = Arrays(arrays.weight, arrays.bias, mean, var, batches, arrays.exact)
+        mean, var = running
+        arrays = Arrays(arrays.weight, arrays.bias, backend.frozen(mean), backend.frozen(var), batches, arrays.exact)
         if self.outlives_calls:
             require_storable(backend, arrays, old)
         return arrays

@@ -123,7 +123,7 @@ def fast_forward(
     if records:  # before anything is changed, since it can fail
         y = Recorded.apply(x, weight, bias, residual, (y, statistics), _TORCH, spec)
     if of_batch:
-        waited = plan.train(*arrays, *options, *plan.of_train)
+        waited = plan.train(None, *arrays, *options, *plan.of_train)
     else:
         before = _lock.writes
         waited = steps.evaluate(*arrays, *options, *plan.of_evaluate)

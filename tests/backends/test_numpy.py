@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import anybn
-from anybn.backends.numpy import kernels
+from anybn.backends.numpy import NumPyBackend, kernels
 from anybn.conformance import inputs, oracle
 
 X = inputs.normal((6, 3, 4, 5)).astype(np.float32)
@@ -175,3 +175,109 @@ def test_memory_mapped_files_are_worked_on_where_they_are(dtype, axis, tmp_path)
     assert oracle.error(bn.state.running_var, oracle.statistics(np.array(x), axis).var(1), "float64", 1) <= 8
     anybn.batch_norm(x, bn.state, axis=axis, out=y)
     assert np.array_equal(y, anybn.batch_norm(np.array(x), bn.state, axis=axis))
+
+
+def read_only(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+def unaligned(x):
+    moved = np.empty(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
+    moved[...] = x
+    return moved
+
+
+class Labelled(np.ndarray):
+    """A subclass."""
+
+
+KINDS = {
+    "plain": np.array,
+    "order F": np.asfortranarray,
+    "view": lambda x: x[:],
+    "gaps": lambda x: np.repeat(x, 2, 0)[::2],
+    "read-only": read_only,
+    "unaligned": unaligned,
+    "subclass": lambda x: x.view(Labelled),
+    "metadata": lambda x: x.astype(np.dtype(x.dtype, metadata={"unit": 1})),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "held", "dtype"),
+    [(kind, "float32", "float32") for kind in KINDS.values()]
+    + [(np.array, *dtypes) for dtypes in (("float64", "float32"), ("float32", "float64"), ("float32", "float16"))],
+    ids=[*KINDS, "float64 held", "float64", "float16"],
+)
+def test_evaluation_at_once_gives_the_bits_of_all_calls(kind, held, dtype):
+    """Where it does not take a call, that goes the way on which everything is checked."""
+    state = anybn.BatchNormState(3, dtype=held)
+    state.weight, state.bias = inputs.normal((2, 3), 1).astype(held)[:, ::-1]
+    state.running_mean, state.running_var = inputs.normal((2, 3), 2) ** 2
+    x = X.astype(dtype)
+    for activation in (None, "relu"):
+        expected = anybn.batch_norm(x, state, activation=activation, out=np.empty_like(x))
+        for _ in range(2):
+            y = anybn.batch_norm(kind(x), state, activation=activation)
+            assert y.dtype == x.dtype
+            assert np.array_equal(y, expected)
+
+
+def test_evaluation_at_once_follows_what_the_state_holds():
+    state, x = anybn.BatchNormState(3), X[:4, :, 0, 0].copy()
+    before = anybn.batch_norm(x, state)
+    state.weight *= 2  # in place
+    state.bias = np.ones(3, np.float32)
+    assert np.allclose(anybn.batch_norm(x, state), 2 * before + 1)
+    state.running_mean = np.full(3, 0.5)
+    state.running_mean += 0.5
+    assert np.allclose(anybn.batch_norm(x, state), 2 * (before - 1) + 1, atol=1e-4)
+    memory = np.ones(3 * 4 + 3, np.float32)
+    state.running_mean, state.weight = np.zeros(3), memory[:3]
+    with pytest.raises(ValueError, match="x shares memory with the state"):
+        anybn.batch_norm(memory[:12].reshape(4, 3), state)
+    assert np.allclose(anybn.batch_norm(memory[3:].reshape(4, 3), state), np.full((4, 3), 2), atol=1e-4)
+    state.weight = np.ones(3, np.float32)
+    state.weight.resize(2, refcheck=False)
+    with pytest.raises(ValueError, match=r"weight has shape \(2,\); the state has 3 channels"):
+        anybn.batch_norm(x, state)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "error"),
+    [
+        (X[:, :2].copy(), {}, ValueError),
+        (X[0, 0, 0].copy(), {}, ValueError),
+        (X, {"axis": True}, TypeError),
+        (X, {"axis": 4}, ValueError),
+        (X, {"activation": "gelu"}, ValueError),
+        (X, {"nonfinite": "sometimes"}, ValueError),
+        (X.astype(">f4"), {}, TypeError),
+        (X.astype(np.int32), {}, TypeError),
+    ],
+)
+def test_evaluation_at_once_takes_nothing_that_is_wrong(x, options, error):
+    state = anybn.BatchNormState(3)
+    anybn.batch_norm(X, state)  # what is known of a shape holds for no other
+    with pytest.raises(error):
+        anybn.batch_norm(x, state, **options)
+
+
+def test_evaluation_at_once_is_not_another_backends():
+    class Counting(NumPyBackend):
+        name, calls = "counting", 0
+
+        def evaluate(self, call, statistics):
+            self.calls += 1
+            return super().evaluate(call, statistics)
+
+    backend, state = Counting(), anybn.BatchNormState(3)
+    y = anybn.batch_norm(X, state)
+    anybn.register_backend(backend)
+    try:
+        assert np.array_equal(anybn.batch_norm(X, state), y)
+    finally:
+        anybn.unregister_backend("counting")
+    assert backend.calls == 1

@@ -55,9 +55,9 @@ def batch_statistics(call: Call) -> Statistics:
 def train(call: Call) -> tuple[torch.Tensor, Statistics, None]:
     if step := _step(call, call.residual, call.out):
         y, rows = _destination(call), np.empty((5, call.x.shape[call.spec.axis]))
-        if _run(step.plan.train, step, call, y, (None, None), rows, step.plan.of_train):
+        if _run(functools.partial(step.plan.train, None), step, call, y, (None, None), rows, step.plan.of_train):
             return y, statistics_of_rows(rows, call.x), None
-    y, statistics = kernels().train(_in_views(call))
+    y, statistics, _ = kernels().train(_in_views(call))
     return _delivered(y, call), _from_views(statistics), None
 
 

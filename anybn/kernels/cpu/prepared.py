@@ -133,13 +133,13 @@ def _finish(call, waited):
 @njit(**EXACT)
 def _train_call(like_x, like_weight, residual, size, channels, floor, last, call):
     arguments = _forward_arguments(like_x, like_weight, residual, size, channels, floor, 5, call)
-    _finish(call, _train(*(arguments + last)))
+    _finish(call, _train(None, *(arguments + last)))
 
 
 @njit(**EXACT)
 def _train_in_parts_call(like_x, like_weight, residual, size, channels, floor, last, call):
     arguments = _forward_arguments(like_x, like_weight, residual, size, channels, floor, 5, call)
-    _finish(call, _train_in_parts(*(arguments + last)))
+    _finish(call, _train_in_parts(None, *(arguments + last)))
 
 
 @njit(**EXACT)

@@ -1,11 +1,12 @@
-"""A whole call on a dense array in one compiled function that takes addresses.
+"""A whole call on a dense array in one compiled function that takes NumPy arrays, or addresses of a tensor's values.
 
-A view of a tensor as a NumPy array takes as long as normalizing (8, 16), and a step needs eight of them; an address
-takes a tenth. Between two kernels of a call, Python takes as long as a kernel on a megabyte. The caller has checked
-that every address holds as many values as it says, which lie one after the other, and those of arrays like x as x's do.
+Between two kernels of a call, Python takes as long as a kernel on a megabyte. A view of a tensor as a NumPy array takes
+as long as normalizing (8, 16), and a step needs eight of them; an address takes a tenth. The address of a NumPy array
+takes longer than the array. The caller has checked that all arrays, or what is at the addresses, are as long as they
+have to be, that values lie one after the other, and those of arrays like x as x's do.
 
 Addresses are int64. What is None is not there: Numba compiles a version without it. ``like_x`` and ``like_weight`` are
-arrays that stand for a dtype. Results are those of `operations`, bit for bit. Untyped, as `values` is.
+arrays that stand for a dtype, None where arrays are given. Untyped, as `values` is.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
@@ -49,7 +50,7 @@ _COMPILED = {"nogil": True, "error_model": "numpy"}
 
 
 def array_at(like, address, size):
-    """So many values of like's dtype; None without an address."""
+    """So many values of like's dtype; what is no address but None or an array, as it is."""
     raise NotImplementedError
 
 
@@ -57,6 +58,8 @@ def array_at(like, address, size):
 def _array_at(like, address, size):
     if isinstance(address, types.NoneType):
         return lambda like, address, size: None
+    if isinstance(address, types.Array):
+        return lambda like, address, size: address
     return lambda like, address, size: carray(pointer(like, address), (size,))
 
 
@@ -89,16 +92,26 @@ def overlap(a, a_bytes, b, b_bytes):
     return a < b + b_bytes and b < a + a_bytes
 
 
-@njit(**EXACT)
 def shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
-    """Whether x lies on anything of the state."""
-    x_bytes, parameter_bytes, statistics_bytes = size * like_x.itemsize, channels * like_weight.itemsize, channels * 8
-    return (
-        overlap(x, x_bytes, weight, parameter_bytes)
-        or overlap(x, x_bytes, bias, parameter_bytes)
-        or overlap(x, x_bytes, running_mean, statistics_bytes)
-        or overlap(x, x_bytes, running_var, statistics_bytes)
-    )
+    """Whether x lies on anything of the state; of arrays, NumPy has said that it does not."""
+    raise NotImplementedError
+
+
+@overload(shares_memory)
+def _shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
+    if isinstance(x, types.Array):
+        return lambda like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels: False
+
+    def of_addresses(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
+        x_bytes, of_parameter, of_statistics = size * like_x.itemsize, channels * like_weight.itemsize, channels * 8
+        return (
+            overlap(x, x_bytes, weight, of_parameter)
+            or overlap(x, x_bytes, bias, of_parameter)
+            or overlap(x, x_bytes, running_mean, of_statistics)
+            or overlap(x, x_bytes, running_var, of_statistics)
+        )
+
+    return of_addresses
 
 
 # -- kernels of a plan -----------------------------------------------------------------------------------------
@@ -136,25 +149,37 @@ def _merge_parts_of_either(partial, sums):
 # -- calls -----------------------------------------------------------------------------------------------------
 
 
+@njit(**EXACT)
+def learn(learning, x, statistics, count, running_mean, running_var):
+    if learning is not None:
+        momentum, ddof, propagate = learning
+        batch = statistics[MEAN], shift_in(statistics, x), statistics[M2]
+        update_running(*batch, count, ddof, momentum, propagate, running_mean, running_var)
+
+
 @cached(**_COMPILED)
 def train(
-    like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var,
+    learning, like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var,
     size, channels, floor, eps, statistics, hands, tasks, of_task,
 ):  # fmt: skip
     """Fill y and statistics, as a plan's tasks do. Returns nanoseconds for `sharing.note_wait`; -1, with nothing done,
-    if x lies on the state."""
+    if x lies on the state.
+
+    ``learning`` is None, or momentum, ddof and propagate of an `Update`: arrays of running statistics learn by it.
+    """
     if shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
         return -1
     tickets = tickets_of(tasks, hands)
     arrays = array_at(like_x, x, size), array_at(like_x, y, size), array_at(like_x, residual, size)
     w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
     _train(of_task, tickets, *arrays, floor, eps, w, b, statistics)
+    learn(learning, arrays[0], statistics, size // channels, running_mean, running_var)
     return tickets[WAITED]
 
 
 @cached(**_COMPILED)
 def train_in_parts(
-    like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var,
+    learning, like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var,
     size, channels, floor, eps, statistics, hands, first, parts, of_part, partial_shape, normalized, of_normalized,
 ):  # fmt: skip
     """`train` where a channel is read twice."""
@@ -180,6 +205,7 @@ def train_in_parts(
     arrays = x_in, array_at(like_x, y, size), array_at(like_x, residual, size)
     w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
     _normalize_parts(of_normalized, tickets, *arrays, None, floor, eps, w, b, mean, shift, statistics[VAR])
+    learn(learning, x_in, statistics, count, running_mean, running_var)
     return waited + tickets[WAITED]
 
 
@@ -201,16 +227,18 @@ def evaluate(
     like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var,
     size, channels, floor, eps, copies, hands, parts, of_part,
 ):  # fmt: skip
-    """Fill y, and copies with the running mean and variance. Returns what `train` does."""
+    """Fill y, and copies, if there are any, with the running mean and variance. Returns what `train` does."""
     if shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
         return -1
     mean, var = array_at(copies, running_mean, channels), array_at(copies, running_var, channels)
-    for c in range(channels):
-        copies[0, c], copies[1, c] = mean[c], var[c]
+    if copies is not None:
+        for c in range(channels):
+            copies[0, c], copies[1, c] = mean[c], var[c]
+        mean, var = copies[0], copies[1]
     tickets = tickets_of(parts, hands)
     arrays = array_at(like_x, x, size), array_at(like_x, y, size), array_at(like_x, residual, size)
     w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
-    _normalize_parts(of_part, tickets, *arrays, None, floor, eps, w, b, copies[0], None, copies[1])
+    _normalize_parts(of_part, tickets, *arrays, None, floor, eps, w, b, mean, None, var)
     return tickets[WAITED]
 
 
@@ -276,6 +304,8 @@ def backward_in_parts(
 class Steps(NamedTuple):
     """The calls on arrays of some shape and strides: of each, the function and its last arguments."""
 
+    order: tuple[int, ...]
+    """see `Layout`"""
     train: Any
     of_train: tuple[Any, ...]
     of_evaluate: tuple[Any, ...]
@@ -289,9 +319,9 @@ class Steps(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def steps_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, axis: int) -> Steps | None:
-    """Strides are in values; None if they leave gaps."""
-    layout = layout_of_strides(shape, strides, 1, axis)
+def steps_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, axis: int, unit: int = 1) -> Steps | None:
+    """Strides are in values, or where unit is the itemsize in bytes; None if they leave gaps."""
+    layout = layout_of_strides(shape, strides, unit, axis)
     if layout is None:
         return None
     plan, evaluated = plan_of(layout, itemsize, 1), plan_of(layout, itemsize, 1, EVALUATED_RUN)
@@ -299,6 +329,7 @@ def steps_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, ax
     in_parts = (plan.first.step, *_of_parts(plan), evaluated.parts, evaluated.of_part)
     works = [p.tasks if p.fits else p.parts for p in (plan, of_two)] + [evaluated.parts]
     return Steps(
+        layout.order,
         train if plan.fits else train_in_parts,
         (plan.tasks, plan.of_task) if plan.fits else in_parts,
         (evaluated.parts, evaluated.of_part),
