@@ -1,7 +1,7 @@
 """What batch norm does to the values of one channel, or of a row of channels, compiled by Numba.
 
 All arithmetic is float64, so that results are rounded once and equal the core's. In the cache that is what takes the
-time: 0.11 ns a float32 value to sum, 0.17 to normalize and 0.25 for dx, where copying takes 0.03 (outside: 0.13). Most
+time: 0.11 ns a float32 value to sum, 0.17 to normalize and 0.23 for dx, where copying takes 0.03 (outside: 0.13). Most
 of it goes into converting to float64 and back; C with vectors by hand takes 0.11 and 0.15. 16-bit numbers come as their
 bits: bfloat16 as uint16, float16 as int16. Parameters and statistics are float64 arrays of C values; ``shift`` is None
 where the mean alone is exact enough, and so are other arguments that a call does without: Numba compiles a version
