@@ -69,6 +69,8 @@ def num_features(value: Any) -> int:
 
 
 def eps(value: Any, name: str = "eps") -> float:
+    if type(value) is float and 0.0 < value < math.inf:  # as it mostly is: the next line takes a microsecond
+        return value
     value = _float(_number(name, value, numbers.Real, "a float"))
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} is {value}; it must be positive and finite: it keeps sqrt(var + eps) away from 0")
@@ -104,6 +106,8 @@ def axis(value: Any) -> int:
 
 
 def axes(value: Any) -> tuple[int, ...]:
+    if type(value) is int:
+        return (value,)
     given = value if isinstance(value, tuple) else (value,)
     return tuple(int(_number("axes", a, numbers.Integral, "an int or a tuple of them")) for a in given)
 

@@ -69,7 +69,7 @@ def group_norm(
     >>> anybn.group_norm(np.array([[1.0, 3.0, 10.0, 30.0]]), 2).round(3)
     array([[-1.,  1., -1.,  1.]])
     """
-    return _apply(_channels(x, num_groups, axis, eps), weight, bias)
+    return _apply(_channels(x, num_groups, axis, eps, weight, bias), weight, bias)
 
 
 def group_norm_vjp(
@@ -92,7 +92,7 @@ def group_norm_vjp(
     >>> pullback(y).weight.round(3)
     array([1., 1.])
     """
-    return _vjp(_channels(x, num_groups, axis, eps), weight, bias)
+    return _vjp(_channels(x, num_groups, axis, eps, weight, bias), weight, bias)
 
 
 def instance_norm(
@@ -105,14 +105,14 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
-    return _apply(_channels(x, None, axis, eps), weight, bias)
+    return _apply(_channels(x, None, axis, eps, weight, bias), weight, bias)
 
 
 def instance_norm_vjp(
     x: ArrayT, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-5, axis: int = 1
 ) -> tuple[ArrayT, Pullback]:
     """`instance_norm` and its gradient, as `group_norm_vjp` gives them."""
-    return _vjp(_channels(x, None, axis, eps), weight, bias)
+    return _vjp(_channels(x, None, axis, eps, weight, bias), weight, bias)
 
 
 def layer_norm(
@@ -140,7 +140,7 @@ def layer_norm(
     array([[-1.,  2.],
            [-1.,  2.]])
     """
-    return _apply(_features(x, axes, eps, centered=True), weight, bias)
+    return _apply(_features(x, axes, eps, True, weight, bias), weight, bias)
 
 
 def layer_norm_vjp(
@@ -152,7 +152,7 @@ def layer_norm_vjp(
     axes: int | tuple[int, ...] = -1,
 ) -> tuple[ArrayT, Pullback]:
     """`layer_norm` and its gradient, as `group_norm_vjp` gives them."""
-    return _vjp(_features(x, axes, eps, centered=True), weight, bias)
+    return _vjp(_features(x, axes, eps, True, weight, bias), weight, bias)
 
 
 def rms_norm(x: ArrayT, weight: Array | None = None, *, eps: float = 1e-5, axes: int | tuple[int, ...] = -1) -> ArrayT:
@@ -166,14 +166,14 @@ def rms_norm(x: ArrayT, weight: Array | None = None, *, eps: float = 1e-5, axes:
     array([[0.849, 1.131],
            [0.849, 1.131]])
     """
-    return _apply(_features(x, axes, eps, centered=False), weight, None)
+    return _apply(_features(x, axes, eps, False, weight, None), weight, None)
 
 
 def rms_norm_vjp(
     x: ArrayT, weight: Array | None = None, *, eps: float = 1e-5, axes: int | tuple[int, ...] = -1
 ) -> tuple[ArrayT, Pullback]:
     """`rms_norm` and its gradient, as `group_norm_vjp` gives them."""
-    return _vjp(_features(x, axes, eps, centered=False), weight, None)
+    return _vjp(_features(x, axes, eps, False, weight, None), weight, None)
 
 
 class _Layout(NamedTuple):
@@ -196,20 +196,29 @@ class _Checked(NamedTuple):
     x: Array
     layout: _Layout
     spec: RowSpec
+    plain: bool
+    """whether x, weight and bias are `Backend.are_plain`"""
 
 
-def _channels(x: Array, num_groups: int | None, axis: int, eps: float) -> _Checked:
+def _channels(
+    x: Array, num_groups: int | None, axis: int, eps: float, weight: Array | None, bias: Array | None
+) -> _Checked:
     backend = backend_for(x)
     index = _checks.batch(x, backend, axis, None)
     if num_groups is not None:
         num_groups = _settings.positive("num_groups", num_groups)
-    return _checked(backend, x, _layout_by_channels(_checks.shape_of(x), index, num_groups), eps, centered=True)
+    layout = _layout_by_channels(_checks.shape_of(x), index, num_groups)
+    return _checked(backend, x, layout, eps, True, backend.are_plain(x, weight, bias))
 
 
-def _features(x: Array, axes: int | tuple[int, ...], eps: float, centered: bool) -> _Checked:
+def _features(
+    x: Array, axes: int | tuple[int, ...], eps: float, centered: bool, weight: Array | None, bias: Array | None
+) -> _Checked:
     backend = backend_for(x)
-    _checks.floating_array("x", x, backend)
-    return _checked(backend, x, _layout_by_features(_checks.shape_of(x), _settings.axes(axes)), eps, centered)
+    if not (plain := backend.are_plain(x, weight, bias)):
+        _checks.floating_array("x", x, backend)
+    layout = _layout_by_features(_checks.shape_of(x), _settings.axes(axes))
+    return _checked(backend, x, layout, eps, centered, plain)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -247,21 +256,22 @@ def _layout(order: tuple[int, ...], shape: tuple[int, int, int], values: int, pa
     return _Layout(None if order == back == tuple(range(len(order))) else order, back, shape, values, parameters)
 
 
-def _checked(backend: Backend, x: Array, layout: _Layout, eps: float, centered: bool) -> _Checked:
+def _checked(backend: Backend, x: Array, layout: _Layout, eps: float, centered: bool, plain: bool) -> _Checked:
     if layout.values == 1 and centered and 0 not in layout.shape:
         raise ValueError(
             f"a norm needs more than 1 value to normalize together, got shape {_checks.shape_of(x)} with 1: every "
             "result would be bias; normalize over more axes or in larger groups"
         )
-    return _Checked(backend, x, layout, RowSpec(layout.shape, layout.values, _settings.eps(eps), centered))
+    return _Checked(backend, x, layout, RowSpec(layout.shape, layout.values, _settings.eps(eps), centered), plain)
 
 
 def _check_parameters(checked: _Checked, **parameters: Array | None) -> None:
     for name, value in parameters.items():
         if value is None:
             continue
-        _checks.same_place(name, value, checked.x, checked.backend)
-        _checks.floating_array(name, value, checked.backend)
+        if not checked.plain:
+            _checks.same_place(name, value, checked.x, checked.backend)
+            _checks.floating_array(name, value, checked.backend)
         if _checks.shape_of(value) != checked.layout.parameters:
             raise ValueError(
                 f"{name} has shape {_checks.shape_of(value)} but x has {_checks.shape_of(checked.x)}: it must be "
@@ -288,7 +298,12 @@ def _apply(checked: _Checked, weight: Array | None, bias: Array | None) -> Array
     _check_parameters(checked, weight=weight, bias=bias)
     if 0 in checked.layout.shape:
         return checked.x * 1
-    return _delivered(checked, checked.backend.normalize_rows(_call(checked, weight, bias))[0])
+    return _delivered(checked, _normalize(checked, weight, bias)[0])
+
+
+def _normalize(checked: _Checked, weight: Array | None, bias: Array | None) -> tuple[Array, Any]:
+    backend = checked.backend
+    return (backend.normalize_plain_rows if checked.plain else backend.normalize_rows)(_call(checked, weight, bias))
 
 
 def _vjp(checked: _Checked, weight: Array | None, bias: Array | None) -> tuple[Array, Pullback]:
@@ -299,7 +314,7 @@ def _vjp(checked: _Checked, weight: Array | None, bias: Array | None) -> tuple[A
         if empty:
             y = x * 1
         else:
-            y, statistics = backend.normalize_rows(_call(checked, weight, bias))
+            y, statistics = _normalize(checked, weight, bias)
             y = _delivered(checked, y)
     shape = _checks.shape_of(x)
 

@@ -88,6 +88,10 @@ class Backend:
         """Why this array of the library cannot be normalized ("has ..., "), and what to do; or ""."""
         return ""
 
+    def are_plain(self, *arrays: Array | None) -> bool:
+        """Whether these, but for None, are arrays as they mostly are, of which the shapes alone need a check."""
+        return False
+
     def namespace(self, x: Array) -> Any:
         """The functions of the Array API for x."""
         return array_api_compat.array_namespace(x)
@@ -346,6 +350,10 @@ class Backend:
             xhat, statistics, _ = self.train(Call(rows, plain))
             y = formulas.scaled(xp, formulas.from_rows(xp, xhat, spec), weight, bias)
             return formulas.rounded_to(xp, xp.reshape(y, x.shape), x.dtype), statistics
+
+    def normalize_plain_rows(self, call: Call) -> tuple[Array, Statistics]:
+        """`normalize_rows` of x, weight and bias that `are_plain`."""
+        return self.normalize_rows(call)
 
     def row_gradients(self, call: Call, statistics: Statistics, dy: Array) -> Gradients:
         """The gradients of `normalize_rows`, with its statistics; None for a weight or bias that was not given."""

@@ -21,6 +21,7 @@ from anybn.groups import exchange
 from anybn.kernels.cpu import chunked
 
 _ndarray = np.ndarray  # the name of a module's attribute takes as long to find as the comparison
+_PLAIN = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 class NumPyBackend(Backend):
@@ -50,6 +51,9 @@ class NumPyBackend(Backend):
         if not x.dtype.isnative:
             return f"has dtype {x.dtype} in the other byte order: cast it with x.astype(x.dtype.newbyteorder('='))"
         return ""
+
+    def are_plain(self, *arrays: np.ndarray | None) -> bool:
+        return all(a is None or (type(a) is _ndarray and a.dtype in _PLAIN) for a in arrays)
 
     def module(self) -> ModuleType:
         return array_api_compat.numpy

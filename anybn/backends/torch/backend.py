@@ -92,6 +92,9 @@ class TorchBackend(Backend):
             return cpu.NO_MEMORY
         return ""
 
+    def are_plain(self, *arrays: torch.Tensor | None) -> bool:
+        return not op_by_op() and cpu.are_plain(arrays)
+
     def module(self) -> ModuleType:
         return array_api_compat.torch
 
@@ -391,18 +394,31 @@ class TorchBackend(Backend):
 
     # -- norms of rows -----------------------------------------------------------------------------------------
 
-    def normalize_rows(self, call: Call) -> tuple[torch.Tensor, Statistics]:
+    def normalize_rows(self, call: Call) -> tuple[torch.Tensor, Any]:
+        """The statistics are what `row_gradients` takes."""
         if not (self._kernels_for(call) is cpu and cpu.takes_rows(call)):
             return super().normalize_rows(call)
-        y, statistics = cpu.normalize_rows(call)
+        return self._recorded_rows(call, *cpu.normalize_rows(call))
+
+    def normalize_plain_rows(self, call: Call) -> tuple[torch.Tensor, Any]:
+        found = cpu.normalize_plain_rows(call) if cpu.takes_rows(call) else None
+        return self.normalize_rows(call) if found is None else self._recorded_rows(call, *found)
+
+    def _recorded_rows(self, call: Call, y: torch.Tensor, statistics: Any) -> tuple[torch.Tensor, Any]:
         x, spec, weight, bias = call[:4]
         if self.records(x, weight, bias):
             y = RecordedRows.apply(x, weight, bias, (y, statistics), self, spec)
         return y, statistics
 
-    def row_gradients(self, call: Call, statistics: Statistics, dy: torch.Tensor) -> Gradients:
-        by_kernels = self._kernels_for(call) is cpu and kernels().row_kernels is not None
-        if not by_kernels or self.records(dy, call.x, call.weight) or dispatches(dy) or has_no_memory(dy):
+    def row_gradients(self, call: Call, statistics: Any, dy: torch.Tensor) -> Gradients:
+        x, _, weight, bias = call[:4]
+        special = self.records(dy, x, weight) or has_no_memory(dy)
+        if isinstance(statistics, np.ndarray):
+            plain = not special and self.are_plain(dy, x, weight, bias)
+            if plain and (found := cpu.plain_row_gradients(call, statistics, dy)) is not None:
+                return found
+            statistics = cpu.statistics_of_rows(statistics, x)
+        if special or dispatches(dy) or self._kernels_for(call) is not cpu or kernels().row_kernels is None:
             return super().row_gradients(call, statistics, dy)
         return cpu.row_gradients(call, statistics, dy)
 

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from anybn._lock import undisturbed
 from anybn.backends.numpy import kernels
 from anybn.core.call import Call, Gradients, Statistics, Update
 from anybn.core.formulas import Over
+from anybn.kernels.cpu.plan import row_plan_of
 
 #: As kernels see them: 16-bit numbers as their bits.
 DTYPES = {getattr(torch, name): np.dtype(bits) for name, (_, bits, _) in _settings.DTYPES.items()}
@@ -235,14 +237,77 @@ def takes_rows(call: Call) -> bool:
     return rows is not None and bool(rows.takes(call))
 
 
+def are_plain(arrays: Iterable[torch.Tensor | None]) -> bool:
+    """Whether these, but for None, are of torch's own types and of dtypes that compiled calls know, and lie in memory
+    of their own. Of those on a device, there is none."""
+    known = examples()
+    for a in arrays:
+        if a is not None and not (
+            (type(a) is torch.Tensor or type(a) is torch.nn.Parameter)
+            and a.dtype in known
+            and a.is_cpu
+            and a.layout is torch.strided
+            and not a.is_nested
+            and not a.is_neg()
+            and a.data_ptr() != 0
+        ):
+            return False
+    return True
+
+
 def normalize_rows(call: Call) -> tuple[torch.Tensor, Statistics]:
     y, statistics = kernels().row_kernels.normalize(_in_views(call))
     return _tensor(y, call.x.dtype), _from_views(statistics)
 
 
+def normalize_plain_rows(call: Call) -> tuple[torch.Tensor, np.ndarray] | None:
+    """y and what `statistics_of_rows` takes; None, with nothing done, if the arrays do not lie in order."""
+    if (examples := _row_examples(call)) is None:
+        return None
+    x, spec, weight, bias = call[:4]
+    rows, plan = kernels().row_kernels, row_plan_of(spec, x.itemsize, weight is not None or bias is not None)
+    y, found = _empty_like(x), np.empty((5, plan.rows[0]))
+    addresses = [None if a is None else a.data_ptr() for a in (x, y, weight, bias)]
+    how = x.numel(), spec.values, spec.centered, spec.eps, plan.parameters, plan.copies, plan.length // plan.copies
+    waited = rows.normalize_at(*examples, *addresses, *how, found, rows.hands_for(plan.rows), plan.rows)
+    rows.note_wait(waited)
+    return y, found
+
+
 def row_gradients(call: Call, statistics: Statistics, dy: torch.Tensor) -> Gradients:
     grads = kernels().row_kernels.gradients(_in_views(call), _views(statistics), _view(dy))
     return Gradients(_tensor(grads.x, call.x.dtype), *_parameter_gradients(call, grads.weight, grads.bias), None)
+
+
+def plain_row_gradients(call: Call, statistics: np.ndarray, dy: torch.Tensor) -> Gradients | None:
+    """`row_gradients` after `normalize_plain_rows`, or None as there."""
+    if (examples := _row_examples(call, dy)) is None:
+        return None
+    x, spec, weight, bias = call[:4]
+    rows, plan = kernels().row_kernels, row_plan_of(spec, x.itemsize, weight is not None or bias is not None)
+    dx, dweight, dbias = _empty_like(x), *(None if a is None else torch.empty_like(a) for a in (weight, bias))
+    addresses = [None if a is None else a.data_ptr() for a in (dy, x, dx, weight, dweight, dbias)]
+    copies, partial = plan.backward_copies, np.empty((2, plan.parts, plan.parameters))
+    how = x.numel(), spec.values, spec.centered, spec.eps, plan.parameters, copies, plan.length // copies
+    of_parts = statistics, partial, plan.samples, rows.hands_for(plan.tasks), plan.tasks
+    rows.note_wait(rows.differentiate_at(*examples, *addresses, *how, *of_parts))
+    return Gradients(dx, dweight, dbias, None)
+
+
+def _empty_like(x: torch.Tensor) -> torch.Tensor:
+    """NumPy asks for large pages from 4 MB on, as torch does not: 50 MB of results take a third of the time."""
+    return _tensor(np.empty(x.shape, DTYPES[x.dtype]), x.dtype) if x.nbytes >= 1 << 22 else torch.empty_like(x)
+
+
+def _row_examples(call: Call, dy: torch.Tensor | None = None) -> tuple[np.ndarray, np.ndarray] | None:
+    """What stands for the dtypes of x and of the parameters, if plain arrays, of which dy is like x, lie in order."""
+    x, _, weight, bias = call[:4]
+    given = bias if weight is None else weight
+    dtype = x.dtype if given is None else given.dtype
+    in_order = x.is_contiguous() and (dy is None or (dy.is_contiguous() and dy.dtype is x.dtype))
+    for a in (weight, bias):
+        in_order = in_order and (a is None or (a.is_contiguous() and a.dtype is dtype))
+    return (examples()[x.dtype], examples()[dtype]) if in_order else None
 
 
 class _Memory(ctypes.c_char * (1 << 62)):  # type: ignore[misc] # an array type is a class

@@ -105,6 +105,37 @@ def address_of(symbol):
 
 
 @intrinsic
+def part_of_callers(_):
+    """Has LLVM make the function that this stands in a part of its callers: a call costs seven words for each array."""
+
+    def generate(context, builder, signature, arguments):
+        builder.function.attributes.add("alwaysinline")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def writes_apart(_, names):
+    """Tells LLVM that these arguments of the function that this stands in, "a b", are arrays that share no memory with
+    the others; and `part_of_callers`.
+
+    So a loop takes lanes at once. LLVM would compare addresses before, which takes half as long as dx of 64 values.
+    """
+    if not isinstance(names, types.StringLiteral):
+        return None  # Numba asks again, with the literal
+
+    def generate(context, builder, signature, arguments):
+        builder.function.attributes.add("alwaysinline")
+        for name in names.literal_value.split():
+            data = next(a for a in builder.function.args if a.name == f"arg.{name}.4")  # of what an array consists of
+            data.add_attribute("noalias")
+        return context.get_dummy_value()
+
+    return types.void(names), generate
+
+
+@intrinsic
 def invoke(_, function, data):
     """``function(data)``, of addresses."""
 

@@ -183,6 +183,11 @@ def hands() -> tuple[int, int, int]:
     return ALONE
 
 
+def hands_for(work: tuple[int, int]) -> tuple[int, int, int]:
+    """`hands` for ``(count, step)`` of a plan: where one claim takes all, nobody is asked to help."""
+    return hands() if work[0] > work[1] else ALONE
+
+
 def note_wait(waited: int) -> None:
     """Of a call, what its tickets say that OpenMP waited."""
     if waited > CROWDED:
@@ -196,6 +201,7 @@ def share(kernel: Callable[..., None], count: int, step: int, *arguments: Any) -
     on who claims which. Where one claim takes all, nobody is asked to help. Returns, or raises MemoryError, after the
     last thread has left the kernel: nothing is written to an array afterwards.
     """
-    tickets = tickets_of((count, step), hands() if count > step else ALONE)
+    work = count, step
+    tickets = tickets_of(work, hands_for(work))
     kernel(tickets, *arguments)
     note_wait(tickets[WAITED])
