@@ -352,7 +352,7 @@ def test_changed_sources_are_compiled_anew(tmp_path):
     before = small_call(folder, PYTHONPATH=path)
     source = package / "kernels" / "cpu" / "values.py"
     text = source.read_text()
-    changed = text.replace("v = v * scale + bias", "v = 2 * (v * scale) + bias")
+    changed = text.replace("shift) * scale + bias", "shift) * (2 * scale) + bias")
     assert changed != text
     source.write_text(changed)
     after = small_call(folder, PYTHONPATH=path)
