@@ -1,7 +1,7 @@
 """Batch norm as torch's dispatcher calls it: compiled kernels of operators of torch's, with no Python between.
 
-In a net, each call follows upon a convolution, which fills the caches: then every line of Python waits for memory. What
-takes 12 us of Python on its own takes 100 there, and 250 in a training step, more than the kernels.
+In a net, each call follows upon a convolution, which fills the caches: then every line of Python waits for memory, and
+all of a call's take longer than its kernels.
 
 torch has operators with a derivative in C++ and no kernel for the CPU. So ours can be there: a layer is one node of
 autograd's graph, which torch makes, runs and frees by itself.
