@@ -246,10 +246,16 @@ def _backward_of_forward_adding(stack, _inputs, _outputs):
     abi.delete_list(given[10])
     for i in (2, 4, 7, 8):
         abi.drop(given[i])
-    relu = given[11] & 1
+    relu, dy = given[11] & 1, abi.defined(given[0])
+    if dy == 0:  # no gradient comes from what was made of y; the derivative of cuDNN's asks for that by itself
+        for i in (1, 3, 5, 6):
+            abi.drop(given[i])
+        for i in range(4):
+            abi.new_undefined(results[i:].ctypes.data)
+        return
     if not relu:
         abi.drop(given[5])
-    found = _gradients(given[0], given[1], given[3], given[6], given[5] if relu else 0, 1, given[9])
+    found = _gradients(dy, given[1], given[3], given[6], given[5] if relu else 0, 1, given[9])
     results[0], results[1], results[2], results[3] = found[0], found[3], found[1], found[2]
 
 
