@@ -109,11 +109,14 @@ class Separate(nn.modules.batchnorm._BatchNorm):
         pass
 
 
-def separated(fused: nn.Module) -> nn.Module:
-    """A fused net with torch's operations in place of anybn's calls."""
-    model = copy.deepcopy(fused)
+def separated(fused: nn.Module) -> nn.Module | None:
+    """A fused net with torch's operations in place of anybn's calls; None if it has other classes of batch norms than
+    torch has, such as timm's."""
+    model, own = copy.deepcopy(fused), (anybn.torch.BatchNorm1d, anybn.torch.BatchNorm2d, anybn.torch.BatchNorm3d)
     for name, module in list(model.named_modules()):
-        if type(module) in (anybn.torch.BatchNorm1d, anybn.torch.BatchNorm2d, anybn.torch.BatchNorm3d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if type(module) not in own:
+                return None
             model.set_submodule(name, Separate(module))
     return model
 
@@ -140,6 +143,8 @@ def main() -> None:
     net, memory_format = nets.NETS[options.net], nets.FORMATS[options.format]
     models, (x, target) = nets.contestants(net, memory_format, False), nets.inputs(net, memory_format)
     theirs, ours = ("separate", "fused") if options.fuse else ("torch", "converted")
+    if theirs not in models:
+        raise SystemExit(f"{options.net} has batch norms of other classes than torch's: leave --fuse away")
     runs = {
         name: nets.evaluation(models[name], x) if options.evaluation else nets.step(models[name], x, target)
         for name in (theirs, ours)

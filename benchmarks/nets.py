@@ -117,7 +117,8 @@ def contestants(net: Net, memory_format: torch.memory_format, compiled: bool) ->
     found = {"torch": original, "converted": converted, "identity": without_batch_norms(copy.deepcopy(original))}
     try:
         found["fused"] = anybn.torch.convert(copy.deepcopy(original), fuse=example)
-        found["separate"] = separated(found["fused"])
+        if (separate := separated(found["fused"])) is not None:
+            found["separate"] = separate
     except ValueError as error:
         print(f"  not fused: {error}")
     if compiled:
