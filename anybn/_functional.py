@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from anybn._settings import Activation, NonFinite
 from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
 from anybn.core import formulas
-from anybn.core.call import Array, ArrayT, Call, Gradients, Spec, Statistics, dtype_name, root_module
+from anybn.core.call import Array, ArrayT, Call, Gradients, Statistics, dtype_name, root_module, spec_of
 from anybn.groups import engines, exchange
 from anybn.state.arrays import Arrays
 from anybn.state.state import BatchNormState
@@ -25,7 +24,6 @@ compiled: tuple[Callable[[], bool], Callable[..., Array]] | None = None
 
 #: Words that need no check: a call has many arguments, and they are looked at before each.
 _SKIP, _RELU = "skip", "relu"
-_spec = functools.lru_cache(Spec)  # half of the time
 
 
 class Checked(NamedTuple):
@@ -250,7 +248,7 @@ def check(
             raise ValueError(
                 'nonfinite is "raise" but x has no values yet (it is traced or lazy): use "skip", or look at y'
             )
-    spec = _spec(index, store.eps, activation is not None)
+    spec = spec_of(index, store.eps, activation is not None)
     members = update = None
     if group is not None and uses_batch:
         names = "eps", "momentum", "ddof", "affine", "scale", "bias"

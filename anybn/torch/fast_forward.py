@@ -6,7 +6,6 @@ What the operator does not take are modules without weight, bias or statistics, 
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -21,12 +20,11 @@ from anybn.backends.registry import backend_for
 from anybn.backends.torch import TorchBackend, cpu
 from anybn.backends.torch.autograd import Recorded, op_by_op_here
 from anybn.backends.torch.cuda import TorchArrays
-from anybn.core.call import Spec
+from anybn.core.call import spec_of
 from anybn.torch.fast_forward_on_cuda import fast_forward_on_cuda
 from anybn.torch.through_operator import is_count, learn, saved_tensors_hooks, tensors_of, through_operator
 
 _TORCH = TorchBackend()
-_spec = functools.lru_cache(Spec)  # a third of the time
 _FLOAT32, _FLOAT64 = torch.float32, torch.float64
 
 
@@ -106,7 +104,7 @@ def fast_forward(
     if plan is None:
         return None
 
-    spec = _spec(1, eps, activation is not None)
+    spec = spec_of(1, eps, activation is not None)
     records = is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
