@@ -1,7 +1,7 @@
 """What anybn is inside torch.compile and torch.export, neither of which can follow its dispatch.
 
-Under torch.compile, batch norm is the operations of `anybn.backends.torch.ops`. Under torch.export, a module is taken
-apart into torch's own operations instead, and what was exported runs without anybn.
+Under torch.compile, batch norm is the core's formulas in torch's operations, `anybn.backends.torch.traced`. Under
+torch.export, it is one batch norm of torch's, `anybn.torch.exported`. What either makes runs without anybn.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anybn import _checks, _functional, _settings
-from anybn.backends.torch import TorchBackend, ops
+from anybn.backends.torch import TorchBackend, traced
 from anybn.errors import StateError
 from anybn.state.state import BatchNormState
 from anybn.state.store import Store
@@ -48,14 +48,26 @@ def eagerly(function: Any) -> Any:
     return torch.compiler.disable(function)
 
 
-def _evaluated(x: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
+def _evaluated(x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, residual: Any, *rest: Any) -> Tensor:
     if not is_exporting():
-        return ops.evaluate(x, mean, var, *rest)
-    weight, bias, residual, axis, eps, relu = rest
+        return traced.normalize(x, weight, bias, residual, traced.running_statistics(x, mean, var), *rest)
+    axis, eps, relu = rest
     if axis == 1:
         return exported.evaluated(x, mean, var, weight, bias, residual, eps, relu)
     behind = residual if residual is None else residual.movedim(axis, 1)
     return exported.evaluated(x.movedim(axis, 1), mean, var, weight, bias, behind, eps, relu).movedim(1, axis)
+
+
+def _commit(statistics: Any, mean: Tensor, var: Tensor, batches: Tensor | None, momentum: float | None) -> None:
+    """Into a module's buffers."""
+    factor: Any = momentum
+    if momentum is None:
+        factor = 0.0 if batches is None else 1.0 / (batches + 1).to(mean.dtype)
+    with torch.no_grad():
+        new_mean, new_var = traced.updated_running_statistics(statistics, mean, var, factor, 1)
+        mean.copy_(new_mean), var.copy_(new_var)
+        if batches is not None:
+            batches.add_(1)
 
 
 def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
@@ -80,11 +92,10 @@ def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | N
             _checks.enough_values(count, x, False)
         if is_exporting():
             return exported.trained(module, x, residual, relu)
-        commits = module.training and module.track_running_stats and mean is not None
-        y, rows = ops.train(x, *parameters, 1, eps, relu)
-        if commits:
-            ops.commit(mean, var, module.num_batches_tracked, rows.detach(), count, momentum, 1)
-        return y
+        statistics = traced.batch_statistics(x, 1)
+        if module.training and module.track_running_stats and mean is not None:
+            _commit(statistics, mean, var, module.num_batches_tracked, momentum)
+        return traced.normalize(x, *parameters, statistics, 1, eps, relu)
     if is_exporting():
         return exported.evaluated(x, mean, var, *parameters, eps, relu, momentum)
     return _evaluated(x, mean, var, *parameters, 1, eps, relu)
@@ -126,7 +137,7 @@ def batch_norm(
     axis, eps, relu = axis % x.ndim, store.eps, activation == "relu"
     mean, var = arrays.running_mean, arrays.running_var
     if not x.numel() or not (training or mean is None):
-        zeros = x.new_zeros(x.shape[axis], dtype=ops.working_dtype(x)) if mean is None or var is None else None
+        zeros = x.new_zeros(x.shape[axis], dtype=_TORCH.working_dtype(x)) if mean is None or var is None else None
         running = (mean, var) if zeros is None else (zeros, zeros)
         return _evaluated(x, *running, arrays.weight, arrays.bias, residual, axis, eps, relu)
     if is_exporting():
@@ -134,13 +145,13 @@ def batch_norm(
     count = x.numel() // x.shape[axis]
     if count < 2:
         _checks.enough_values(count, x, False)
-    y, rows = ops.train(x, arrays.weight, arrays.bias, residual, axis, eps, relu)
+    statistics = traced.batch_statistics(x, axis)
     if training and mean is not None and var is not None:
-        mean, var, batches = mean.clone(), var.clone(), arrays.num_batches_tracked + 1
+        batches = arrays.num_batches_tracked + 1
         momentum = 1.0 / batches if store.momentum is None else store.momentum
-        ops.commit(mean, var, None, rows.detach(), count, momentum, store.ddof)
+        mean, var = traced.updated_running_statistics(statistics, mean, var, momentum, store.ddof)
         store.arrays = arrays._replace(running_mean=mean, running_var=var, num_batches_tracked=batches)
-    return y
+    return traced.normalize(x, arrays.weight, arrays.bias, residual, statistics, axis, eps, relu)
 
 
 _functional.compiled = torch.compiler.is_compiling, batch_norm

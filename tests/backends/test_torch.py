@@ -221,14 +221,6 @@ def test_the_result_may_be_written_to_in_place(x, training):
     assert torch.equal(*grads)
 
 
-def test_operations_have_types_for_annotations():
-    """torch 2.4 makes schemas of them, and takes no strings."""
-    from anybn.backends.torch import ops
-
-    for operation in (ops.train, ops.evaluate, ops.backward, ops.commit):
-        assert not any(isinstance(a, str) for a in operation._init_fn.__annotations__.values())
-
-
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("absent", ["weight", "bias"])
 def test_modules_with_a_weight_or_a_bias_alone(absent, small):

@@ -1,0 +1,112 @@
+"""Batch norm in operations of torch's own, which the compiler behind torch.compile fuses with those around it.
+
+The formulas are the core's. There is no call of our kernels: a compiler would have to lay out x as these want it, and
+each call from its code through Python takes 0.3 to 0.6 ms in a net, as long as all of a small layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybn.backends.torch.backend import TorchBackend
+from anybn.core import formulas
+from anybn.core.call import Call, Spec, Statistics, Update, dtype_name
+
+_TORCH = TorchBackend()
+# As torch.compiler.assume_constant_result marks it, which would import the compiler. It warns of what has a cache.
+dtype_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class _Namespace:
+    """torch's, with numbers per channel in memory of their own where they meet x.
+
+    A compiler computes what it fuses for each value of x anew: two divisions and a root, where channels are last.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_TORCH.namespace(None), name)
+
+    @staticmethod
+    def reshape(channels: Tensor, shape: tuple[int, ...]) -> Tensor:
+        size = [channels.shape[0] if n == -1 else 1 for n in shape]
+        return channels.contiguous().as_strided(size, [1] * len(shape))
+
+
+_NAMESPACE = _Namespace()
+
+
+def batch_statistics(x: Tensor, axis: int) -> Statistics:
+    """Of a non-empty x; constants for automatic differentiation."""
+    x, call = x.detach(), Call(x, Spec(axis, 0.0))
+    working = _TORCH.working_dtype(x)
+    if working is torch.float32:
+        return formulas.batch_statistics(_NAMESPACE, formulas.native_sum, call, working)
+    axes = formulas.reduced_axes(x.ndim, axis)
+    wide = x.to(working)
+
+    def sums(origin: Tensor) -> tuple[Tensor, Tensor]:
+        deviation = wide - formulas.along(_NAMESPACE, origin, axis, x.ndim)
+        return deviation.sum(axes), (deviation * deviation).sum(axes)
+
+    origin = wide[tuple(slice(None) if i == axis else 0 for i in range(x.ndim))]
+    count = x.numel() // x.shape[axis]
+    return formulas.statistics_of_sums(sums, origin, count, x.dtype is not working)
+
+
+def running_statistics(x: Tensor, mean: Tensor, var: Tensor) -> Statistics:
+    """These as what x is normalized with."""
+    working = _TORCH.working_dtype(x)
+    return Statistics(None, mean.to(working), None, var.to(working))
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    statistics: Statistics,
+    axis: int,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """`formulas.normalize`, with a derivative in which statistics of a batch are functions of x."""
+    if residual is x:  # torch.compile does not take the same tensor twice
+        residual = residual.view_as(x)
+    return _Normalized.apply(x, weight, bias, residual, *statistics, axis, eps, relu)
+
+
+class _Normalized(torch.autograd.Function):
+    """relu and its derivative are in x's dtype, where the compiler's code for them is that of vectors."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, weight, bias, residual, count, *rows, axis, eps, relu = given
+        call = Call(x, Spec(axis, eps), weight, bias, residual)
+        y = formulas.normalize(_NAMESPACE, call, Statistics(count, *rows))
+        y = y.relu() if relu else y
+        like_bias = None if bias is None else bias.new_empty(0)  # its values may change before the backward pass
+        ctx.save_for_backward(x, weight, like_bias, y if relu else None, *rows)
+        ctx.count, ctx.spec, ctx.adds, ctx.constants = count, call.spec, residual is not None, (None,) * len(given[4:])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, like_bias, y, *rows = ctx.saved_tensors
+        if y is not None:
+            dy = torch.where(y > 0, dy, 0.0)
+        call, statistics = Call(x, ctx.spec, weight, like_bias), Statistics(ctx.count, *rows)
+        grads = formulas.gradients(_NAMESPACE, formulas.native_sum, call, statistics, dy, None, False)
+        return grads.x, grads.weight, grads.bias, dy if ctx.adds else None, *ctx.constants
+
+
+def updated_running_statistics(
+    statistics: Statistics, mean: Tensor, var: Tensor, momentum: float | Tensor, ddof: int
+) -> tuple[Tensor, Tensor]:
+    """What mean and var become, in their dtypes."""
+    working = statistics.mean.dtype
+    update = Update(mean.to(working), var.to(working), momentum, ddof, False)
+    new_mean, new_var = formulas.updated_running_statistics(_NAMESPACE, update, statistics)
+    return new_mean.to(mean.dtype), new_var.to(var.dtype)
