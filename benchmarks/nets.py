@@ -3,12 +3,15 @@
     python benchmarks/nets.py                        # all of it, an hour, into benchmarks/results/nets.jsonl
     python benchmarks/nets.py --docs                 # and puts tables into docs/speed.md and README.md
     python benchmarks/nets.py --net resnet18 --rounds 5
+    python benchmarks/nets.py --compile --docs       # under torch.compile, into nets_compiled.jsonl, another hour
 
 The contestants are a net of torch's (``torch``), the same one after `anybn.torch.convert` (``converted``), and after it
-with ``fuse=`` (``fused``); with ``--compile`` the first two under ``torch.compile``; and the net without its batch
-norms (``identity``). timm has the nets but the last two, which are written here: an MLP over ``(N, C)`` and a net of
-3-D convolutions. What the batch norms take of all that is timed by itself, as `layers.py` does it; what a fused net's
-take, beside torch's operations for the same, batch norm, addition and relu.
+with ``fuse=`` (``fused``); and the net without its batch norms (``identity``). With ``--compile``, they are the first
+as it is, and the first three under ``torch.compile``. timm has the nets but the last two, which are written here: an
+MLP over ``(N, C)`` and a net of 3-D convolutions.
+
+What the batch norms take of all that is timed by itself, as `layers.py` does it; what a fused net's take, beside
+torch's operations for the same, batch norm, addition and relu. A compiled net's cannot be told apart.
 
 Before anything is timed, the converted nets' outputs and the gradients of all parameters are compared with those of the
 original in float64. They may be off by ten times what torch's own net is in float32: the convolutions' rounding decides
@@ -109,22 +112,31 @@ def formats_of(net: Net) -> list[str]:
 # -- contestants -----------------------------------------------------------------------------------------------
 
 
-def contestants(net: Net, memory_format: torch.memory_format, compiled: bool) -> dict[str, nn.Module]:
+def contestants(net: Net, memory_format: torch.memory_format) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     original = net.make().to(memory_format=memory_format)
     example = (inputs(net, memory_format)[0],)
-    converted = anybn.torch.convert(copy.deepcopy(original))
-    found = {"torch": original, "converted": converted, "identity": without_batch_norms(copy.deepcopy(original))}
+    found = {"torch": original, "converted": anybn.torch.convert(copy.deepcopy(original))}
     try:
         found["fused"] = anybn.torch.convert(copy.deepcopy(original), fuse=example)
-        if (separate := separated(found["fused"])) is not None:
-            found["separate"] = separate
     except ValueError as error:
         print(f"  not fused: {error}")
-    if compiled:
-        found["torch compiled"] = torch.compile(copy.deepcopy(original))
-        found["converted compiled"] = torch.compile(copy.deepcopy(converted))
     return found
+
+
+def beside(models: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """What is timed beside these, not under torch.compile."""
+    found = {"identity": without_batch_norms(copy.deepcopy(models["torch"]))}
+    if "fused" in models and (separate := separated(models["fused"])) is not None:
+        found["separate"] = separate
+    return found
+
+
+def under_compile(models: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The original as it is, and all of them compiled."""
+    torch.compiler.reset()
+    compiled: dict[str, Any] = {f"{name} compiled": torch.compile(copy.deepcopy(m)) for name, m in models.items()}
+    return {"torch": models["torch"], **compiled}
 
 
 def inputs(net: Net, memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:
@@ -217,10 +229,13 @@ def measured(names: list[str], rounds: int, compiled: bool) -> Iterator[dict[str
         for layout in formats_of(net):
             memory_format = FORMATS[layout]
             print(f"{name}, channels {layout}, {net.shape}")
-            models, (x, target) = contestants(net, memory_format, compiled), inputs(net, memory_format)
-            for other in ("converted", "fused"):
-                if other in models:
-                    check(f"{name}, {other}", models[other], models["torch"], x, target)
+            models, (x, target) = contestants(net, memory_format), inputs(net, memory_format)
+            models = under_compile(models) if compiled else models
+            for other, model in models.items():
+                if other.startswith(("converted", "fused")):
+                    check(f"{name}, {other}", model, models["torch"], x, target)
+            if not compiled:
+                models |= beside(models)
             for what in ("step", "evaluation"):
                 runs = {
                     contestant: step(model, x, target) if what == "step" else evaluation(model, x)
@@ -229,24 +244,27 @@ def measured(names: list[str], rounds: int, compiled: bool) -> Iterator[dict[str
                 separate = runs.pop("separate", None)
                 before = seconds_of_others()
                 timings = interleaved(runs, rounds, 0)
-                layers = [layers_of(models, {name: runs[name] for name in ("torch", "converted")}, rounds)]
-                if separate is not None:
-                    layers.append(layers_of(models, {"separate": separate, "fused": runs["fused"]}, rounds))
-                yield {
+                row = {
                     "net": name,
                     "layout": f"channels {layout}",
                     "what": what,
                     "shape": net.shape,
                     "ms": {k: round(t.median * 1e3, 3) for k, t in timings.items()},
                     "spread": {k: round(t.spread, 3) for k, t in timings.items()},
-                    "layers_ms": {
-                        name: {
+                }
+                if not compiled:
+                    layers = layers_of(models, {name: runs[name] for name in ("torch", "converted")}, rounds)
+                    if separate is not None:
+                        layers |= layers_of(models, {"separate": separate, "fused": runs["fused"]}, rounds)
+                    row["layers_ms"] = {
+                        contestant: {
                             "forward": round(milliseconds(passes, False), 3),
                             "backward": round(milliseconds(passes, True), 3),
                         }
-                        for found in layers
-                        for name, passes in found.items()
-                    },
+                        for contestant, passes in layers.items()
+                    }
+                yield {
+                    **row,
                     "seconds_of_others": round(seconds_of_others() - before, 1),
                     **here(),
                 }
@@ -288,31 +306,50 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "".join(lines)
 
 
+def compiled_table(rows: list[dict[str, Any]]) -> str:
+    """torch's ms, as it is and compiled, and how much less than the latter the others take, compiled."""
+    names, ratios = ["converted compiled", "fused compiled"], []
+    lines = ["| net | layout | | torch, ms | compiled, ms | converted | `fuse=` |\n|---|---|---|---|---|---|---|\n"]
+    for row in rows:
+        ms = row["ms"]
+        ratios.append({k: ms["torch compiled"] / ms[k] for k in names if k in ms})
+        of_ours = [f"{ratios[-1][k]:.2f}" if k in ms else "-" for k in names]
+        of_torch = [f"{ms[k]:.0f}" for k in ("torch", "torch compiled")]
+        lines.append("| " + " | ".join((row["net"], row["layout"], row["what"], *of_torch, *of_ours)) + " |\n")
+    of_converted = [found["converted compiled"] for found in ratios]
+    lines.append(f"\nGeometric mean, converted: {statistics.geometric_mean(of_converted):.2f}; ")
+    lines.append(f"worst: {min(of_converted):.2f}.\n")
+    return "".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", action="append", choices=NETS, help="only these")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, help="as many as there are CPUs unless given")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too")
-    parser.add_argument("--out", type=Path, default=RESULTS / "nets.jsonl")
+    parser.add_argument("--compile", action="store_true", help="under torch.compile")
+    parser.add_argument("--out", type=Path, help="nets.jsonl or nets_compiled.jsonl in benchmarks/results unless given")
     parser.add_argument("--docs", action="store_true", help="put the table into docs/speed.md, steps into README.md")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
         anybn.set_num_threads(options.threads)
     rows = []
-    with options.out.open("w") as file:
+    with (options.out or RESULTS / ("nets_compiled.jsonl" if options.compile else "nets.jsonl")).open("w") as file:
         for row in measured(options.net or list(NETS), options.rounds, options.compile):
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
             print("  ", row["what"], row["ms"])
-    print(table(rows))
+    print(compiled_table(rows) if options.compile else table(rows))
     if options.docs:
         import readme  # late: it reads what was written
 
-        fill("nets table", table(rows).rstrip())
-        fill("nets", readme.nets())
+        if options.compile:
+            fill("compiled nets table", compiled_table(rows).rstrip())
+        else:
+            fill("nets table", table(rows).rstrip())
+            fill("nets", readme.nets())
 
 
 if __name__ == "__main__":
