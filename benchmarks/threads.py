@@ -1,9 +1,10 @@
 """Training calls right after another library's operation, as in a net: on torch's threads, and on our own.
 
-    python benchmarks/threads.py [--seconds N] [--json FILE]
+    python benchmarks/threads.py [--seconds N]       # into benchmarks/results/threads.json and docs/threads.md
 
 Both kinds take turns; medians, and how many CPUs other processes used meanwhile: where they want all of them, the table
-says little. After "nothing", the same call came before.
+says little. After "nothing", the same call came before. Calls are those of `anybn.batch_norm` on NumPy arrays; torch's
+tensors take the same threads by the same way.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accuracy import HERE, fill
+from nets import here
 
 import anybn
-import anybn.torch
 from anybn.cli.timing import duration, seconds_of_others
 from anybn.kernels.cpu import openmp
 
@@ -45,20 +47,13 @@ def operations() -> dict[str, Callable[[], Any]]:
     return found
 
 
-def calls(shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
-    """By whose arrays they take; checked."""
+def training(shape: tuple[int, ...]) -> Callable[[], Any]:
+    """A call, checked."""
     x, state = np.random.default_rng(0).normal(size=shape).astype("f4"), anybn.BatchNormState(shape[1])
-    module = (anybn.torch.BatchNorm1d if len(shape) == 2 else anybn.torch.BatchNorm2d)(shape[1])
-    given = torch.from_numpy(x)
-    found: dict[str, Callable[[], Any]] = {
-        "NumPy": lambda: anybn.batch_norm(x, state, training=True),
-        "torch": lambda: module(given),
-    }
     axes = (0, *range(2, x.ndim))
     expected = (x - x.mean(axes, "f8", keepdims=True)) / np.sqrt(x.var(axes, "f8", keepdims=True) + 1e-5)
-    for call in found.values():
-        assert np.abs(np.asarray(call().detach() if call is found["torch"] else call()) - expected).max() < 1e-5
-    return found
+    assert np.abs(anybn.batch_norm(x, state, training=True) - expected).max() < 1e-5
+    return lambda: anybn.batch_norm(x, state, training=True)
 
 
 def medians(operation: Callable[[], Any], call: Callable[[], Any], seconds: float) -> dict[str, float]:
@@ -76,25 +71,30 @@ def medians(operation: Callable[[], Any], call: Callable[[], Any], seconds: floa
     return {kind: float(np.median(of_kind)) for kind, of_kind in times.items()}
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| x | right after | torch's threads, us | our own, us |\n|---|---|---|---|\n"]
+    for row in rows:
+        of_kinds = [f"{row['seconds'][kind] * 1e6:.0f}" for kind in KINDS]
+        lines.append(f"| {tuple(row['shape'])} | {row['after']} | {' | '.join(of_kinds)} |\n")
+    return "".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=2, help="for each row")
-    parser.add_argument("--json", type=Path, help="a file to write")
     options = parser.parse_args()
     rows = []
-    with torch.no_grad():
-        for shape in SHAPES:
-            for arrays, call in calls(shape).items():
-                for name, operation in operations().items():
-                    before, start = seconds_of_others(), time.perf_counter()
-                    found = medians(operation, call, options.seconds)
-                    busy = (seconds_of_others() - before) / (time.perf_counter() - start)
-                    rows.append({"shape": shape, "arrays": arrays, "after": name, "seconds": found, "busy": busy})
-                    kinds = "   ".join(f"{kind} {duration(t):>9}" for kind, t in found.items())
-                    print(f"{shape!s:18} {arrays:5} after {name:16} {kinds}   others used {busy:.2f} CPUs", flush=True)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, numpy {np.__version__}")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+    for shape in SHAPES:
+        call = training(shape)
+        for name, operation in operations().items():
+            before, start = seconds_of_others(), time.perf_counter()
+            found = medians(operation, call, options.seconds)
+            busy = (seconds_of_others() - before) / (time.perf_counter() - start)
+            rows.append({"shape": shape, "after": name, "seconds": found, "busy": round(busy, 2)})
+            kinds = "   ".join(f"{kind} {duration(t):>9}" for kind, t in found.items())
+            print(f"{shape!s:18} {name:16} {kinds}   others used {busy:.2f} CPUs", flush=True)
+    (HERE / "results" / "threads.json").write_text(json.dumps({"rows": rows, **here()}, indent=1) + "\n")
+    fill("threads table", table(rows))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anybn import _checks, _functional, _settings
 from anybn.backends.torch import TorchBackend, traced
+from anybn.core.call import Call, Spec
 from anybn.errors import StateError
 from anybn.state.state import BatchNormState
 from anybn.state.store import Store
@@ -48,14 +49,26 @@ def eagerly(function: Any) -> Any:
     return torch.compiler.disable(function)
 
 
-def _evaluated(x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, residual: Any, *rest: Any) -> Tensor:
+def _evaluated(call: Call, mean: Tensor, var: Tensor) -> Tensor:
     if not is_exporting():
-        return traced.normalize(x, weight, bias, residual, traced.running_statistics(x, mean, var), *rest)
-    axis, eps, relu = rest
-    if axis == 1:
-        return exported.evaluated(x, mean, var, weight, bias, residual, eps, relu)
+        return traced.normalize(call, traced.running_statistics(call.x, mean, var))
+    x, (axis, eps, relu), weight, bias, residual = call[:5]
     behind = residual if residual is None else residual.movedim(axis, 1)
     return exported.evaluated(x.movedim(axis, 1), mean, var, weight, bias, behind, eps, relu).movedim(1, axis)
+
+
+def _positions(mask: Tensor, x: Tensor, axis: int) -> Tensor:
+    """`_checks.mask`, as far as torch.compile can look at it; where it fails, the check itself has the words."""
+    sizes = [*x.shape[:axis], *x.shape[axis + 1 :]]
+    laid = [1] * (len(sizes) - mask.ndim) + list(mask.shape)
+    if (
+        mask.dtype is not torch.bool
+        or len(laid) != len(sizes)
+        or any(m not in (1, size) for m, size in zip(laid, sizes, strict=True))
+    ):
+        _checks.mask(mask, x, axis, _TORCH)
+    laid.insert(axis, 1)
+    return mask.reshape(laid)
 
 
 def _commit(statistics: Any, mean: Tensor, var: Tensor, batches: Tensor | None, momentum: float | None) -> None:
@@ -86,19 +99,20 @@ def forward(module: Any, x: Tensor, residual: Tensor | None, activation: str | N
     _settings.choice("activation", activation, (None, "relu"))
     relu, (weight, bias, mean, var) = activation == "relu", state
     parameters = weight, bias, residual
+    call = Call(x, Spec(1, eps, relu), *parameters)
     if x.numel() and (module.training or mean is None):
         count = x.numel() // x.shape[1]
         if count < 2:
             _checks.enough_values(count, x, False)
         if is_exporting():
             return exported.trained(module, x, residual, relu)
-        statistics = traced.batch_statistics(x, 1)
+        statistics = traced.batch_statistics(x, 1, None)
         if module.training and module.track_running_stats and mean is not None:
             _commit(statistics, mean, var, module.num_batches_tracked, momentum)
-        return traced.normalize(x, *parameters, statistics, 1, eps, relu)
+        return traced.normalize(call, statistics)
     if is_exporting():
         return exported.evaluated(x, mean, var, *parameters, eps, relu, momentum)
-    return _evaluated(x, mean, var, *parameters, 1, eps, relu)
+    return _evaluated(call, mean, var)
 
 
 def batch_norm(
@@ -119,8 +133,8 @@ def batch_norm(
         options = {"mask": mask, "residual": residual, "nonfinite": nonfinite, "group": group, "out": out}
         call = eagerly(_functional.batch_norm)
         return call(x, state, training=training, axis=axis, activation=activation, **options)
-    if mask is not None or out is not None or nonfinite != "skip":
-        raise NotImplementedError("torch.compile cannot take mask, out and nonfinite into its graph: leave them")
+    if out is not None or nonfinite not in ("skip", "propagate"):
+        raise NotImplementedError("torch.compile cannot take out, or nonfinite='raise', into its graph: leave them")
     if not isinstance(x, Tensor):
         raise NotImplementedError("torch.compile takes batch norm of torch tensors into its graph, and no other arrays")
     if not isinstance(state, BatchNormState):
@@ -134,24 +148,29 @@ def batch_norm(
             raise StateError("torch.compile cannot move a state: call state.to(x) before")
     _check(x, residual, axis, store.num_features, arrays[:4])
     _settings.choice("activation", activation, (None, "relu"))
-    axis, eps, relu = axis % x.ndim, store.eps, activation == "relu"
+    axis = axis % x.ndim
+    mask = None if mask is None else _positions(mask, x, axis)
+    if mask is not None and is_exporting():
+        raise NotImplementedError("torch.export cannot take mask into torch's batch norm: leave it")
+    call = Call(x, Spec(axis, store.eps, activation == "relu"), arrays.weight, arrays.bias, residual, mask)
     mean, var = arrays.running_mean, arrays.running_var
     if not x.numel() or not (training or mean is None):
         zeros = x.new_zeros(x.shape[axis], dtype=_TORCH.working_dtype(x)) if mean is None or var is None else None
         running = (mean, var) if zeros is None else (zeros, zeros)
-        return _evaluated(x, *running, arrays.weight, arrays.bias, residual, axis, eps, relu)
+        return _evaluated(call, *running)
     if is_exporting():
         raise StateError("torch.export cannot keep a state that a call changes: export one of anybn.torch's modules")
     count = x.numel() // x.shape[axis]
     if count < 2:
         _checks.enough_values(count, x, False)
-    statistics = traced.batch_statistics(x, axis)
+    statistics = traced.batch_statistics(x, axis, mask)
     if training and mean is not None and var is not None:
         batches = arrays.num_batches_tracked + 1
         momentum = 1.0 / batches if store.momentum is None else store.momentum
-        mean, var = traced.updated_running_statistics(statistics, mean, var, momentum, store.ddof)
+        rest = momentum, store.ddof, nonfinite == "propagate"
+        mean, var = traced.updated_running_statistics(statistics, mean, var, *rest)
         store.arrays = arrays._replace(running_mean=mean, running_var=var, num_batches_tracked=batches)
-    return traced.normalize(x, arrays.weight, arrays.bias, residual, statistics, axis, eps, relu)
+    return traced.normalize(call, statistics)
 
 
 _functional.compiled = torch.compiler.is_compiling, batch_norm

@@ -31,48 +31,43 @@ def long(a):
     return a.detach().double().numpy().astype(oracle.LONG)
 
 
-def assert_accurate(module, x, residual, y, dy, dtype):
-    """y, what module learnt in its first training step, and all gradients; of relu(batch norm + residual)."""
-    of_batch = oracle.statistics(long(x))
-    parameters = {"weight": long(module.weight), "bias": long(module.bias)}
-    expected = oracle.normalize(
-        long(x), of_batch.mean, of_batch.var(), **parameters, residual=long(residual), relu=True
-    )
+def assert_accurate(state, x, residual, y, dy, mask=None):
+    """y, what state learnt in its first training step, and all gradients; of relu(batch norm + residual)."""
+    of_batch, dtype = oracle.statistics(long(x), mask=mask), str(x.dtype)[6:]
+    given = {"weight": long(state.weight), "eps": state.eps, "mask": mask}
+    rest = {"bias": long(state.bias), "residual": long(residual), "relu": True}
+    expected = oracle.normalize(long(x), of_batch.mean, of_batch.var(), **given, **rest)
     assert oracle.error(long(y), expected, dtype) <= 0.51
-    grads = oracle.gradients(
-        long(dy),
-        long(x),
-        of_batch.mean,
-        of_batch.var(),
-        count=of_batch.count,
-        weight=parameters["weight"],
-        active=long(y) > 0,
-    )
+    given |= {"count": of_batch.count, "active": long(y) > 0}
+    grads = oracle.gradients(long(dy), long(x), of_batch.mean, of_batch.var(), **given)
     assert oracle.error(long(x.grad), grads.x, dtype, grads.x_size) <= 0.51
     assert oracle.error(long(residual.grad), grads.residual, dtype) == 0
-    assert oracle.error(long(module.weight.grad), grads.weight, "float32", grads.weight_size) <= 0.51
-    assert oracle.error(long(module.bias.grad), grads.bias, "float32", grads.bias_size) <= 0.51
+    assert oracle.error(long(state.weight.grad), grads.weight, "float32", grads.weight_size) <= 0.51
+    assert oracle.error(long(state.bias.grad), grads.bias, "float32", grads.bias_size) <= 0.51
     for name, old, new in (("mean", 0, sum(of_batch.mean)), ("var", 1, of_batch.var(1))):
-        running = getattr(module, f"running_{name}")
+        running = getattr(state, f"running_{name}")
         assert running.dtype is torch.float64
         assert oracle.error(long(running), oracle.running(np.full(new.shape, old), new, 0.1), "float64") <= 16
+
+
+def tensors(shape, dtype=torch.float32, memory_format=torch.preserve_format, seed=0):
+    """x, far from 0, residual and dy."""
+    made = [torch.from_numpy(inputs.normal(shape, seed + i) + 1000 * (i == 0)).to(dtype) for i in range(3)]
+    x, residual, dy = (a.contiguous(memory_format=memory_format) if a.ndim == 4 else a for a in made)
+    return x.requires_grad_(), residual.requires_grad_(), dy
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_inductor)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_accuracy(backend, dtype):
-    """Far from 0, channels first, last, and without positions: as exact as it is elsewhere; all in one graph."""
-    shapes = ((4, 5, 7, 6), torch.contiguous_format), ((4, 5, 7, 6), torch.channels_last), ((64, 5), None)
+    """Channels first, last, and without positions: as exact as it is elsewhere; all in one graph."""
+    layouts = ((4, 5, 7, 6), torch.contiguous_format), ((4, 5, 7, 6), torch.channels_last), ((64, 5), None)
     modules, arrays = [], []
-    for i, (shape, memory_format) in enumerate(shapes):
-        modules.append((anybn.torch.BatchNorm1d if memory_format is None else anybn.torch.BatchNorm2d)(5))
+    for i, (shape, memory_format) in enumerate(layouts):
+        modules.append((anybn.torch.BatchNorm2d if len(shape) == 4 else anybn.torch.BatchNorm1d)(5))
         with torch.no_grad():
             modules[-1].weight.copy_(torch.linspace(-1, 2, 5)), modules[-1].bias.copy_(torch.linspace(0, 1, 5))
-        made = [torch.from_numpy(inputs.normal(shape, 10 * i + j) + 1000 * (j == 0)) for j in range(3)]
-        made = [a.to(getattr(torch, dtype)) for a in made]
-        arrays.append([a if memory_format is None else a.contiguous(memory_format=memory_format) for a in made])
-        for a in arrays[-1][:2]:
-            a.requires_grad_()
+        arrays.append(tensors(shape, getattr(torch, dtype), memory_format, 10 * i))
 
     def step(arrays):
         return [module(x, residual, "relu") for module, (x, residual, _) in zip(modules, arrays, strict=True)]
@@ -82,7 +77,41 @@ def test_accuracy(backend, dtype):
     for module, (x, residual, dy), y in zip(modules, arrays, found, strict=True):
         assert y.dtype is x.dtype
         assert y.stride() == x.grad.stride() == x.stride()
-        assert_accurate(module, x, residual, y, dy, dtype)
+        assert_accurate(module, x, residual, y, dy)
+
+
+@pytest.mark.parametrize("shape", [(6, 7, 4), (7, 1), (6, 1, 1)])
+def test_masks(shape):
+    x, residual, dy = tensors((6, 3, 7, 4))
+    mask, state = torch.from_numpy(inputs.normal(shape) > -0.5), anybn.BatchNormState(3).to(x)
+    state.weight, state.bias = nn.Parameter(torch.tensor([0.5, -1, 2])), nn.Parameter(torch.tensor([0.5, 0, 1]))
+
+    def call(x, residual, mask):
+        return anybn.batch_norm(x, state, training=True, mask=mask, residual=residual, activation="relu")
+
+    y = torch.compile(call, fullgraph=True, backend="aot_eager")(x, residual, mask)
+    y.backward(dy)
+    everywhere = np.broadcast_to(mask.numpy(), (6, 7, 4))
+    assert_accurate(state, x, residual, y, dy, everywhere)
+    evaluated = torch.compile(lambda x: anybn.batch_norm(x, state, mask=mask), fullgraph=True, backend="aot_eager")(x)
+    expected = oracle.normalize(
+        long(x),
+        long(state.running_mean),
+        long(state.running_var),
+        weight=long(state.weight),
+        bias=long(state.bias),
+        mask=everywhere,
+    )
+    assert oracle.error(long(evaluated), expected, "float32") <= 0.51
+
+
+def test_a_wrong_mask():
+    state = anybn.BatchNormState(3).to(X)
+    call = torch.compile(lambda mask: anybn.batch_norm(X, state, mask=mask), fullgraph=True, backend="eager")
+    for mask, words in ((torch.ones(6, 3, 5, 4) > 0, "mask has shape"), (torch.ones(6, 5, 4), "mask has dtype")):
+        torch.compiler.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=words):
+            call(mask)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -94,13 +123,17 @@ def test_the_gradient_of_a_residual(wanted):
     assert torch.equal(residual.grad, (y > 0).float()) if wanted else residual.grad is None
 
 
-def test_a_batch_that_is_not_finite_keeps_the_running_statistics():
-    bn, x = anybn.torch.BatchNorm2d(3), X.clone()
+def test_a_batch_that_is_not_finite():
+    """It keeps the running statistics, unless it is to reach them."""
+    bn, x, state = anybn.torch.BatchNorm2d(3), X.clone(), anybn.BatchNormState(3).to(X)
     x[0, 1, 0, 0] = float("inf")
     y = torch.compile(bn, fullgraph=True, backend="aot_eager")(x)
     assert [bool(a.isnan().any()) for a in y.unbind(1)] == [False, True, False]
     assert [float(a[1]) for a in (bn.running_mean, bn.running_var)] == [0, 1]
     assert int(bn.num_batches_tracked) == 1
+    options = {"training": True, "nonfinite": "propagate"}
+    torch.compile(lambda x: anybn.batch_norm(x, state, **options), fullgraph=True, backend="aot_eager")(x)
+    assert state.running_var.isnan().tolist() == [False, True, False]
 
 
 def run_compiled(backend, training, **options):
@@ -162,7 +195,7 @@ def test_what_the_functional_form_cannot_do_there():
     def call(x, nonfinite):
         return anybn.batch_norm(x, state, nonfinite=nonfinite)
 
-    for nonfinite, message in (("skip", r"call state.to\(x\) before"), ("raise", r"torch\.compile cannot take mask")):
+    for nonfinite, message in (("skip", r"call state.to\(x\) before"), ("raise", r"torch\.compile cannot take out")):
         torch.compiler.reset()  # a function that failed is not tried again
         with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
             torch.compile(call, fullgraph=True, backend="eager")(X, nonfinite)

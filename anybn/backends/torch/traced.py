@@ -38,22 +38,20 @@ class _Namespace:
 _NAMESPACE = _Namespace()
 
 
-def batch_statistics(x: Tensor, axis: int) -> Statistics:
+def batch_statistics(x: Tensor, axis: int, mask: Tensor | None) -> Statistics:
     """Of a non-empty x; constants for automatic differentiation."""
-    x, call = x.detach(), Call(x, Spec(axis, 0.0))
-    working = _TORCH.working_dtype(x)
-    if working is torch.float32:
+    x = x.detach()
+    working, call = _TORCH.working_dtype(x), Call(x, Spec(axis, 0.0), mask=mask)
+    if working is torch.float32 or mask is not None:
         return formulas.batch_statistics(_NAMESPACE, formulas.native_sum, call, working)
-    axes = formulas.reduced_axes(x.ndim, axis)
-    wide = x.to(working)
+    axes, wide = formulas.reduced_axes(x.ndim, axis), x.to(working)
 
     def sums(origin: Tensor) -> tuple[Tensor, Tensor]:
         deviation = wide - formulas.along(_NAMESPACE, origin, axis, x.ndim)
         return deviation.sum(axes), (deviation * deviation).sum(axes)
 
     origin = wide[tuple(slice(None) if i == axis else 0 for i in range(x.ndim))]
-    count = x.numel() // x.shape[axis]
-    return formulas.statistics_of_sums(sums, origin, count, x.dtype is not working)
+    return formulas.statistics_of_sums(sums, origin, x.numel() // x.shape[axis], x.dtype is not working)
 
 
 def running_statistics(x: Tensor, mean: Tensor, var: Tensor) -> Statistics:
@@ -62,20 +60,12 @@ def running_statistics(x: Tensor, mean: Tensor, var: Tensor) -> Statistics:
     return Statistics(None, mean.to(working), None, var.to(working))
 
 
-def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    statistics: Statistics,
-    axis: int,
-    eps: float,
-    relu: bool,
-) -> Tensor:
+def normalize(call: Call, statistics: Statistics) -> Tensor:
     """`formulas.normalize`, with a derivative in which statistics of a batch are functions of x."""
+    x, spec, weight, bias, residual, mask = call[:6]
     if residual is x:  # torch.compile does not take the same tensor twice
         residual = residual.view_as(x)
-    return _Normalized.apply(x, weight, bias, residual, *statistics, axis, eps, relu)
+    return _Normalized.apply(x, weight, bias, residual, mask, *statistics, *spec)
 
 
 class _Normalized(torch.autograd.Function):
@@ -83,30 +73,34 @@ class _Normalized(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        x, weight, bias, residual, count, *rows, axis, eps, relu = given
-        call = Call(x, Spec(axis, eps), weight, bias, residual)
-        y = formulas.normalize(_NAMESPACE, call, Statistics(count, *rows))
+        x, weight, bias, residual, mask, *numbers, axis, eps, relu = given
+        spec = Spec(axis, eps)
+        y = formulas.normalize(_NAMESPACE, Call(x, spec, weight, bias, residual, mask), Statistics(*numbers))
         y = y.relu() if relu else y
         like_bias = None if bias is None else bias.new_empty(0)  # its values may change before the backward pass
-        ctx.save_for_backward(x, weight, like_bias, y if relu else None, *rows)
-        ctx.count, ctx.spec, ctx.adds, ctx.constants = count, call.spec, residual is not None, (None,) * len(given[4:])
+        count = numbers[0]
+        ctx.count, numbers[0] = (None, count) if isinstance(count, Tensor) else (count, None)
+        ctx.save_for_backward(x, weight, like_bias, mask, y if relu else None, *numbers)
+        ctx.spec, ctx.adds, ctx.constants = spec, residual is not None, (None,) * len(given[4:])
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, like_bias, y, *rows = ctx.saved_tensors
-        if y is not None:
-            dy = torch.where(y > 0, dy, 0.0)
-        call, statistics = Call(x, ctx.spec, weight, like_bias), Statistics(ctx.count, *rows)
-        grads = formulas.gradients(_NAMESPACE, formulas.native_sum, call, statistics, dy, None, False)
+        x, weight, like_bias, mask, y, *numbers = ctx.saved_tensors
+        for keep in (mask, None if y is None else y > 0):
+            dy = dy if keep is None else torch.where(keep, dy, 0.0)
+        if ctx.count is not None:
+            numbers[0] = ctx.count
+        call = Call(x, ctx.spec, weight, like_bias, mask=mask)
+        grads = formulas.gradients(_NAMESPACE, formulas.native_sum, call, Statistics(*numbers), dy, None, False)
         return grads.x, grads.weight, grads.bias, dy if ctx.adds else None, *ctx.constants
 
 
 def updated_running_statistics(
-    statistics: Statistics, mean: Tensor, var: Tensor, momentum: float | Tensor, ddof: int
+    statistics: Statistics, mean: Tensor, var: Tensor, momentum: float | Tensor, ddof: int, propagate: bool = False
 ) -> tuple[Tensor, Tensor]:
     """What mean and var become, in their dtypes."""
     working = statistics.mean.dtype
-    update = Update(mean.to(working), var.to(working), momentum, ddof, False)
+    update = Update(mean.to(working), var.to(working), momentum, ddof, propagate)
     new_mean, new_var = formulas.updated_running_statistics(_NAMESPACE, update, statistics)
     return new_mean.to(mean.dtype), new_var.to(var.dtype)
