@@ -38,19 +38,23 @@ class _Namespace:
 _NAMESPACE = _Namespace()
 
 
+def _along(channels: Tensor, axis: int, x: Tensor) -> Tensor:
+    return formulas.along(_NAMESPACE, channels, axis, x.ndim)
+
+
 def batch_statistics(x: Tensor, axis: int, mask: Tensor | None) -> Statistics:
     """Of a non-empty x; constants for automatic differentiation."""
     x = x.detach()
     working, call = _TORCH.working_dtype(x), Call(x, Spec(axis, 0.0), mask=mask)
     if working is torch.float32 or mask is not None:
         return formulas.batch_statistics(_NAMESPACE, formulas.native_sum, call, working)
-    axes, wide = formulas.reduced_axes(x.ndim, axis), x.to(working)
+    axes = formulas.reduced_axes(x.ndim, axis)
 
     def sums(origin: Tensor) -> tuple[Tensor, Tensor]:
-        deviation = wide - formulas.along(_NAMESPACE, origin, axis, x.ndim)
+        deviation = x - _along(origin, axis, x)
         return deviation.sum(axes), (deviation * deviation).sum(axes)
 
-    origin = wide[tuple(slice(None) if i == axis else 0 for i in range(x.ndim))]
+    origin = x[tuple(slice(None) if i == axis else 0 for i in range(x.ndim))].to(working)
     return formulas.statistics_of_sums(sums, origin, x.numel() // x.shape[axis], x.dtype is not working)
 
 
@@ -92,8 +96,24 @@ class _Normalized(torch.autograd.Function):
         if ctx.count is not None:
             numbers[0] = ctx.count
         call = Call(x, ctx.spec, weight, like_bias, mask=mask)
-        grads = formulas.gradients(_NAMESPACE, formulas.native_sum, call, Statistics(*numbers), dy, None, False)
-        return grads.x, grads.weight, grads.bias, dy if ctx.adds else None, *ctx.constants
+        return *_gradients(call, Statistics(*numbers), dy), dy if ctx.adds else None, *ctx.constants
+
+
+def _gradients(call: Call, s: Statistics, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """`formulas.gradients`, of dy behind relu and mask. Each use widens dy by itself: a compiler that keeps what is
+    used more than once keeps dy then, and no copy of it in float64."""
+    x, (axis, eps, _), weight, _, _, mask = call[:6]
+    axes, rstd = formulas.reduced_axes(x.ndim, axis), formulas.reciprocal_std(_NAMESPACE, s, eps)
+    xhat = formulas.centered(_NAMESPACE, x, s, axis) * _along(rstd, axis, x)
+    xhat = xhat if mask is None else torch.where(mask, xhat, 0.0)
+    dbias, dweight = dy.sum(axes, dtype=rstd.dtype), (dy * xhat).sum(axes)
+    dx = dy
+    if s.count is not None:
+        n = formulas.divisor(_NAMESPACE, s.count, rstd.dtype)
+        dx = dx - _along(dbias / n, axis, x) - xhat * _along(dweight / n, axis, x)
+        dx = dx if mask is None else torch.where(mask, dx, 0.0)
+    dx = dx * _along(formulas.scale_of(_NAMESPACE, s, weight, eps), axis, x)
+    return formulas.rounded_to(_NAMESPACE, dx, x.dtype), *formulas.parameter_gradients(_NAMESPACE, call, dweight, dbias)
 
 
 def updated_running_statistics(
