@@ -79,6 +79,16 @@ def anybn_on(library: str) -> Normalizer:
     return normalize
 
 
+def anybn_compiled(x: np.ndarray) -> np.ndarray:
+    import torch
+
+    torch.compiler.reset()
+    given, state = to_torch(x), anybn.BatchNormState(x.shape[1])
+    state.to(given)
+    y = torch.compile(lambda x: anybn.batch_norm(x, state, training=True), fullgraph=True)(given)
+    return resolve_target("torch")[0].to_numpy(y)
+
+
 def columns() -> dict[str, Normalizer]:
     found: dict[str, Normalizer] = {}
     if importlib.util.find_spec("torch"):
@@ -89,7 +99,7 @@ def columns() -> dict[str, Normalizer]:
         found["keras/jax"] = keras_layer
     found["anybn, NumPy"] = anybn_on("numpy")
     if importlib.util.find_spec("torch"):
-        found["anybn, torch"] = anybn_on("torch")
+        found |= {"anybn, torch": anybn_on("torch"), "anybn, torch.compile": anybn_compiled}
     if importlib.util.find_spec("jax"):
         found["anybn, JAX float32"] = anybn_on("jax")
     return found

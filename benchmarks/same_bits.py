@@ -59,11 +59,21 @@ def one_thread(x: np.ndarray) -> Trained:
         anybn.set_num_threads(before)
 
 
+def compiled(x: np.ndarray) -> Trained:
+    import torch
+
+    torch.compiler.reset()
+    state = anybn.BatchNormState(x.shape[1]).to("torch")
+    y = torch.compile(lambda x: anybn.batch_norm(x, state, training=True), fullgraph=True)(torch.from_numpy(x))
+    return y.numpy(), state.running_mean.numpy(), state.running_var.numpy()
+
+
 WAYS = {
     "one thread": one_thread,
     "channels last": on("numpy", -1),
     "torch": on("torch"),
     "torch, channels last": on("torch", -1),
+    "torch.compile": compiled,
     "JAX with float64": on("jax"),
     "Dask, 5 chunks": on("dask", chunks=5),
     "array-api-strict": on("array_api_strict"),

@@ -49,7 +49,10 @@ def eagerly(function: Any) -> Any:
     return torch.compiler.disable(function)
 
 
-def _evaluated(call: Call, mean: Tensor, var: Tensor) -> Tensor:
+def _evaluated(call: Call, mean: Tensor | None, var: Tensor | None) -> Tensor:
+    if mean is None or var is None:  # of an empty x
+        channels, working = call.x.shape[call.spec.axis], _TORCH.working_dtype(call.x)
+        mean, var = (call.x.new_zeros(channels, dtype=working) for _ in range(2))
     if not is_exporting():
         return traced.normalize(call, traced.running_statistics(call.x, mean, var))
     x, (axis, eps, relu), weight, bias, residual = call[:5]
@@ -155,9 +158,7 @@ def batch_norm(
     call = Call(x, Spec(axis, store.eps, activation == "relu"), arrays.weight, arrays.bias, residual, mask)
     mean, var = arrays.running_mean, arrays.running_var
     if not x.numel() or not (training or mean is None):
-        zeros = x.new_zeros(x.shape[axis], dtype=_TORCH.working_dtype(x)) if mean is None or var is None else None
-        running = (mean, var) if zeros is None else (zeros, zeros)
-        return _evaluated(call, *running)
+        return _evaluated(call, mean, var)
     if is_exporting():
         raise StateError("torch.export cannot keep a state that a call changes: export one of anybn.torch's modules")
     count = x.numel() // x.shape[axis]

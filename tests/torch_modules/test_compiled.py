@@ -123,6 +123,16 @@ def test_the_gradient_of_a_residual(wanted):
     assert torch.equal(residual.grad, (y > 0).float()) if wanted else residual.grad is None
 
 
+@pytest.mark.parametrize("tracks", [True, False])
+def test_an_empty_batch(tracks):
+    bn, x = anybn.torch.BatchNorm2d(3, track_running_stats=tracks), X[:0].clone().requires_grad_()
+    y = torch.compile(bn, fullgraph=True, backend="aot_eager")(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+    assert bn.weight.grad.tolist() == [0, 0, 0]
+    assert not tracks or int(bn.num_batches_tracked) == 0
+
+
 def test_a_batch_that_is_not_finite():
     """It keeps the running statistics, unless it is to reach them."""
     bn, x, state = anybn.torch.BatchNorm2d(3), X.clone(), anybn.BatchNormState(3).to(X)
