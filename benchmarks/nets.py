@@ -347,6 +347,7 @@ def main() -> None:
 
         if options.compile:
             fill("compiled nets table", compiled_table(rows).rstrip())
+            fill("compiled nets", readme.compiled_nets())
         else:
             fill("nets table", table(rows).rstrip())
             fill("nets", readme.nets())

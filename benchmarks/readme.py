@@ -6,6 +6,7 @@ python benchmarks/readme.py
 from __future__ import annotations
 
 import json
+from statistics import geometric_mean
 from typing import Any
 
 from accuracy import HERE, fill
@@ -58,8 +59,15 @@ def nets() -> str:
     return "\n".join(lines) + f"\n\nfloat32 on {where}."
 
 
+def compiled_nets() -> str:
+    """Steps and evaluations of nets_compiled.jsonl, which ``nets.py --compile`` writes, in a sentence."""
+    every = [row["ms"]["torch compiled"] / row["ms"]["converted compiled"] for row in read("nets_compiled.jsonl")]
+    mean = f"{geometric_mean(every):.2f}, from {min(every):.2f} to {max(every):.2f}"
+    return f"Under `torch.compile`, torch / converted is {mean}: [all rows](docs/speed.md)."
+
+
 #: The comments in README.md between which a table stands -> what makes it.
-TABLES = {"speed in short": speed, "accuracy in short": accuracy, "nets": nets}
+TABLES = {"speed in short": speed, "accuracy in short": accuracy, "nets": nets, "compiled nets": compiled_nets}
 
 if __name__ == "__main__":
     for part, make in TABLES.items():
