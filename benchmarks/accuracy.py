@@ -79,14 +79,15 @@ def anybn_on(library: str) -> Normalizer:
     return normalize
 
 
-def anybn_compiled(x: np.ndarray) -> np.ndarray:
+def train_compiled(x: np.ndarray) -> tuple[np.ndarray, anybn.BatchNormState]:
+    """y and a new state after a call under torch.compile."""
     import torch
 
     torch.compiler.reset()
     given, state = to_torch(x), anybn.BatchNormState(x.shape[1])
     state.to(given)
     y = torch.compile(lambda x: anybn.batch_norm(x, state, training=True), fullgraph=True)(given)
-    return resolve_target("torch")[0].to_numpy(y)
+    return resolve_target("torch")[0].to_numpy(y), state
 
 
 def columns() -> dict[str, Normalizer]:
@@ -99,7 +100,7 @@ def columns() -> dict[str, Normalizer]:
         found["keras/jax"] = keras_layer
     found["anybn, NumPy"] = anybn_on("numpy")
     if importlib.util.find_spec("torch"):
-        found |= {"anybn, torch": anybn_on("torch"), "anybn, torch.compile": anybn_compiled}
+        found |= {"anybn, torch": anybn_on("torch"), "anybn, torch.compile": lambda x: train_compiled(x)[0]}
     if importlib.util.find_spec("jax"):
         found["anybn, JAX float32"] = anybn_on("jax")
     return found

@@ -62,8 +62,8 @@ def nets() -> str:
 def compiled_nets() -> str:
     """Steps and evaluations of nets_compiled.jsonl, which ``nets.py --compile`` writes, in a sentence."""
     every = [row["ms"]["torch compiled"] / row["ms"]["converted compiled"] for row in read("nets_compiled.jsonl")]
-    mean = f"{geometric_mean(every):.2f}, from {min(every):.2f} to {max(every):.2f}"
-    return f"Under `torch.compile`, torch / converted is {mean}: [all rows](docs/speed.md)."
+    ratios = f"{geometric_mean(every):.2f} in the geometric mean, from {min(every):.2f} to {max(every):.2f}"
+    return f"Under `torch.compile`, torch / converted is {ratios}: [all rows](docs/speed.md)."
 
 
 #: The comments in README.md between which a table stands -> what makes it.

@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ["JAX_ENABLE_X64"] = "1"
 
 import numpy as np
-from accuracy import fill
+from accuracy import fill, train_compiled
 
 import anybn
 from anybn.backends.registry import resolve_target
@@ -60,12 +60,8 @@ def one_thread(x: np.ndarray) -> Trained:
 
 
 def compiled(x: np.ndarray) -> Trained:
-    import torch
-
-    torch.compiler.reset()
-    state = anybn.BatchNormState(x.shape[1]).to("torch")
-    y = torch.compile(lambda x: anybn.batch_norm(x, state, training=True), fullgraph=True)(torch.from_numpy(x))
-    return y.numpy(), state.running_mean.numpy(), state.running_var.numpy()
+    y, state = train_compiled(x)
+    return y, state.running_mean.numpy(), state.running_var.numpy()
 
 
 WAYS = {

@@ -3,8 +3,7 @@
     python benchmarks/threads.py [--seconds N]       # into benchmarks/results/threads.json and docs/threads.md
 
 Both kinds take turns; medians, and how many CPUs other processes used meanwhile: where they want all of them, the table
-says little. After "nothing", the same call came before. Calls are those of `anybn.batch_norm` on NumPy arrays; torch's
-tensors take the same threads by the same way.
+says little. After "nothing", the same call came before. Calls are those of `anybn.batch_norm` on NumPy arrays.
 """
 
 from __future__ import annotations

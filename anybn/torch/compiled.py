@@ -56,22 +56,10 @@ def _evaluated(call: Call, mean: Tensor | None, var: Tensor | None) -> Tensor:
     if not is_exporting():
         return traced.normalize(call, traced.running_statistics(call.x, mean, var))
     x, (axis, eps, relu), weight, bias, residual = call[:5]
+    if axis == 1:
+        return exported.evaluated(x, mean, var, weight, bias, residual, eps, relu)
     behind = residual if residual is None else residual.movedim(axis, 1)
     return exported.evaluated(x.movedim(axis, 1), mean, var, weight, bias, behind, eps, relu).movedim(1, axis)
-
-
-def _positions(mask: Tensor, x: Tensor, axis: int) -> Tensor:
-    """`_checks.mask`, as far as torch.compile can look at it; where it fails, the check itself has the words."""
-    sizes = [*x.shape[:axis], *x.shape[axis + 1 :]]
-    laid = [1] * (len(sizes) - mask.ndim) + list(mask.shape)
-    if (
-        mask.dtype is not torch.bool
-        or len(laid) != len(sizes)
-        or any(m not in (1, size) for m, size in zip(laid, sizes, strict=True))
-    ):
-        _checks.mask(mask, x, axis, _TORCH)
-    laid.insert(axis, 1)
-    return mask.reshape(laid)
 
 
 def _commit(statistics: Any, mean: Tensor, var: Tensor, batches: Tensor | None, momentum: float | None) -> None:
@@ -152,7 +140,7 @@ def batch_norm(
     _check(x, residual, axis, store.num_features, arrays[:4])
     _settings.choice("activation", activation, (None, "relu"))
     axis = axis % x.ndim
-    mask = None if mask is None else _positions(mask, x, axis)
+    mask = None if mask is None else _checks.mask(mask, x, axis, _TORCH)
     if mask is not None and is_exporting():
         raise NotImplementedError("torch.export cannot take mask into torch's batch norm: leave it")
     call = Call(x, Spec(axis, store.eps, activation == "relu"), arrays.weight, arrays.bias, residual, mask)

@@ -47,7 +47,7 @@ def assert_accurate(state, x, residual, y, dy, mask=None):
     for name, old, new in (("mean", 0, sum(of_batch.mean)), ("var", 1, of_batch.var(1))):
         running = getattr(state, f"running_{name}")
         assert running.dtype is torch.float64
-        assert oracle.error(long(running), oracle.running(np.full(new.shape, old), new, 0.1), "float64") <= 16
+        assert oracle.error(long(running), oracle.running(np.full(new.shape, old), new, 0.1), "float64") <= 2
 
 
 def tensors(shape, dtype=torch.float32, memory_format=torch.preserve_format, seed=0):
@@ -220,6 +220,7 @@ def test_what_the_functional_form_cannot_do_there():
         torch.export.export(Layer(), (X,))
     assert state._arrays is arrays
     exported = torch.export.export(Layer().eval(), (X,)).module()
+    assert not any("movedim" in str(node.target) for node in exported.graph.nodes)
     # torch's own, in float32: the scale and the shift are rounded, and so are their product with x and the sum
     assert torch.allclose(exported(X), anybn.batch_norm(X, state), rtol=0, atol=4 * 2**-21)
 
