@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Generator
 from typing import Any
 
@@ -18,3 +19,10 @@ def pytest_collect_file() -> Generator[None, list[Any], list[Any]]:
     its examples, as it is told to for missing libraries, and then takes the half of it that is in ``sys.modules``."""
     found = yield
     return [collector for collector in found if not isinstance(collector, DoctestModule)]
+
+
+@pytest.fixture(autouse=True)
+def torch_compile_begins_anew() -> None:
+    """torch.compile gives up after eight versions of one function, whichever tests of the process had them made."""
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()

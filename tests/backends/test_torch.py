@@ -245,4 +245,3 @@ def test_modules_with_a_weight_or_a_bias_alone(absent, small):
                 results.append([y.detach(), leaf.grad, *(p.grad for n, p in bn.named_parameters() if n != absent)])
             for a, b in zip(*results, strict=True):
                 assert torch.equal(a, b)
-    torch._dynamo.reset()

@@ -20,12 +20,6 @@ needs_inductor = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def compiles_anew():
-    """torch.compile gives up after eight versions of one function, whichever tests had them made."""
-    torch.compiler.reset()
-
-
 def long(a):
     """As the oracle's own numbers."""
     return a.detach().double().numpy().astype(oracle.LONG)
