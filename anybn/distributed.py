@@ -10,10 +10,10 @@
 
 An object of the last kind gets an array that it may not write to and returns the sum over all members, in the array's
 library, dtype and shape, the same bits on every member. With the attributes ``rank`` and ``size`` (this member's
-number, from 0, and how many there are) statistics take one sum and errors name members; without, two sums and no names,
-and `anybn.recalibrate` refuses it. Arrays are beside x. Where there is no x, an object may bring a pair of methods:
-``from_numpy(values)`` makes an array that it sums of float64 values, ``to_numpy(array)`` brings the sum back. Without
-them it gets an array beside the state.
+number, from 0, and how many there are) statistics take one sum, two of more than 64 members, and errors name members;
+without, two sums and no names, and `anybn.recalibrate` refuses it. Arrays are beside x. Where there is no x, an object
+may bring a pair of methods: ``from_numpy(values)`` makes an array that it sums of float64 values, ``to_numpy(array)``
+brings the sum back. Without them it gets an array beside the state.
 
 Whatever goes wrong on one member before its statistics are exchanged (a shape, a dtype, a mask, memory) is its own
 error there and `MemberError` on all others, at once, without a collective more than usual: the member that fails takes

@@ -62,6 +62,8 @@ class BatchNorm(nnx.BatchNorm):
 class LinenBatchNorm(linen.BatchNorm):
     """``flax.linen.BatchNorm``: its fields, variables and meaning, and anybn's numbers; see `BatchNorm`.
 
+    ``force_float32_reductions=False`` is left to Flax's own code as well.
+
     >>> import anybn.flax  # doctest: +SKIP
     >>> y = anybn.flax.LinenBatchNorm(use_running_average=False)(x)  # within a module of Linen
     """

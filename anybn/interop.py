@@ -1,4 +1,4 @@
-"""Other frameworks' names and conventions for a state; folding a state into the layer before it.
+"""Other frameworks' names and conventions for a state; folding a state into a layer beside it.
 
 `CONVENTIONS` says what each framework calls things and means by them. A state goes into one and comes out of one:
 

@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     net, memory_format = nets.NETS[options.net], nets.FORMATS[options.format]
-    models, (x, target) = nets.contestants(net, memory_format, False), nets.inputs(net, memory_format)
+    models, (x, target) = nets.contestants(net, memory_format), nets.inputs(net, memory_format)
     theirs, ours = ("separate", "fused") if options.fuse else ("torch", "converted")
     if theirs not in models:
         raise SystemExit(f"{options.net} has batch norms of other classes than torch's: leave --fuse away")

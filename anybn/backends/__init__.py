@@ -1,4 +1,4 @@
-"""One file per backend. ``anybn.backends()`` says which are installed and usable.
+"""One file or folder per library. ``anybn.backends()`` says which are installed and usable.
 
 A backend is a subclass of `Backend`. It inherits every operation, written over any Array API namespace, and overrides
 what it does better: ``statistics``, ``train``, ``evaluate``, ``gradients``, ``update`` and the norms of rows. Each

@@ -16,8 +16,9 @@ which classes convert. Importing this module lets tools of torch that ask for a 
 
 What does not work is an error: ``torch.jit.script``, which cannot read this code; a
 second derivative through what ``torch.compile`` has compiled, which torch refuses for everything; ``torch.func.vmap``
-in training over buffers that are not batched. CUDA graphs need a step that does not wait for the device: it is written
-so, and has not run on one.
+in training over buffers that are not batched.
+
+A training step does not wait for the device, so a CUDA graph can capture it, after one call that compiles its kernels.
 
 >>> import torch, anybn.torch
 >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())

@@ -1,4 +1,4 @@
-"""batchnorm.cu on device memory, by pointers, for any library, none of which it imports; `_cuda_arrays` has the arrays.
+"""batchnorm.cu on device memory, by pointers, for any library, none of which it imports; `arrays` has the arrays.
 
 `call` queues an operation on a `Gpu`. `gpu` makes one that compiles and launches through CuPy.
 """
