@@ -52,19 +52,11 @@ class DaskBackend(Backend):
     def namespace(self, x: Array) -> ModuleType:
         return array_api_compat.dask.array
 
-    def version(self) -> str:
-        return str(dask.__version__)
-
     def device_of(self, x: Array) -> str:
         return "cpu"
 
-    def devices(self) -> list[str]:
+    def _devices(self) -> list[str]:
         return ["cpu"]
-
-    def device(self, name: str) -> str:
-        if name not in ("", "cpu"):
-            raise ValueError(f"dask has no device {name!r}; it has cpu")
-        return "cpu"
 
     def has_float64(self, device: Any) -> bool:
         return True

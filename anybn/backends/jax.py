@@ -80,9 +80,6 @@ class JaxBackend(Backend):
     def namespace(self, x: Array) -> _Namespace:
         return _NAMESPACE
 
-    def version(self) -> str:
-        return jax.__version__
-
     def device_of(self, x: Array) -> None:
         """JAX moves C-length arrays to where x is by itself, as long as nothing pins them to a device."""
         return None

@@ -67,9 +67,6 @@ class NumPyBackend(Backend):
     def has_float64(self, device: Any) -> bool:
         return True
 
-    def version(self) -> str:
-        return np.__version__
-
     def dtype(self, name: str) -> Any:
         return numpy_dtype(name)
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from anybn._settings import numpy_dtype
 from anybn.checkpoints.budget import Budget
 from anybn.checkpoints.conventions import CONVENTIONS, Layer
 from anybn.errors import BackendNotInstalled, CheckpointError
@@ -220,10 +221,4 @@ def _array(dataset: Any, path: str, budget: Budget) -> np.ndarray:
         raise CheckpointError(f"nothing was loaded: {path} lies outside of the file")
     budget.take(path, dataset.nbytes)
     array = dataset[()]
-    return array.view(_bfloat16()) if dataset.attrs.get("dtype") == "bfloat16" else array
-
-
-def _bfloat16() -> np.dtype:
-    from anybn._settings import numpy_dtype
-
-    return numpy_dtype("bfloat16")
+    return array.view(numpy_dtype("bfloat16")) if dataset.attrs.get("dtype") == "bfloat16" else array

@@ -134,24 +134,14 @@ def differentiated(
 
 
 @pytest.mark.parametrize(("training", "masked", "with_residual", "relu"), [*itertools.product([True, False], repeat=4)])
-def test_automatic_differentiation(
-    target: Target, training: bool, masked: bool, with_residual: bool, relu: bool
+@pytest.mark.parametrize("automatic", [True, False], ids=["automatic_differentiation", "pullback"])
+def test_options(
+    target: Target, automatic: bool, training: bool, masked: bool, with_residual: bool, relu: bool
 ) -> None:
     values = inputs.normal((6, 3, 5, 4)) + 2
+    options: dict[str, Any] = {"training": training, "masked": masked, "relu": relu, "with_residual": with_residual}
     for affine, layout in ((True, "NCHW"), (False, "NHWC")):
-        check(
-            target,
-            values,
-            "float32",
-            layout,
-            training=training,
-            masked=masked,
-            with_residual=with_residual,
-            relu=relu,
-            scale=affine,
-            bias=affine,
-            automatic=True,
-        )
+        check(target, values, "float32", layout, scale=affine, bias=affine, automatic=automatic, **options)
 
 
 @pytest.mark.parametrize(
@@ -175,24 +165,6 @@ def test_dtypes_of_weight_and_bias(target: Target, dtype: str, parameter_dtype: 
     target.require(parameter_dtype)
     for training in (True, False):
         check(target, inputs.normal((8, 5, 6, 6)), dtype, training=training, parameter_dtype=parameter_dtype)
-
-
-@pytest.mark.parametrize(("training", "masked", "with_residual", "relu"), [*itertools.product([True, False], repeat=4)])
-def test_options(target: Target, training: bool, masked: bool, with_residual: bool, relu: bool) -> None:
-    values = inputs.normal((6, 3, 5, 4)) + 2
-    for affine, layout in ((True, "NCHW"), (False, "NHWC")):
-        check(
-            target,
-            values,
-            "float32",
-            layout,
-            training=training,
-            masked=masked,
-            with_residual=with_residual,
-            relu=relu,
-            scale=affine,
-            bias=affine,
-        )
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -14,10 +14,10 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from anybn import _lock
-from anybn.backends.torch import TorchBackend
+from anybn.backends.torch import TorchBackend, cpu
 from anybn.backends.torch.autograd import differentiated
 from anybn.backends.torch.cuda import TorchArrays
-from anybn.core.call import Call, Spec, Statistics
+from anybn.core.call import Call, Spec
 from anybn.kernels.cuda import launch
 from anybn.kernels.layout import layout_of_strides
 from anybn.torch.through_operator import tensors_of
@@ -168,7 +168,7 @@ class _Recorded(_SingleLevelFunction):
         wants_residual = ctx.needs_input_grad[3]
         if torch.is_grad_enabled():  # recorded in its turn
             call = Call(x, Spec(1, eps, kind.relu), weight, ctx.bias)
-            statistics = _statistics(rows, x, kind.shape[0] * kind.shape[2])
+            statistics = cpu.statistics_of_rows(rows, x)
             grads = differentiated(TorchBackend(), call, statistics, dy, None if y is None else y > 0, wants_residual)
             return *grads, None
         given = dy
@@ -190,10 +190,3 @@ class _Recorded(_SingleLevelFunction):
         if wants_residual and y is None:
             dresidual = given
         return dx, None if weight is None else dweight, None if ctx.bias is None else dbias, dresidual, None
-
-
-def _statistics(rows: torch.Tensor, x: torch.Tensor, count: int) -> Statistics:
-    if len(rows) == 2:
-        return Statistics(None, rows[0], None, rows[1])
-    mean, shift, var, m2 = rows
-    return Statistics(count, mean, shift if x.dtype is torch.float64 else None, var, m2)

@@ -15,7 +15,7 @@ import pytest
 from cuda_cpu import simulator
 
 import anybn
-from anybn.conformance import inputs, oracle, test_accuracy, test_errors, test_gradients, test_state
+from anybn.conformance import inputs, oracle, test_errors, test_gradients, test_state
 from anybn.conformance.targets import Target
 
 torch = pytest.importorskip("torch", reason="torch: not installed, pip install torch")
@@ -78,10 +78,9 @@ def launched(target: Target) -> Arrays:
     return target.backend.kernels
 
 
-for module in (test_accuracy, test_errors, test_gradients, test_state):
+for module in (test_errors, test_gradients, test_state):  # test_cuda_backend.py has the kernels' accuracy
     prefix = module.__name__.rpartition(".")[2]
     tests = {name: test for name, test in vars(module).items() if name.startswith("test_")}
-    tests.pop("test_ten_million_values_in_one_channel", None)  # test_cuda_kernels.py has one million, in less time
     globals().update({f"{prefix}_{name.removeprefix('test_')}": test for name, test in tests.items()})
 
 
@@ -377,7 +376,7 @@ def test_a_state_that_leaves_waits_for_updates_on_other_streams(monkeypatch: pyt
 
     monkeypatch.setattr(_torch_cuda, "_updates", {})
     for place in ((0, 7), (0, 8), (0, 7), (1, 9)):
-        _torch_cuda.note_update(at(*place))
+        _torch_cuda.KERNELS.note_update(at(*place))
     x = at(0, 7)
     _torch_cuda.await_updates(x)
     assert notes == [(7, "waits for", 8)]

@@ -101,9 +101,6 @@ class TorchBackend(Backend):
     def namespace(self, x: Array) -> _Namespace:
         return _NAMESPACE
 
-    def version(self) -> str:
-        return str(torch.__version__)
-
     def device_of(self, x: torch.Tensor) -> torch.device:
         return x.device
 
@@ -322,7 +319,7 @@ class TorchBackend(Backend):
         else:
             new = super().update(update, statistics)
         if mean.is_cuda and not op_by_op():
-            cuda.note_update(mean)
+            cuda.KERNELS.note_update(mean)
         return new
 
     def update_in_place(self, update: Update, statistics: Statistics, counter: torch.Tensor | None) -> None:

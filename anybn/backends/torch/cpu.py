@@ -57,7 +57,7 @@ def batch_statistics(call: Call) -> Statistics:
 def train(call: Call) -> tuple[torch.Tensor, Statistics, None]:
     if step := _step(call, call.residual, call.out):
         y, rows = _destination(call), np.empty((5, call.x.shape[call.spec.axis]))
-        if _run(functools.partial(step.plan.train, None), step, call, y, (None, None), rows, step.plan.of_train):
+        if _run(functools.partial(step.plan.train, None, None), step, call, y, (None, None), rows, step.plan.of_train):
             return y, statistics_of_rows(rows, call.x), None
     y, statistics, _ = kernels().train(_in_views(call))
     return _delivered(y, call), _from_views(statistics), None
@@ -68,7 +68,15 @@ def evaluate(call: Call, statistics: Statistics) -> torch.Tensor:
         mean, var = (a.detach().double().contiguous() for a in (statistics.mean, statistics.var))
         y = _destination(call)
         running = mean.data_ptr(), var.data_ptr()
-        if _run(steps().evaluate, step, call, y, running, np.empty((2, len(mean))), step.plan.of_evaluate):
+        if _run(
+            functools.partial(steps().evaluate, None, None),
+            step,
+            call,
+            y,
+            running,
+            np.empty((2, len(mean))),
+            step.plan.of_evaluate,
+        ):
             return y
     return _delivered(kernels().evaluate(_in_views(call), _views(statistics)), call)
 
@@ -183,6 +191,7 @@ def gradients_in_one_step(
     dbias = None if bias is None else torch.empty_like(bias)
     steps().note_wait(
         step.plan.backward(
+            None,
             step.example,
             step.parameter_example,
             dy.data_ptr(),

@@ -67,7 +67,11 @@ class TorchArrays(CudaArrays):
         return a.contiguous()
 
     def note_update(self, x: torch.Tensor) -> None:
-        note_update(x)
+        """Running statistics are being updated on the current stream of x's device."""
+        index = x.device.index
+        place = index, current_stream(index)
+        if place not in _updates:
+            _updates[place] = torch.cuda.current_stream(x.device)
 
 
 KERNELS = TorchArrays()
@@ -77,14 +81,6 @@ current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStr
 
 #: (device, stream) of updates of running statistics -> the stream.
 _updates: dict[tuple[int, int], torch.cuda.Stream] = {}
-
-
-def note_update(x: torch.Tensor) -> None:
-    """Running statistics are being updated on the current stream of x's device."""
-    index = x.device.index
-    place = index, current_stream(index)
-    if place not in _updates:
-        _updates[place] = torch.cuda.current_stream(x.device)
 
 
 def await_updates(x: torch.Tensor) -> None:

@@ -4,7 +4,8 @@ It is cut into rows of ``width`` values, the last one maybe shorter, where colum
 ``k // inner % C``. Rows of a few channels are joined to wide ones, so that there is something to vectorize over. What a
 column needs of its channel is spread over the columns before the rows are gone through, and sums are gathered after.
 
-A mask is one value for each row: rows are not joined then, and a row is what all channels have at one position.
+A mask has one value for what all channels have at a position. It is spread over the columns of some rows before these
+are gone through, a byte for each value.
 
 A thread claims *panels*, some columns over all rows, where all of the array stays in its cache; else, or where the
 statistics are given, *stripes* of panels, some rows of them.
@@ -14,10 +15,11 @@ statistics are given, *stripes* of panels, some rows of them.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
 from anybn.kernels.cpu.cached import cached
-from anybn.kernels.cpu.plan import ROW_BLOCK
+from anybn.kernels.cpu.plan import NARROW, ROW_BLOCK
+from anybn.kernels.cpu.primitives import pointer
 from anybn.kernels.cpu.sharing import begin, proceed, shared
 from anybn.kernels.cpu.values import (
     EXACT,
@@ -35,14 +37,17 @@ from anybn.kernels.cpu.values import (
     fill,
     finish_gradients,
     finish_statistics,
+    first_shown,
     if_given,
     load,
     normalized,
     put,
+    room_for_mask,
     scales_of,
     shift_in,
     shown,
     store,
+    take_origins,
 )
 
 
@@ -107,56 +112,61 @@ def rows_apart(x, width, r0, r1, lanes):
 
 
 @njit(**SUMS)
-def block_column_sums(x, mask, width, first, last, apart, rest, end, k0, k1, origin, b1, b2):
-    """Sums of the rows from first to last, of those once, twice and three times as far apart, and of rest to end."""
+def block_column_sums(x, mask, width, r0, first, last, apart, rest, end, k0, k1, origin, b1, b2):
+    """Sums of the rows from first to last, of those once, twice and three times as far apart, and of rest to end; the
+    mask begins with row r0."""
     fill(b1, 0.0)
     fill(b2, 0.0)
     for r in range(first, last):
         x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + apart, k0, k1)
         x2, x3 = part_of(x, width, r + 2 * apart, k0, k1), part_of(x, width, r + 3 * apart, k0, k1)
-        m0, m1, m2, m3 = at(mask, r), at(mask, r + apart), at(mask, r + 2 * apart), at(mask, r + 3 * apart)
+        m0, m1 = at(mask, r - r0), at(mask, r - r0 + apart)
+        m2, m3 = at(mask, r - r0 + 2 * apart), at(mask, r - r0 + 3 * apart)
         for k in range(len(x0)):
             o = origin[k]
-            d0, d1 = shown(load(x0[k]) - o, m0), shown(load(x1[k]) - o, m1)
-            d2, d3 = shown(load(x2[k]) - o, m2), shown(load(x3[k]) - o, m3)
+            d0, d1 = shown(load(x0[k]) - o, at(m0, k)), shown(load(x1[k]) - o, at(m1, k))
+            d2, d3 = shown(load(x2[k]) - o, at(m2, k)), shown(load(x3[k]) - o, at(m3, k))
             b1[k] += (d0 + d1) + (d2 + d3)
             b2[k] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
     for r in range(rest, end):
-        row, m = part_of(x, width, r, k0, k1), at(mask, r)
+        row, m = part_of(x, width, r, k0, k1), at(mask, r - r0)
         for k in range(len(row)):
-            d = shown(load(row[k]) - origin[k], m)
+            d = shown(load(row[k]) - origin[k], at(m, k))
             b1[k] += d
             b2[k] += d * d
 
 
 @njit(**SUMS)
-def block_column_gradient_sums(dy, x, active, mask, width, first, last, apart, rest, end, k0, k1, origin, b1, b2):
-    """Sums of the rows from first to last, of those so far apart from them, and of rest to end."""
+def block_column_gradient_sums(dy, x, active, mask, width, r0, first, last, apart, rest, end, k0, k1, origin, b1, b2):
+    """Sums of the rows from first to last, of those so far apart from them, and of rest to end; the mask begins with
+    row r0."""
     fill(b1, 0.0)
     fill(b2, 0.0)
     for r in range(first, last):
         x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + apart, k0, k1)
         dy0, dy1 = part_of(dy, width, r, k0, k1), part_of(dy, width, r + apart, k0, k1)
         a0, a1 = part_of(active, width, r, k0, k1), part_of(active, width, r + apart, k0, k1)
-        m0, m1 = at(mask, r), at(mask, r + apart)
+        m0, m1 = at(mask, r - r0), at(mask, r - r0 + apart)
         for k in range(len(x0)):
-            g0, g1 = shown(active_dy(dy0[k], at(a0, k)), m0), shown(active_dy(dy1[k], at(a1, k)), m1)
+            g0, g1 = shown(active_dy(dy0[k], at(a0, k)), at(m0, k)), shown(active_dy(dy1[k], at(a1, k)), at(m1, k))
+            d0, d1 = shown(load(x0[k]) - origin[k], at(m0, k)), shown(load(x1[k]) - origin[k], at(m1, k))
             b1[k] += g0 + g1
-            b2[k] += g0 * shown(load(x0[k]) - origin[k], m0) + g1 * shown(load(x1[k]) - origin[k], m1)
+            b2[k] += g0 * d0 + g1 * d1
     for r in range(rest, end):
         row, drow = part_of(x, width, r, k0, k1), part_of(dy, width, r, k0, k1)
-        arow, m = part_of(active, width, r, k0, k1), at(mask, r)
+        arow, m = part_of(active, width, r, k0, k1), at(mask, r - r0)
         for k in range(len(row)):
-            g = shown(active_dy(drow[k], at(arow, k)), m)
+            g = shown(active_dy(drow[k], at(arow, k)), at(m, k))
             b1[k] += g
-            b2[k] += g * shown(load(row[k]) - origin[k], m)
+            b2[k] += g * shown(load(row[k]) - origin[k], at(m, k))
 
 
 @njit(**EXACT)
-def column_sums(x, mask, width, r0, r1, k0, k1, origin, s1, s2):
-    """``sum(x - origin)`` and ``sum((x - origin)**2)`` of columns k0 to k1 over rows r0 to r1."""
-    apart = rows_apart(x, width, r0, r1, 4)
-    block = ROW_BLOCK // 4
+def column_sums(dy, x, active, mask, width, r0, r1, k0, k1, origin, s1, s2):
+    """``sum(x - origin)`` and ``sum((x - origin)**2)`` of columns k0 to k1 over rows r0 to r1, of which the mask is; or
+    of dy, ``sum(dy)`` and ``sum(dy * (x - origin))``, with 0 for dy where it is not active."""
+    lanes = 4 if dy is None else 2
+    apart, block = rows_apart(x, width, r0, r1, lanes), ROW_BLOCK // lanes
     b1, b2, lost1, lost2, several = s1, s2, s1, s2, apart > block
     if several:
         b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
@@ -164,28 +174,12 @@ def column_sums(x, mask, width, r0, r1, k0, k1, origin, s1, s2):
             fill(total, 0.0)
     for r in range(0, max(1, apart), block):
         last = min(r + block, apart)
-        rest = r0 + 4 * apart if last == apart else r1
-        block_column_sums(x, mask, width, r0 + r, r0 + last, apart, rest, r1, k0, k1, origin, b1, b2)
-        if several:
-            add_compensated(s1, lost1, b1)
-            add_compensated(s2, lost2, b2)
-
-
-@njit(**EXACT)
-def column_gradient_sums(dy, x, active, mask, width, r0, r1, k0, k1, origin, s1, s2):
-    """``sum(dy)`` and ``sum(dy * (x - origin))`` of columns k0 to k1 over rows r0 to r1; dy is 0 where not active."""
-    apart = rows_apart(x, width, r0, r1, 2)
-    block = ROW_BLOCK // 2
-    b1, b2, lost1, lost2, several = s1, s2, s1, s2, apart > block
-    if several:
-        b1, b2, lost1, lost2 = np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0), np.empty(k1 - k0)
-        for total in (s1, s2, lost1, lost2):
-            fill(total, 0.0)
-    for r in range(0, max(1, apart), block):
-        last = min(r + block, apart)
-        rest = r0 + 2 * apart if last == apart else r1
-        rows = width, r0 + r, r0 + last, apart, rest, r1
-        block_column_gradient_sums(dy, x, active, mask, *rows, k0, k1, origin, b1, b2)
+        rest = r0 + lanes * apart if last == apart else r1
+        rows = width, r0, r0 + r, r0 + last, apart, rest, r1
+        if dy is None:
+            block_column_sums(x, mask, *rows, k0, k1, origin, b1, b2)
+        else:
+            block_column_gradient_sums(dy, x, active, mask, *rows, k0, k1, origin, b1, b2)
         if several:
             add_compensated(s1, lost1, b1)
             add_compensated(s2, lost2, b2)
@@ -209,15 +203,15 @@ def write_rows(x, y, residual, mask, floor, mean, shift, scale, bias, width, r0,
         x0, x1 = part_of(x, width, r, k0, k1), part_of(x, width, r + apart, k0, k1)
         y0, y1 = part_of(y, width, r, k0, k1), part_of(y, width, r + apart, k0, k1)
         a0, a1 = part_of(residual, width, r, k0, k1), part_of(residual, width, r + apart, k0, k1)
-        m0, m1 = at(mask, r), at(mask, r + apart)
+        m0, m1 = at(mask, r - r0), at(mask, r - r0 + apart)
         for k in range(len(x0)):
-            put_y(y0, k, x0[k], mean[k], at(shift, k), scale[k], bias[k], at(a0, k), floor, m0)
-            put_y(y1, k, x1[k], mean[k], at(shift, k), scale[k], bias[k], at(a1, k), floor, m1)
+            put_y(y0, k, x0[k], mean[k], at(shift, k), scale[k], bias[k], at(a0, k), floor, at(m0, k))
+            put_y(y1, k, x1[k], mean[k], at(shift, k), scale[k], bias[k], at(a1, k), floor, at(m1, k))
     for r in range(r0 + 2 * apart, r1):
         row, out = part_of(x, width, r, k0, k1), part_of(y, width, r, k0, k1)
-        residual_row, m = part_of(residual, width, r, k0, k1), at(mask, r)
+        residual_row, m = part_of(residual, width, r, k0, k1), at(mask, r - r0)
         for k in range(len(row)):
-            put_y(out, k, row[k], mean[k], at(shift, k), scale[k], bias[k], at(residual_row, k), floor, m)
+            put_y(out, k, row[k], mean[k], at(shift, k), scale[k], bias[k], at(residual_row, k), floor, at(m, k))
 
 
 @njit(**EXACT)
@@ -241,18 +235,18 @@ def write_dx(dy, x, active, mask, dx, dresidual, columns, shift, width, r0, r1, 
         dy0, dy1 = part_of(dy, width, r, k0, k1), part_of(dy, width, r + apart, k0, k1)
         a0, a1 = part_of(active, width, r, k0, k1), part_of(active, width, r + apart, k0, k1)
         out0, out1 = part_of(dresidual, width, r, k0, k1), part_of(dresidual, width, r + apart, k0, k1)
-        m0, m1 = at(mask, r), at(mask, r + apart)
+        m0, m1 = at(mask, r - r0), at(mask, r - r0 + apart)
         for k in range(len(x0)):
             g0, g1 = active_dy(dy0[k], at(a0, k)), active_dy(dy1[k], at(a1, k))
-            put_dx(dx0, out0, k, g0, x0[k], mean[k], at(shift, k), mean_dy[k], slope[k], scale[k], m0)
-            put_dx(dx1, out1, k, g1, x1[k], mean[k], at(shift, k), mean_dy[k], slope[k], scale[k], m1)
+            put_dx(dx0, out0, k, g0, x0[k], mean[k], at(shift, k), mean_dy[k], slope[k], scale[k], at(m0, k))
+            put_dx(dx1, out1, k, g1, x1[k], mean[k], at(shift, k), mean_dy[k], slope[k], scale[k], at(m1, k))
     for r in range(r0 + 2 * apart, r1):
         row, out, drow = part_of(x, width, r, k0, k1), part_of(dx, width, r, k0, k1), part_of(dy, width, r, k0, k1)
         arow, residual_row = part_of(active, width, r, k0, k1), part_of(dresidual, width, r, k0, k1)
-        m = at(mask, r)
+        m = at(mask, r - r0)
         for k in range(len(row)):
             g = active_dy(drow[k], at(arow, k))
-            put_dx(out, residual_row, k, g, row[k], mean[k], at(shift, k), mean_dy[k], slope[k], scale[k], m)
+            put_dx(out, residual_row, k, g, row[k], mean[k], at(shift, k), mean_dy[k], slope[k], scale[k], at(m, k))
 
 
 @njit(**EXACT)
@@ -262,24 +256,61 @@ def channels_of(k0, k1, width, inner, channels):
 
 
 @njit(**EXACT)
-def stripe_sums(x, mask, width, inner, r0, r1, k0, k1, columns, sums):
+def spread_mask(mask, width, inner, channels, r0, r1, k0, k1, out):
+    """Fills out with the mask's value for each value of rows r0 to r1 and columns k0 to k1; without a mask, nothing."""
+    if mask is not None:
+        whole, (c0, c1) = channels * inner, channels_of(k0, k1, width, inner, channels)
+        joined = max(1, width // whole)
+        # Numba counts who uses an array, and a slice is one more use, which takes 20 ns; not so of an address.
+        rows = carray(pointer(mask, out.ctypes.data), out.shape)
+        positions = carray(pointer(mask, mask.ctypes.data), mask.shape)
+        narrow = joined > 1 and whole < NARROW
+        if narrow:
+            position = np.empty(width, np.int64)
+            for k in range(width):
+                position[k] = k // whole * inner + k % inner
+        for r in range(r0, r1):
+            row, shown_here = rows[r - r0], positions[r * joined * inner : (r + 1) * joined * inner]
+            if joined > 1:
+                row = row[: len(shown_here) // inner * whole]
+            if are_alike(shown_here):
+                spread_over(shown_here[:1], row)
+            elif narrow:
+                for k in range(len(row)):
+                    row[k] = shown_here[position[k]]
+            else:
+                for n in range(len(shown_here) // inner):
+                    spread_over(shown_here[n * inner : (n + 1) * inner], row[n * whole : n * whole + (c1 - c0) * inner])
+
+
+@njit(**EXACT)
+def are_alike(values):
+    different = 0
+    for i in range(len(values)):
+        different += values[i] != values[0]
+    return different == 0
+
+
+@njit(**EXACT)
+def spread_over(values, out):
+    """Fills out with values, over and over."""
+    if len(values) == 1:
+        value = values[0]
+        for k in range(len(out)):
+            out[k] = value
+    else:
+        for first in range(0, len(out), len(values)):
+            part = out[first : first + len(values)]
+            for k in range(len(part)):
+                part[k] = values[k]
+
+
+@njit(**EXACT)
+def stripe_sums(dy, x, active, mask, width, inner, r0, r1, k0, k1, columns, sums):
     """`column_sums` with the origins spread in ``columns[0]``, gathered by channel into ``sums[0]`` and ``sums[1]``;
     ``columns[1]`` and ``columns[2]`` are scratch."""
     s1, s2 = columns[1][: k1 - k0], columns[2][: k1 - k0]
-    column_sums(x, mask, width, r0, r1, k0, k1, columns[0], s1, s2)
-    gather_both(s1, s2, width, inner, k0, k1, sums)
-
-
-@njit(**EXACT)
-def stripe_gradient_sums(dy, x, active, mask, width, inner, r0, r1, k0, k1, columns, sums):
-    """`column_gradient_sums` with the origins spread in ``columns[0]``, gathered by channel; as `stripe_sums`."""
-    s1, s2 = columns[1][: k1 - k0], columns[2][: k1 - k0]
-    column_gradient_sums(dy, x, active, mask, width, r0, r1, k0, k1, columns[0], s1, s2)
-    gather_both(s1, s2, width, inner, k0, k1, sums)
-
-
-@njit(**EXACT)
-def gather_both(s1, s2, width, inner, k0, k1, sums):
+    column_sums(dy, x, active, mask, width, r0, r1, k0, k1, columns[0], s1, s2)
     c0, c1 = channels_of(k0, k1, width, inner, sums.shape[1])
     gather(s1, (c1 - c0) * inner, inner, sums[0][c0:c1])
     gather(s2, (c1 - c0) * inner, inner, sums[1][c0:c1])
@@ -306,51 +337,52 @@ def spread_all(mean, shift, third, fourth, inner, k0, columns):
 
 
 @shared(**KERNEL)
-def train(tickets, x, y, residual, floor, eps, weight, bias, statistics, width, inner, panel):
-    """Panels of whole channels from statistics to y."""
+def train(tickets, x, y, residual, mask, floor, eps, weight, bias, count, statistics, width, inner, panel):
+    """Panels of whole channels, of which so many values count, from statistics to y."""
     mean, shift, scale = statistics[MEAN], shift_in(statistics, x), statistics[SCALE]
     channels, rows = len(mean), -(-len(x) // width)
-    count = len(x) // channels
-    sums, columns = np.empty((2, channels)), np.empty((4, panel))
-    shifts = if_given(shift, columns[1])
+    sums, columns, shown_here = np.empty((2, channels)), np.empty((4, panel)), room_for_mask(mask, rows, panel)
+    shifts, first_value = if_given(shift, columns[1]), first_shown(mask, channels, inner)
     first, last = begin(tickets)
     while first < last:
         for p in range(first, last):
             k0, k1 = p * panel, min((p + 1) * panel, width)
             c0, c1 = channels_of(k0, k1, width, inner, channels)
-            for c in range(c0, c1):
-                mean[c] = load(x[c * inner])
+            take_origins(x, first_value, inner, c0, c1, mean)
             spread(mean, inner, k0, columns[0])
-            stripe_sums(x, None, width, inner, 0, rows, k0, k1, columns, sums)
+            spread_mask(mask, width, inner, channels, 0, rows, k0, k1, shown_here)
+            stripe_sums(None, x, None, shown_here, width, inner, 0, rows, k0, k1, columns, sums)
             if shift is not None:
                 for c in range(c0, c1):
                     mean[c] += sums[0, c] / count
                 spread(mean, inner, k0, columns[0])
-                stripe_sums(x, None, width, inner, 0, rows, k0, k1, columns, sums)
+                stripe_sums(None, x, None, shown_here, width, inner, 0, rows, k0, k1, columns, sums)
             finish_statistics(c0, c1, count, sums, eps, weight, statistics, shift)
             spread_all(mean, shift, scale, bias, inner, k0, columns)
-            write_y(x, y, residual, None, floor, columns[0], shifts, columns[2], columns[3], width, 0, rows, k0, k1)
+            of_columns = columns[0], shifts, columns[2], columns[3]
+            write_y(x, y, residual, shown_here, floor, *of_columns, width, 0, rows, k0, k1)
         first, last = proceed(tickets, first, last)
 
 
 @shared(**KERNEL)
 def backward(
-    tickets, dy, x, active, dx, dresidual, count, eps, weight, mean, shift, var, gradients, width, inner, panel
+    tickets, dy, x, active, mask, dx, dresidual, count, eps, weight, mean, shift, var, gradients, width, inner, panel
 ):  # fmt: skip
     """The gradient of panels; count is 0 where the statistics are constants."""
     channels, rows = len(mean), -(-len(x) // width)
-    sums, columns = np.empty((2, channels)), np.empty((5, panel))
+    sums, columns, shown_here = np.empty((2, channels)), np.empty((5, panel)), room_for_mask(mask, rows, panel)
     shifts = if_given(shift, columns[1])
     first, last = begin(tickets)
     while first < last:
         for p in range(first, last):
             k0, k1 = p * panel, min((p + 1) * panel, width)
             spread(mean, inner, k0, columns[0])
-            stripe_gradient_sums(dy, x, active, None, width, inner, 0, rows, k0, k1, columns, sums)
+            spread_mask(mask, width, inner, channels, 0, rows, k0, k1, shown_here)
+            stripe_sums(dy, x, active, shown_here, width, inner, 0, rows, k0, k1, columns, sums)
             c0, c1 = channels_of(k0, k1, width, inner, channels)
             finish_gradients(c0, c1, count, sums, eps, weight, shift, var, gradients)
             spread_gradients(mean, shift, gradients, inner, k0, columns)
-            write_dx(dy, x, active, None, dx, dresidual, columns, shifts, width, 0, rows, k0, k1)
+            write_dx(dy, x, active, shown_here, dx, dresidual, columns, shifts, width, 0, rows, k0, k1)
         first, last = proceed(tickets, first, last)
 
 
@@ -366,9 +398,9 @@ def stripe_of(number, x, width, panel, stripe):
 
 
 @shared(**KERNEL)
-def sum_parts(tickets, x, mask, origin, partial, width, inner, panel, stripe):
+def sum_parts(tickets, dy, x, active, mask, origin, partial, width, inner, panel, stripe):
     """`stripe_sums` of stripes, each at its place in ``partial``, ``(2, stripes, C)``."""
-    sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
+    sums, columns, shown_here = np.empty((2, len(origin))), np.empty((3, panel)), room_for_mask(mask, stripe, panel)
     spread_for = -1
     first, last = begin(tickets)
     while first < last:
@@ -377,26 +409,8 @@ def sum_parts(tickets, x, mask, origin, partial, width, inner, panel, stripe):
             if p != spread_for:
                 spread(origin, inner, k0, columns[0])
                 spread_for = p
-            stripe_sums(x, mask, width, inner, r0, r1, k0, k1, columns, sums)
-            c0, c1 = channels_of(k0, k1, width, inner, len(origin))
-            for c in range(c0, c1):
-                partial[0, r0 // stripe, c], partial[1, r0 // stripe, c] = sums[0, c], sums[1, c]
-        first, last = proceed(tickets, first, last)
-
-
-@shared(**KERNEL)
-def gradient_sum_parts(tickets, dy, x, active, mask, origin, partial, width, inner, panel, stripe):
-    """`stripe_gradient_sums` of stripes, each at its place in ``partial``, ``(2, stripes, C)``."""
-    sums, columns = np.empty((2, len(origin))), np.empty((3, panel))
-    spread_for = -1
-    first, last = begin(tickets)
-    while first < last:
-        for number in range(first, last):
-            p, r0, r1, k0, k1 = stripe_of(number, x, width, panel, stripe)
-            if p != spread_for:
-                spread(origin, inner, k0, columns[0])
-                spread_for = p
-            stripe_gradient_sums(dy, x, active, mask, width, inner, r0, r1, k0, k1, columns, sums)
+            spread_mask(mask, width, inner, len(origin), r0, r1, k0, k1, shown_here)
+            stripe_sums(dy, x, active, shown_here, width, inner, r0, r1, k0, k1, columns, sums)
             c0, c1 = channels_of(k0, k1, width, inner, len(origin))
             for c in range(c0, c1):
                 partial[0, r0 // stripe, c], partial[1, r0 // stripe, c] = sums[0, c], sums[1, c]
@@ -408,7 +422,7 @@ def normalize_parts(
     tickets, x, y, residual, mask, floor, eps, weight, bias, mean, shift, var, width, inner, panel, stripe
 ):  # fmt: skip
     scale, columns, spread_for = scales_of(var, eps, weight), np.empty((4, panel)), -1
-    shifts = if_given(shift, columns[1])
+    shifts, shown_here = if_given(shift, columns[1]), room_for_mask(mask, stripe, panel)
     first, last = begin(tickets)
     while first < last:
         for number in range(first, last):
@@ -416,14 +430,16 @@ def normalize_parts(
             if p != spread_for:
                 spread_all(mean, shift, scale, bias, inner, k0, columns)
                 spread_for = p
-            write_y(x, y, residual, mask, floor, columns[0], shifts, columns[2], columns[3], width, r0, r1, k0, k1)
+            spread_mask(mask, width, inner, len(mean), r0, r1, k0, k1, shown_here)
+            of_columns = columns[0], shifts, columns[2], columns[3]
+            write_y(x, y, residual, shown_here, floor, *of_columns, width, r0, r1, k0, k1)
         first, last = proceed(tickets, first, last)
 
 
 @shared(**KERNEL)
 def gradient_parts(tickets, dy, x, active, mask, dx, dresidual, mean, shift, gradients, width, inner, panel, stripe):
     columns, spread_for = np.empty((5, panel)), -1
-    shifts = if_given(shift, columns[1])
+    shifts, shown_here = if_given(shift, columns[1]), room_for_mask(mask, stripe, panel)
     first, last = begin(tickets)
     while first < last:
         for number in range(first, last):
@@ -431,7 +447,8 @@ def gradient_parts(tickets, dy, x, active, mask, dx, dresidual, mean, shift, gra
             if p != spread_for:
                 spread_gradients(mean, shift, gradients, inner, k0, columns)
                 spread_for = p
-            write_dx(dy, x, active, mask, dx, dresidual, columns, shifts, width, r0, r1, k0, k1)
+            spread_mask(mask, width, inner, len(mean), r0, r1, k0, k1, shown_here)
+            write_dx(dy, x, active, shown_here, dx, dresidual, columns, shifts, width, r0, r1, k0, k1)
         first, last = proceed(tickets, first, last)
 
 

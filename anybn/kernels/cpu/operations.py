@@ -14,20 +14,19 @@ from typing import Any
 import numpy as np
 
 from anybn.core import formulas
-from anybn.core.call import Call, Gradients, Spec, Statistics, Update
+from anybn.core.call import Call, Gradients, Statistics, Update
 from anybn.core.formulas import Over
 from anybn.kernels.cpu import columns, rows, runs, values
-from anybn.kernels.cpu.plan import EVALUATED_RUN, RUN, Plan, plan_of, takes_mask
+from anybn.kernels.cpu.plan import BACKWARD_RUN, Plan, plan_of
 from anybn.kernels.cpu.sharing import ALONE, hands, note_wait, share
 from anybn.kernels.cpu.step import Steps, steps_of
 from anybn.kernels.cpu.step import evaluate as evaluate_in_one_step
+from anybn.kernels.cpu.step import statistics as statistics_in_one_step
 from anybn.kernels.cpu.values import DBIAS, DWEIGHT, M2, MEAN, MEAN_DY, SCALE, SHIFT, SLOPE, VAR
 from anybn.kernels.layout import (
     Layout,
-    as_float64,
     delivered,
     destination,
-    layout_of,
     lies_like,
     match_layouts,
     parameter,
@@ -47,24 +46,16 @@ def supports(dtype: np.dtype) -> bool:
 
 
 def takes(call: Call) -> bool:
-    """Whether there are kernels for the call's mask, if it has one: for one that all channels share."""
-    if call.mask is None:
-        return True
-    if call.mask.shape[call.spec.axis] != 1:
-        return call.x.shape[call.spec.axis] == 1
-    layout = layout_of(call.x, call.spec.axis) or layout_of(np.empty_like(call.x), call.spec.axis)
-    return layout is not None and takes_mask(layout)
+    """Whether there are kernels for the call's mask: for one that all channels share."""
+    return call.mask is None or call.mask.shape[call.spec.axis] == 1
 
 
-def _positions(call: Call, layout: Layout) -> np.ndarray | None:
-    """The mask in the order of memory, one value for all channels: ``(outer * inner,)``, not of x's size."""
-    mask, axis = call.mask, call.spec.axis
+def _positions(mask: np.ndarray | None, shape: tuple[int, ...], axis: int, order: tuple[int, ...]) -> np.ndarray | None:
+    """The mask in the order of memory, one value for all channels, which are on this axis of x."""
     if mask is None:
         return None
-    shape = tuple(1 if i == axis else size for i, size in enumerate(call.x.shape))
-    if mask.shape != shape:
-        mask = np.broadcast_to(mask, shape)
-    return np.array(mask.transpose(layout.order), order="C").reshape(-1)
+    wanted = (*shape[:axis], 1, *shape[axis + 1 :])
+    return np.array((mask if mask.shape == wanted else np.broadcast_to(mask, wanted)).transpose(order)).reshape(-1)
 
 
 # -- forward ---------------------------------------------------------------------------------------------------
@@ -73,16 +64,15 @@ def _positions(call: Call, layout: Layout) -> np.ndarray | None:
 def train(call: Call) -> tuple[np.ndarray, Statistics, tuple[np.ndarray, np.ndarray] | None]:
     """y, the statistics of x, and what running statistics become, if the call has some to update."""
     x, spec, weight, bias, residual, mask, _, update, out = call
-    if mask is not None:
-        statistics = batch_statistics(call)
-        return evaluate(call, statistics), statistics, None
     steps, x = _steps_on(x, spec.axis)
+    shown = _positions(mask, x.shape, spec.axis, steps.order)
     channels, y = x.shape[spec.axis], np.empty_like(x) if out is None else destination(x, out)
     rows, running, learning = np.empty((5, channels)), None, None
     if update is not None:
         running, learning = (np.array(update.running_mean), np.array(update.running_var)), update[2:]
     waited = steps.train(
         learning,
+        shown,
         None,
         None,
         x.ravel("K"),
@@ -101,9 +91,13 @@ def train(call: Call) -> tuple[np.ndarray, Statistics, tuple[np.ndarray, np.ndar
     )
     if waited:
         note_wait(waited)
-    shift = rows[SHIFT] if x.dtype == _FLOAT64 else None
-    statistics = Statistics(x.size // channels, rows[MEAN], shift, rows[VAR], rows[M2])
-    return y if out is None else delivered(y, out), statistics, running
+    return y if out is None else delivered(y, out), _statistics_of_rows(rows, x, shown), running
+
+
+def _statistics_of_rows(rows: np.ndarray, x: np.ndarray, shown: np.ndarray | None) -> Statistics:
+    """Of the rows that a step has filled."""
+    count = x.size // rows.shape[1] if shown is None else int(np.count_nonzero(shown))
+    return Statistics(count, rows[MEAN], rows[SHIFT] if x.dtype == _FLOAT64 else None, rows[VAR], rows[M2])
 
 
 def _steps_on(x: np.ndarray, axis: int) -> tuple[Steps, np.ndarray]:
@@ -125,42 +119,22 @@ def _parameter(values: np.ndarray | None) -> np.ndarray | None:
 
 def batch_statistics(call: Call) -> Statistics:
     """Mean and variance of every channel."""
-    layout, x, _ = match_layouts(call.x, call.spec.axis)
-    mask, count, first = _positions(call, layout), layout.outer * layout.inner, 0
-    plan = plan_of(layout, x.itemsize, 1, masked=mask is not None)
-    x = layout.flat(x)
-
-    def sums(origin: np.ndarray) -> Any:
-        return _summed(plan, _KERNELS[plan.kernels].sum_parts, x, mask, origin)
-
-    if mask is not None:
-        count = int(np.count_nonzero(mask))
-        outer, inner = divmod(int(mask.argmax()), layout.inner)
-        first = outer * layout.channels * layout.inner + inner
-    with np.errstate(all="ignore"):
-        origin = as_float64(x[first : first + plan.first.stop - plan.first.step + 1 : plan.first.step])
-        if not count:
-            origin = np.zeros_like(origin)
-        statistics = formulas.statistics_of_sums(sums, origin, max(count, 1), x.dtype != np.float64)
-        return statistics._replace(count=count)
-
-
-def _summed(plan: Plan, kernel: Any, *arguments: Any) -> np.ndarray:
-    """What a kernel sums over parts, per channel."""
-    partial, sums = np.empty(plan.partial), np.empty((2, plan.partial[2]))
-    share(kernel, *plan.parts, *arguments, partial, *plan.of_part)
-    _KERNELS[plan.kernels].merge_parts(partial, sums)
-    return sums
+    steps, x = _steps_on(call.x, call.spec.axis)
+    shown, rows = _positions(call.mask, x.shape, call.spec.axis, steps.order), np.empty((5, x.shape[call.spec.axis]))
+    waited = statistics_in_one_step(shown, x.ravel("K"), rows, ALONE if steps.alone else hands(), *steps.of_statistics)
+    if waited:
+        note_wait(waited)
+    return _statistics_of_rows(rows, x, shown)
 
 
 def evaluate(call: Call, statistics: Statistics) -> np.ndarray:
     """y with given statistics."""
     x, spec, weight, bias, residual, mask, _, _, out = call
-    if mask is not None or statistics.shift is not None:
-        return _evaluate_in_parts(call, statistics)
     steps, x = _steps_on(x, spec.axis)
-    y = np.empty_like(x) if out is None else destination(x, out)
+    y, shift = np.empty_like(x) if out is None else destination(x, out), statistics.shift
     waited = evaluate_in_one_step(
+        None if shift is None else np.array(shift),
+        _positions(mask, x.shape, spec.axis, steps.order),
         None,
         None,
         x.ravel("K"),
@@ -222,33 +196,10 @@ def evaluate_at_once(
     size, last = known
     y = _empty_like(x)
     evaluate_in_one_step(
-        None, None, x.ravel("K"), y.ravel("K"), None, weight, bias, mean.copy(), var.copy(),
+        None, None, None, None, x.ravel("K"), y.ravel("K"), None, weight, bias, mean.copy(), var.copy(),
         size, channels, 0.0 if relu else _NO_FLOOR, eps, None, ALONE, *last,
     )  # fmt: skip
     return y
-
-
-def _evaluate_in_parts(call: Call, statistics: Statistics) -> np.ndarray:
-    x, spec, weight, bias, residual, _, _, _, out = call
-    layout, x, (residual,) = match_layouts(x, spec.axis, residual)
-    mask = _positions(call, layout)
-    plan = plan_of(layout, x.itemsize, 1, EVALUATED_RUN, mask is not None)
-    y = destination(x, out)
-    arrays = (layout.flat(x), layout.flat(y), None if residual is None else layout.flat(residual), mask, _floor(spec))
-    parameters = (spec.eps, parameter(weight, layout.channels, 1.0), parameter(bias, layout.channels, 0.0))
-    kernel = _KERNELS[plan.kernels].normalize_parts
-    share(kernel, *plan.parts, *arrays, *parameters, *_writable(statistics), *plan.of_part)
-    return delivered(y, out)
-
-
-def _floor(spec: Spec) -> float:
-    """What y is at least."""
-    return 0.0 if spec.relu else _NO_FLOOR
-
-
-def _writable(statistics: Statistics) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Mean, shift and variance; a state's are read-only, for which Numba would compile another version."""
-    return np.array(statistics.mean), statistics.shift, np.array(statistics.var)
 
 
 # -- backward --------------------------------------------------------------------------------------------------
@@ -263,7 +214,7 @@ def gradients(
     over: Over | None = None,
 ) -> Gradients:
     """See `anybn.core.formulas.gradients`; weight's and bias's in float64. active may be y itself, after a relu."""
-    if over is None and call.mask is None and (rows := _rows_of(statistics)) is not None:
+    if over is None and (rows := _rows_of(statistics)) is not None:
         return _gradients_in_one_step(call, rows, dy, active, wants_residual)
     layout, x, inputs = _inputs(call, dy, active)
     plan, dx = _backward_plan(call, layout), np.empty_like(x)
@@ -271,12 +222,8 @@ def gradients(
     if wants_residual and not (active is None and call.mask is None):
         dresidual = np.empty_like(x)
     outputs = (layout.flat(dx), None if dresidual is None or dresidual is dy else layout.flat(dresidual))
-    if statistics.count is None:
-        count = 0
-    else:
-        count = layout.outer * layout.inner if call.mask is None else max(int(statistics.count), 1)
     mean, shift, var = _writable(statistics)
-    found = _summed_gradients(plan, inputs, call, mean, shift, var, 0 if over else count)
+    found = _summed_gradients(plan, inputs, call, mean, shift, var)
     if over is not None:
         with np.errstate(all="ignore"):
             sum_dy, sum_dy_xhat = over(found[DBIAS], found[DWEIGHT])
@@ -306,8 +253,10 @@ def _gradients_in_one_step(
     axis, weight = call.spec.axis, call.weight
     steps, x = _steps_on(call.x, axis)
     dx, dweight, dbias = np.empty_like(x), np.empty(x.shape[axis]), np.empty(x.shape[axis])
-    dresidual = np.empty_like(x) if wants_residual and active is not None else None
+    hides = active is not None or call.mask is not None
+    dresidual = np.empty_like(x) if wants_residual and hides else None
     waited = steps.backward(
+        _positions(call.mask, x.shape, axis, steps.order),
         None,
         None,
         lies_like(x, steps.order, dy).ravel("K"),
@@ -335,7 +284,7 @@ def gradient_sums(
 ) -> tuple[np.ndarray, np.ndarray]:
     """``sum(dy)`` and ``sum(dy * xhat)`` per channel, of a part of an array."""
     layout, _, inputs = _inputs(call, dy, active)
-    found = _summed_gradients(_backward_plan(call, layout), inputs, call, *_writable(statistics), 0)
+    found = _summed_gradients(_backward_plan(call, layout), inputs, call, *_writable(statistics))
     return found[DBIAS], found[DWEIGHT]
 
 
@@ -364,26 +313,28 @@ def _inputs(call: Call, dy: np.ndarray, active: np.ndarray | None) -> tuple[Layo
     layout, x, (dy_like, active) = match_layouts(call.x, call.spec.axis, dy, active)
     assert dy_like is not None
     active = None if active is None else layout.flat(active)
-    return layout, x, (layout.flat(dy_like), layout.flat(x), active, _positions(call, layout))
+    shown = _positions(call.mask, x.shape, call.spec.axis, layout.order)
+    return layout, x, (layout.flat(dy_like), layout.flat(x), active, shown)
 
 
 def _backward_plan(call: Call, layout: Layout) -> Plan:
-    return plan_of(layout, call.x.itemsize, 2, RUN, call.mask is not None)
+    return plan_of(layout, call.x.itemsize, 2, BACKWARD_RUN)
+
+
+def _writable(statistics: Statistics) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Mean, shift and variance; a state's are read-only, for which Numba would compile another version."""
+    return np.array(statistics.mean), statistics.shift, np.array(statistics.var)
 
 
 def _summed_gradients(
-    plan: Plan,
-    inputs: tuple[Any, ...],
-    call: Call,
-    mean: np.ndarray,
-    shift: np.ndarray | None,
-    var: np.ndarray,
-    count: int,
+    plan: Plan, inputs: tuple[Any, ...], call: Call, mean: np.ndarray, shift: np.ndarray | None, var: np.ndarray
 ) -> np.ndarray:
-    """See `values.finish_gradients`."""
+    """See `values.finish_gradients`; as for constant statistics."""
     found, weight = np.empty((5, len(mean))), parameter(call.weight, len(mean), 1.0)
-    sums = _summed(plan, _KERNELS[plan.kernels].gradient_sum_parts, *inputs, mean)
-    values.finish_all_gradients(count, sums, call.spec.eps, weight, shift, var, found)
+    partial, sums = np.empty(plan.partial), np.empty((2, len(mean)))
+    share(_KERNELS[plan.kernels].sum_parts, *plan.parts, *inputs, mean, partial, *plan.of_part)
+    _KERNELS[plan.kernels].merge_parts(partial, sums)
+    values.finish_all_gradients(0, sums, call.spec.eps, weight, shift, var, found)
     return found
 
 

@@ -10,8 +10,9 @@ autograd's graph, which torch makes, runs and frees by itself.
 
 - ``running_mean``: a layer's state, int64: `MAGIC`, then what ``_cdata`` says of its running mean and variance;
 - ``exponential_average_factor``: `TRAINS` and `RELUS`, added up; ``training`` is True, for the derivative's sake;
-- the results: y, y again after a relu, nothing, the rows that `step.train` or `step.evaluate` fills. The derivative
-  keeps the last three; it copies the last, which has to be there, where the graph is to be used again.
+- the results: y, y again after a relu, nothing, the rows that `step.train` or `step.evaluate` fills, unless an
+  evaluation is not recorded. The derivative keeps the last three; it copies the last, which has to be there, where the
+  graph is to be used again.
 
 ``aten::_scaled_dot_product_efficient_attention``, whose derivative is of four tensors, takes one with a residual:
 
@@ -77,24 +78,27 @@ def _normalize(x, residual, weight, bias, state, trains, relu, eps, made):
         return False
     plan, call = carray(integers(address), (PLAN,)), np.zeros(CALL, np.int64)
     channels, dtype = plan[prepared.CHANNELS], plan[prepared.WEIGHT_DTYPE]
-    kernel = plan[prepared.TRAIN] if trains else plan[prepared.EVALUATE]
+    kernel, records = plan[prepared.TRAIN] if trains else plan[prepared.EVALUATE], abi.grad_mode()
     call[prepared.X], call[prepared.RESIDUAL] = abi.data_of(x), abi.data_in(residual, plan) if residual else 0
     call[prepared.WEIGHT] = abi.data_in_order(weight, dtype, 0, channels)
     call[prepared.BIAS] = abi.data_in_order(bias, dtype, 0, channels)
     carray(doubles(call.ctypes.data), (CALL,))[prepared.EPS] = eps
     if (
         kernel == 0
-        or (plan[prepared.DIFFERENTIATE] == 0 and abi.grad_mode())
+        or (plan[prepared.DIFFERENTIATE] == 0 and records)
         or call[prepared.X] == 0
         or (residual and call[prepared.RESIDUAL] == 0)
         or call[prepared.WEIGHT] == 0
         or call[prepared.BIAS] == 0
         or not _fill_in_state(state, channels, call)
         or not abi.new_in(plan, made.ctypes.data)
-        or not abi.new_in_order(context()[prepared.FLOAT64], 5 if trains else 2, channels, made[1:].ctypes.data)
     ):
         return False
-    call[prepared.Y], call[prepared.ROWS] = abi.data_of(made[0]), abi.data_of(made[1])
+    if trains or records:  # else nobody reads the rows
+        if not abi.new_in_order(context()[prepared.FLOAT64], 5 if trains else 2, channels, made[1:].ctypes.data):
+            return False
+        call[prepared.ROWS] = abi.data_of(made[1])
+    call[prepared.Y] = abi.data_of(made[0])
     return prepared.run(kernel, call)
 
 
@@ -105,7 +109,7 @@ def _give(stack, made, done, at_rows):
     for i in range(4):
         abi.new_undefined(results[i:].ctypes.data)
     for i, at in ((0, 0), (1, at_rows)):
-        if done:
+        if done and made[i] != 0:
             abi.delete(results[at])
             results[at] = made[i]
         else:
@@ -197,12 +201,6 @@ def _leave_to(name, given):
             abi.new_in_order(context()[prepared.FLOAT64], 0, 0, given[i:].ctypes.data)
 
 
-@njit(**EXACT)
-def _copy(source, to):  # ``to[:] = source`` takes half a second to compile
-    for i in range(len(to)):
-        to[i] = source[i]
-
-
 def _backward(stack, _inputs, _outputs):
     """`BACKWARD`"""
     given, made = carray(integers(stack), (7,)).copy(), np.zeros(4, np.int64)
@@ -215,8 +213,8 @@ def _backward(stack, _inputs, _outputs):
             abi.drop(made[i])
         given[4] = abi.as_optional(given[4])
         _leave_to(prepared.RECORDED_NAME, given)
-        _copy(given, made)
-    _copy(made, carray(integers(stack), (4,)))
+        prepared.copy_words(given, made)
+    prepared.copy_words(made, carray(integers(stack), (4,)))
 
 
 @njit(**EXACT)
@@ -236,7 +234,7 @@ def _backward_of_forward(stack, _inputs, _outputs):
         abi.drop(given[i])
     found = _gradients(given[1], given[0], given[2], given[8], abi.defined(given[5]), 0, given[7])
     abi.drop(found[3])
-    _copy(found, results)
+    prepared.copy_words(found, results)
 
 
 def _backward_of_forward_adding(stack, _inputs, _outputs):

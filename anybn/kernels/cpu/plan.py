@@ -21,15 +21,17 @@ CACHE = 1 << 20
 #: Bytes that the cache of all cores is trusted with. In it, two passes in the order of memory take half the time of one
 #: channel after the other, whose runs lie apart: each of them begins with a wait for memory.
 SHARED_CACHE = 1 << 26
-#: Values of a channel side by side from which the kernels go run by run; shorter runs are columns. Training by runs of
-#: 196 values, (32, 256, 14, 14), takes 20 % longer than by columns.
-RUN = 256
-#: The same for evaluation, which sums nothing: 119 us by runs and 136 by columns on (32, 256, 14, 14); 0.70 ms and 1.11
-#: on (32, 1024, 14, 14), which the cores' own caches do not hold.
-EVALUATED_RUN = 128
-#: The same with a mask, whose runs are those of the channels. The sums of a run, 16 bytes, are kept until they are
-#: merged: at this length they take a quarter of what float32 values take.
-MASKED_RUN = 16
+#: Values of a channel side by side from which the kernels go run by run, forward in training; shorter runs are
+#: columns. Right after a convolution in ResNet-50, (8, 512, 14, 14) takes 320 us by runs and 410 by columns;
+#: (8, 256, 7, 7) takes 240 and 205, since a run of 49 values leaves 17 for a loop without vectors.
+RUN = 64
+#: The same backward: (8, 512, 14, 14) takes 340 us by runs and 550 by columns, (8, 1024, 7, 7) 300 and 320,
+#: (8, 1152, 4, 4) 265 and 175.
+BACKWARD_RUN = 32
+#: The same for evaluation, which sums nothing, and goes by runs in the order of memory, as the operation before: each
+#: thread finds what it wrote in its own cache. (8, 256, 7, 7) takes 100 us by runs and 150 by columns, (8, 1152, 4, 4)
+#: 69 and 71.
+EVALUATED_RUN = 16
 #: Columns gone through at once: mean, scale and bias, 24 KB, fit the innermost cache beside one array. Backward reads
 #: two arrays, and its joined rows are half as wide: (32, 28, 28, 128) takes 1.10 ms in place of 1.34.
 WIDTH = 1024
@@ -37,6 +39,8 @@ WIDTH = 1024
 #: that it wrote in the operation before: panels this wide, in stripes of some rows, are read from there. Narrow panels
 #: over all rows would be read once in place of twice, but half of each from another thread's cache.
 PANEL = 2048
+#: Values of a row that take a mask one by one, by their places in it; a longer row is filled for each of them.
+NARROW = 32
 #: Values of one parameter side by side, in a row, from which they get a loop of their own; fewer get a copy of the
 #: parameter each. With 64 in place of 32, the copies crowded the cache as soon as two threads shared it.
 ROW_RUN = 32
@@ -91,8 +95,6 @@ class Plan(NamedTuple):
 
     kernels: Literal["runs", "columns"]
     """the module whose kernels to use; both have the same names"""
-    first: slice
-    """one value of each channel in flat memory"""
     fits: bool
     """whether what a task reads stays in the cache; if not, the array is read in parts, for its sums and again for y"""
     tasks: tuple[int, int]
@@ -107,17 +109,9 @@ class Plan(NamedTuple):
     """shape of the parts' sums"""
 
 
-def takes_mask(layout: Layout) -> bool:
-    """Whether the kernels take a mask of positions on this layout: one value of it stands for a row of all channels, or
-    one run of it for a run of each channel."""
-    return layout.inner == 1 or layout.inner >= MASKED_RUN
-
-
 @functools.lru_cache(maxsize=1024)
-def plan_of(layout: Layout, itemsize: int, arrays: int, run: int = RUN, masked: bool = False) -> Plan:
-    """The plan for arrays of this layout, so many of which are read; with a mask, in parts alone."""
-    if masked:
-        run = MASKED_RUN
+def plan_of(layout: Layout, itemsize: int, arrays: int, run: int) -> Plan:
+    """The plan for arrays of this layout, so many of which are read; runs are taken as such from this length on."""
     outer, channels, inner = layout.outer, layout.channels, layout.inner
     values, whole = outer * channels * inner, channels * inner
     nbytes = values * itemsize * arrays
@@ -127,7 +121,6 @@ def plan_of(layout: Layout, itemsize: int, arrays: int, run: int = RUN, masked: 
         group = max(1, min(CACHE // 2 // of_channel, channels // CLAIMS))
         return Plan(
             "runs",
-            first=slice(0, whole, inner),
             fits=of_channel <= CACHE and not CACHE < nbytes <= SHARED_CACHE,
             tasks=_claims(-(-channels // group), nbytes),
             of_task=(inner, group),
@@ -135,7 +128,7 @@ def plan_of(layout: Layout, itemsize: int, arrays: int, run: int = RUN, masked: 
             of_part=(inner, segments),
             partial=(2, outer, channels, segments),
         )
-    joined = 1 if masked else max(1, min(WIDTH // arrays // whole, outer))
+    joined = max(1, min(WIDTH // arrays // whole, outer))
     width, rows = joined * whole, -(-outer // joined)
     unit = width if joined > 1 else inner  # columns that hold channels whole
     units = width // unit
@@ -147,7 +140,6 @@ def plan_of(layout: Layout, itemsize: int, arrays: int, run: int = RUN, masked: 
     stripes = -(-rows // stripe)
     return Plan(
         "columns",
-        first=slice(0, whole, inner),
         fits=nbytes <= ONE_THREAD or (stripes == 1 and rows * columns * itemsize * arrays <= CACHE // 4),
         tasks=_claims(panels, nbytes),
         of_task=(width, inner, columns),

@@ -17,7 +17,7 @@ from numba import carray, njit, types
 from anybn.kernels.cpu import sharing, step, threads
 from anybn.kernels.cpu import torch_abi as abi
 from anybn.kernels.cpu.cached import cached
-from anybn.kernels.cpu.primitives import address_of, doubles, integers, invoke, nanoseconds, outlined, pointer
+from anybn.kernels.cpu.primitives import address_of, by_types, doubles, integers, invoke, nanoseconds, outlined, pointer
 from anybn.kernels.cpu.values import EXACT, if_given
 
 #: Addresses that compiled code finds under one name: of the buckets of plans, `threads.limit`, `sharing.team` and the
@@ -108,68 +108,55 @@ _gradients = njit(**EXACT)(step.backward.py_func)
 _gradients_in_parts = njit(**EXACT)(step.backward_in_parts.py_func)
 
 
+@by_types
+def _forward(trains, last, *arguments):
+    """A step of training, by the last arguments that a plan has for it; of evaluation where trains is None."""
+    if isinstance(trains, types.NoneType):
+        return lambda trains, last, *arguments: _evaluate(None, None, *(arguments + last))
+    chosen = _train if len(last) == 2 else _train_in_parts
+    return lambda trains, last, *arguments: chosen(None, None, *(arguments + last))
+
+
+@by_types
+def _backward(last, *arguments):
+    chosen = _gradients if len(last) == 2 else _gradients_in_parts
+    return lambda last, *arguments: chosen(None, *(arguments + last))
+
+
 @njit(**EXACT)
-def _forward_arguments(like_x, like_weight, residual, size, channels, floor, count, call):
-    """All but the last arguments, with so many rows of statistics."""
+def _rows_at(address, count, channels):
+    """Those that a call keeps for its backward pass, or, where it has none, room for as many."""
+    return carray(doubles(address), (count, channels)) if address != 0 else np.empty((count, channels))
+
+
+@njit(**EXACT)
+def _forward_call(like_x, like_weight, trains, residual, size, channels, floor, last, call):
     c, numbers = carray(integers(call), (CALL,)), carray(doubles(call), (CALL,))
-    rows, hands = carray(doubles(c[ROWS]), (count, channels)), (c[THREADS], c[OPENMP], 0)
-    arrays = like_x, like_weight, c[X], c[Y], if_given(residual, c[RESIDUAL])
-    return (*arrays, c[WEIGHT], c[BIAS], c[MEAN], c[VAR], size, channels, floor, numbers[EPS], rows, hands)
-
-
-@njit(**EXACT)
-def _backward_arguments(like_x, like_weight, y, residual, size, channels, call):
-    c, numbers = carray(integers(call), (CALL,)), carray(doubles(call), (CALL,))
-    rows, hands = carray(doubles(c[ROWS]), (c[ROW_COUNT], channels)), (c[THREADS], c[OPENMP], 0)
-    arrays = like_x, like_weight, c[DY], c[X], if_given(y, c[Y]), c[DX], if_given(residual, c[DRESIDUAL])
-    return (*arrays, c[WEIGHT], c[DWEIGHT], c[DBIAS], size, channels, numbers[EPS], rows, hands)
-
-
-@njit(**EXACT)
-def _finish(call, waited):
-    carray(integers(call), (CALL,))[WAITED] = waited
-
-
-@njit(**EXACT)
-def _train_call(like_x, like_weight, residual, size, channels, floor, last, call):
-    arguments = _forward_arguments(like_x, like_weight, residual, size, channels, floor, 5, call)
-    _finish(call, _train(None, *(arguments + last)))
-
-
-@njit(**EXACT)
-def _train_in_parts_call(like_x, like_weight, residual, size, channels, floor, last, call):
-    arguments = _forward_arguments(like_x, like_weight, residual, size, channels, floor, 5, call)
-    _finish(call, _train_in_parts(None, *(arguments + last)))
-
-
-@njit(**EXACT)
-def _evaluate_call(like_x, like_weight, residual, size, channels, floor, last, call):
-    arguments = _forward_arguments(like_x, like_weight, residual, size, channels, floor, 2, call)
-    _finish(call, _evaluate(*(arguments + last)))
+    rows, hands = _rows_at(c[ROWS], 2 if trains is None else 5, channels), (c[THREADS], c[OPENMP], 0)
+    arrays = like_x, like_weight, c[X], c[Y], if_given(residual, c[RESIDUAL]), c[WEIGHT], c[BIAS], c[MEAN], c[VAR]
+    options = size, channels, floor, numbers[EPS], rows, hands
+    c[WAITED] = _forward(trains, last, *(arrays + options))
 
 
 @njit(**EXACT)
 def _backward_call(like_x, like_weight, y, residual, size, channels, last, call):
-    arguments = _backward_arguments(like_x, like_weight, y, residual, size, channels, call)
-    _finish(call, _gradients(*(arguments + last)))
+    c, numbers = carray(integers(call), (CALL,)), carray(doubles(call), (CALL,))
+    rows, hands = _rows_at(c[ROWS], c[ROW_COUNT], channels), (c[THREADS], c[OPENMP], 0)
+    arrays = like_x, like_weight, c[DY], c[X], if_given(y, c[Y]), c[DX], if_given(residual, c[DRESIDUAL])
+    of_parameters = c[WEIGHT], c[DWEIGHT], c[DBIAS], size, channels, numbers[EPS], rows, hands
+    c[WAITED] = _backward(last, *(arrays + of_parameters))
 
 
 @njit(**EXACT)
-def _backward_in_parts_call(like_x, like_weight, y, residual, size, channels, last, call):
-    arguments = _backward_arguments(like_x, like_weight, y, residual, size, channels, call)
-    _finish(call, _gradients_in_parts(*(arguments + last)))
-
-
-@njit(**EXACT)
-def _copy_words(source, to):  # ``to[:] = source`` takes half a second to compile
-    for i in range(len(source)):
+def copy_words(source, to):  # ``to[:] = source`` takes half a second to compile
+    for i in range(min(len(source), len(to))):
         to[i] = source[i]
 
 
 @njit(**EXACT)
 def _keep(function, data, size, out):
     words, out[0], out[1] = carray(integers(data), (size // 8,)), function, size // 8
-    _copy_words(words, out[2:])
+    copy_words(words, out[2:])
 
 
 @njit(**EXACT)
@@ -179,34 +166,16 @@ def _bare(like):
 
 
 @cached()
-def _keep_train(out, like_x, like_weight, residual, size, channels, floor, last):
+def _keep_forward(out, like_x, like_weight, trains, residual, size, channels, floor, last):
     """Leaves in out what `run` takes the address of."""
-    given = _bare(like_x), _bare(like_weight), residual, size, channels, floor, last, 0
-    _keep(*outlined(_train_call, given), out)
-
-
-@cached()
-def _keep_train_in_parts(out, like_x, like_weight, residual, size, channels, floor, last):
-    given = _bare(like_x), _bare(like_weight), residual, size, channels, floor, last, 0
-    _keep(*outlined(_train_in_parts_call, given), out)
-
-
-@cached()
-def _keep_evaluate(out, like_x, like_weight, residual, size, channels, floor, last):
-    given = _bare(like_x), _bare(like_weight), residual, size, channels, floor, last, 0
-    _keep(*outlined(_evaluate_call, given), out)
+    given = _bare(like_x), _bare(like_weight), trains, residual, size, channels, floor, last, 0
+    _keep(*outlined(_forward_call, given), out)
 
 
 @cached()
 def _keep_backward(out, like_x, like_weight, y, residual, size, channels, last):
     given = _bare(like_x), _bare(like_weight), y, residual, size, channels, last, 0
     _keep(*outlined(_backward_call, given), out)
-
-
-@cached()
-def _keep_backward_in_parts(out, like_x, like_weight, y, residual, size, channels, last):
-    given = _bare(like_x), _bare(like_weight), y, residual, size, channels, last, 0
-    _keep(*outlined(_backward_in_parts_call, given), out)
 
 
 # -- in Python -------------------------------------------------------------------------------------------------
@@ -256,16 +225,14 @@ def prepare(
         _add(new)
         plan = _plans[key] = new
     relu, adds = follows & RELU, follows & ADDS
-    options = (*examples, 0 if adds else None, size, channels, 0.0 if relu else -math.inf)
+    options = 0 if adds else None, size, channels, 0.0 if relu else -math.inf
     if trains and not plan[TRAIN]:
-        keep = _keep_train if steps.train is step.train else _keep_train_in_parts
-        plan[TRAIN] = _compiled(keep, *options, steps.of_train)
+        plan[TRAIN] = _compiled(_keep_forward, *examples, 0, *options, steps.of_train)
     if not trains and not plan[EVALUATE]:
-        plan[EVALUATE] = _compiled(_keep_evaluate, *options, steps.of_evaluate)
+        plan[EVALUATE] = _compiled(_keep_forward, *examples, None, *options, steps.of_evaluate)
     if records and not plan[DIFFERENTIATE]:
-        keep = _keep_backward if steps.backward is step.backward else _keep_backward_in_parts
         masks = 0 if relu else None, 0 if relu and adds else None  # without a relu, dy is the residual's gradient
-        plan[DIFFERENTIATE] = _compiled(keep, *examples, *masks, size, channels, steps.of_backward)
+        plan[DIFFERENTIATE] = _compiled(_keep_backward, *examples, *masks, size, channels, steps.of_backward)
     return True
 
 

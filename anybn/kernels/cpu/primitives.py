@@ -7,6 +7,7 @@ functions.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.core.compiler import compile_internal
 from numba.core.targetconfig import ConfigStack
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from anybn.kernels.cpu.threads import HAS_ENVIRONMENT
 
@@ -28,6 +29,22 @@ _FUNCTION = ir.FunctionType(_VOID, [_POINTER])
 _PARALLEL = ir.FunctionType(_VOID, [_FUNCTION.as_pointer(), _POINTER, _I32, _I32])
 
 sched_yield = types.ExternalFunction("sched_yield", types.int32()) if hasattr(os, "sched_yield") else njit(lambda: 0)
+
+
+def by_types(choose=None, *, inline=False):
+    """Makes a function for compiled code, which is what ``choose`` returns for the types of its arguments; a decorator.
+
+    inline: whether Numba puts it into its caller, which finds a None, or its absence, only then.
+    """
+    if choose is None:
+        return functools.partial(by_types, inline=inline)
+
+    @functools.wraps(choose)
+    def function(*_):
+        raise NotImplementedError("for compiled code alone")
+
+    overload(function, inline="always" if inline else "never")(choose)
+    return function
 
 
 def _element(context, builder, kind, array, index):

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, njit, types
-from numba.extending import overload
 
 from anybn.kernels.cpu import columns, runs
 from anybn.kernels.cpu.cached import cached
-from anybn.kernels.cpu.plan import EVALUATED_RUN, Plan, plan_of
-from anybn.kernels.cpu.primitives import doubles, integers, pointer
+from anybn.kernels.cpu.plan import BACKWARD_RUN, EVALUATED_RUN, RUN, Plan, plan_of
+from anybn.kernels.cpu.primitives import by_types, doubles, integers, pointer
 from anybn.kernels.cpu.sharing import ALONE, WAITED, hands, tickets_of
 from anybn.kernels.cpu.sharing import note_wait as note_wait  # for who calls a step
 from anybn.kernels.cpu.values import (
@@ -36,9 +35,12 @@ from anybn.kernels.cpu.values import (
     fill,
     finish_all_gradients,
     finish_statistics,
+    first_shown,
     load,
     shift_in,
+    shown_count,
     store,
+    take_origins,
     update_running,
 )
 from anybn.kernels.layout import layout_of_strides
@@ -49,13 +51,9 @@ _COMPILED = {"nogil": True, "error_model": "numpy"}
 # -- addresses -------------------------------------------------------------------------------------------------
 
 
+@by_types(inline=True)
 def array_at(like, address, size):
     """So many values of like's dtype; what is no address but None or an array, as it is."""
-    raise NotImplementedError
-
-
-@overload(array_at, inline="always")
-def _array_at(like, address, size):
     if isinstance(address, types.NoneType):
         return lambda like, address, size: None
     if isinstance(address, types.Array):
@@ -92,13 +90,9 @@ def overlap(a, a_bytes, b, b_bytes):
     return a < b + b_bytes and b < a + a_bytes
 
 
+@by_types
 def shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
     """Whether x lies on anything of the state; of arrays, NumPy has said that it does not."""
-    raise NotImplementedError
-
-
-@overload(shares_memory)
-def _shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
     if isinstance(x, types.Array):
         return lambda like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels: False
 
@@ -120,28 +114,20 @@ def _shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, run
 def _of_either(name):
     """A kernel of `runs` or of `columns`, by the last arguments that a plan has for it, which come first here."""
 
+    @by_types
     def kernel(last, *arguments):
-        raise NotImplementedError
-
-    @overload(kernel)
-    def _kernel(last, *arguments):
         chosen = getattr(runs if len(last) == 2 else columns, name)
         return lambda last, *arguments: chosen(*(arguments + last))
 
     return kernel
 
 
-_train, _backward = _of_either("train"), _of_either("backward")
-_sum_parts, _gradient_sum_parts = _of_either("sum_parts"), _of_either("gradient_sum_parts")
+_train, _backward, _sum_parts = _of_either("train"), _of_either("backward"), _of_either("sum_parts")
 _normalize_parts, _gradient_parts = _of_either("normalize_parts"), _of_either("gradient_parts")
 
 
+@by_types
 def _merge_parts(partial, sums):
-    raise NotImplementedError
-
-
-@overload(_merge_parts)
-def _merge_parts_of_either(partial, sums):
     chosen = runs.merge_parts if partial.ndim == 4 else columns.merge_parts
     return lambda partial, sums: chosen(partial, sums)
 
@@ -157,54 +143,71 @@ def learn(learning, x, statistics, count, running_mean, running_var):
         update_running(*batch, count, ddof, momentum, propagate, running_mean, running_var)
 
 
+@njit(**EXACT)
+def find_statistics(mask, x, eps, count, statistics, hands, inner, parts, of_part, partial_shape):
+    """Fill statistics by parts of x. Returns what `train` does."""
+    channels = statistics.shape[1]
+    partial, sums = np.empty(partial_shape), np.empty((2, channels))
+    mean, shift = statistics[MEAN], shift_in(statistics, x)
+    take_origins(x, first_shown(mask, channels, inner), inner, 0, channels, mean)
+    tickets = tickets_of(parts, hands)
+    _sum_parts(of_part, tickets, None, x, None, mask, mean, partial)
+    _merge_parts(partial, sums)
+    waited = tickets[WAITED]
+    if shift is not None:
+        for c in range(channels):
+            mean[c] += sums[0, c] / count
+        tickets = tickets_of(parts, hands)
+        _sum_parts(of_part, tickets, None, x, None, mask, mean, partial)
+        _merge_parts(partial, sums)
+        waited += tickets[WAITED]
+    finish_statistics(0, channels, count, sums, eps, None, statistics, shift)
+    return waited
+
+
+@cached(**_COMPILED)
+def statistics(mask, x, statistics, hands, inner, parts, of_part, partial_shape):
+    """Fill statistics. Returns what `train` does."""
+    count = shown_count(mask, len(x), statistics.shape[1])
+    return find_statistics(mask, x, 1.0, count, statistics, hands, inner, parts, of_part, partial_shape)
+
+
 @cached(**_COMPILED)
 def train(
-    learning, like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var,
+    learning, mask, like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var,
     size, channels, floor, eps, statistics, hands, tasks, of_task,
 ):  # fmt: skip
     """Fill y and statistics, as a plan's tasks do. Returns nanoseconds for `sharing.note_wait`; -1, with nothing done,
     if x lies on the state.
 
-    ``learning`` is None, or momentum, ddof and propagate of an `Update`: arrays of running statistics learn by it.
+    ``learning`` is None, or momentum, ddof and propagate of an `Update`: arrays of running statistics learn by it. The
+    mask has a value for each position, in the order of memory.
     """
     if shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
         return -1
-    tickets = tickets_of(tasks, hands)
+    tickets, count = tickets_of(tasks, hands), shown_count(mask, size, channels)
     arrays = array_at(like_x, x, size), array_at(like_x, y, size), array_at(like_x, residual, size)
     w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
-    _train(of_task, tickets, *arrays, floor, eps, w, b, statistics)
-    learn(learning, arrays[0], statistics, size // channels, running_mean, running_var)
+    _train(of_task, tickets, *arrays, mask, floor, eps, w, b, count, statistics)
+    learn(learning, arrays[0], statistics, count, running_mean, running_var)
     return tickets[WAITED]
 
 
 @cached(**_COMPILED)
 def train_in_parts(
-    learning, like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var,
-    size, channels, floor, eps, statistics, hands, first, parts, of_part, partial_shape, normalized, of_normalized,
+    learning, mask, like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var,
+    size, channels, floor, eps, statistics, hands, inner, parts, of_part, partial_shape, normalized, of_normalized,
 ):  # fmt: skip
     """`train` where a channel is read twice."""
     if shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
         return -1
-    x_in, partial, sums = array_at(like_x, x, size), np.empty(partial_shape), np.empty((2, channels))
-    count, mean, shift, waited = size // channels, statistics[MEAN], shift_in(statistics, x_in), 0
-    for c in range(channels):
-        mean[c] = load(x_in[c * first])
-    tickets = tickets_of(parts, hands)
-    _sum_parts(of_part, tickets, x_in, None, mean, partial)
-    _merge_parts(partial, sums)
-    waited += tickets[WAITED]
-    if shift is not None:
-        for c in range(channels):
-            mean[c] += sums[0, c] / count
-        tickets = tickets_of(parts, hands)
-        _sum_parts(of_part, tickets, x_in, None, mean, partial)
-        _merge_parts(partial, sums)
-        waited += tickets[WAITED]
-    finish_statistics(0, channels, count, sums, eps, None, statistics, shift)
+    x_in, count = array_at(like_x, x, size), shown_count(mask, size, channels)
+    waited = find_statistics(mask, x_in, eps, count, statistics, hands, inner, parts, of_part, partial_shape)
     tickets = tickets_of(normalized, hands)
     arrays = x_in, array_at(like_x, y, size), array_at(like_x, residual, size)
     w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
-    _normalize_parts(of_normalized, tickets, *arrays, None, floor, eps, w, b, mean, shift, statistics[VAR])
+    of_batch = statistics[MEAN], shift_in(statistics, x_in), statistics[VAR]
+    _normalize_parts(of_normalized, tickets, *arrays, mask, floor, eps, w, b, *of_batch)
     learn(learning, x_in, statistics, count, running_mean, running_var)
     return waited + tickets[WAITED]
 
@@ -224,10 +227,13 @@ def update(like_x, rows, channels, count, momentum, running_mean, running_var, b
 
 @cached(**_COMPILED)
 def evaluate(
-    like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var,
+    shift, mask, like_x, like_weight, x, y, residual, weight, bias, running_mean, running_var,
     size, channels, floor, eps, copies, hands, parts, of_part,
 ):  # fmt: skip
-    """Fill y, and copies, if there are any, with the running mean and variance. Returns what `train` does."""
+    """Fill y, and copies, if there are any, with the running mean and variance. Returns what `train` does.
+
+    With a shift, the mean is ``running_mean + shift``.
+    """
     if shares_memory(like_x, like_weight, x, size, weight, bias, running_mean, running_var, channels):
         return -1
     mean, var = array_at(copies, running_mean, channels), array_at(copies, running_var, channels)
@@ -238,7 +244,7 @@ def evaluate(
     tickets = tickets_of(parts, hands)
     arrays = array_at(like_x, x, size), array_at(like_x, y, size), array_at(like_x, residual, size)
     w, b = parameter(like_weight, weight, channels, 1.0), parameter(like_weight, bias, channels, 0.0)
-    _normalize_parts(of_part, tickets, *arrays, None, floor, eps, w, b, mean, None, var)
+    _normalize_parts(of_part, tickets, *arrays, mask, floor, eps, w, b, mean, shift, var)
     return tickets[WAITED]
 
 
@@ -255,7 +261,7 @@ def rows_of(statistics):
 
 @cached(**_COMPILED)
 def backward(
-    like_x, like_weight, dy, x, y, dx, dresidual, weight, dweight, dbias,
+    mask, like_x, like_weight, dy, x, y, dx, dresidual, weight, dweight, dbias,
     size, channels, eps, statistics, hands, tasks, of_task,
 ):  # fmt: skip
     """Fill dx, and what else has an address of dresidual, dweight and dbias. Returns what `train` does.
@@ -264,9 +270,10 @@ def backward(
     dy counts where y is above 0.
     """
     rows, constant = rows_of(statistics)
-    x_in, count, gradients = array_at(like_x, x, size), 0 if constant else size // channels, np.empty((5, channels))
+    x_in, gradients = array_at(like_x, x, size), np.empty((5, channels))
+    count = 0 if constant else shown_count(mask, size, channels)
     tickets, w = tickets_of(tasks, hands), parameter(like_weight, weight, channels, 1.0)
-    arrays = array_at(like_x, dy, size), x_in, array_at(like_x, y, size)
+    arrays = array_at(like_x, dy, size), x_in, array_at(like_x, y, size), mask
     outputs = array_at(like_x, dx, size), array_at(like_x, dresidual, size)
     per_channel = w, rows[MEAN], shift_in(rows, x_in), rows[VAR], gradients
     _backward(of_task, tickets, *(arrays + outputs), count, eps, *per_channel)
@@ -277,22 +284,23 @@ def backward(
 
 @cached(**_COMPILED)
 def backward_in_parts(
-    like_x, like_weight, dy, x, y, dx, dresidual, weight, dweight, dbias,
+    mask, like_x, like_weight, dy, x, y, dx, dresidual, weight, dweight, dbias,
     size, channels, eps, statistics, hands, parts, of_part, partial_shape,
 ):  # fmt: skip
     """`backward` where a channel is read twice."""
     rows, constant = rows_of(statistics)
-    x_in, count, gradients = array_at(like_x, x, size), 0 if constant else size // channels, np.empty((5, channels))
+    x_in, gradients = array_at(like_x, x, size), np.empty((5, channels))
+    count = 0 if constant else shown_count(mask, size, channels)
     shift, w = shift_in(rows, x_in), parameter(like_weight, weight, channels, 1.0)
-    arrays = array_at(like_x, dy, size), x_in, array_at(like_x, y, size)
+    arrays = array_at(like_x, dy, size), x_in, array_at(like_x, y, size), mask
     outputs = array_at(like_x, dx, size), array_at(like_x, dresidual, size)
     partial, sums, tickets = np.empty(partial_shape), np.empty((2, channels)), tickets_of(parts, hands)
-    _gradient_sum_parts(of_part, tickets, *arrays, None, rows[MEAN], partial)
+    _sum_parts(of_part, tickets, *arrays, rows[MEAN], partial)
     _merge_parts(partial, sums)
     waited = tickets[WAITED]
     finish_all_gradients(count, sums, eps, w, shift, rows[VAR], gradients)
     tickets = tickets_of(parts, hands)
-    _gradient_parts(of_part, tickets, *arrays, None, *outputs, rows[MEAN], shift, gradients)
+    _gradient_parts(of_part, tickets, *arrays, *outputs, rows[MEAN], shift, gradients)
     store_at(like_weight, dweight, gradients[DWEIGHT])
     store_at(like_weight, dbias, gradients[DBIAS])
     return waited + tickets[WAITED]
@@ -309,6 +317,7 @@ class Steps(NamedTuple):
     train: Any
     of_train: tuple[Any, ...]
     of_evaluate: tuple[Any, ...]
+    of_statistics: tuple[Any, ...]
     backward: Any
     of_backward: tuple[Any, ...]
     alone: bool
@@ -324,15 +333,16 @@ def steps_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, ax
     layout = layout_of_strides(shape, strides, unit, axis)
     if layout is None:
         return None
-    plan, evaluated = plan_of(layout, itemsize, 1), plan_of(layout, itemsize, 1, EVALUATED_RUN)
-    of_two = plan_of(layout, itemsize, 2)
-    in_parts = (plan.first.step, *_of_parts(plan), evaluated.parts, evaluated.of_part)
+    plan, evaluated = (plan_of(layout, itemsize, 1, run) for run in (RUN, EVALUATED_RUN))
+    of_two = plan_of(layout, itemsize, 2, BACKWARD_RUN)
+    of_statistics = layout.inner, *_of_parts(plan)
     works = [p.tasks if p.fits else p.parts for p in (plan, of_two)] + [evaluated.parts]
     return Steps(
         layout.order,
         train if plan.fits else train_in_parts,
-        (plan.tasks, plan.of_task) if plan.fits else in_parts,
+        (plan.tasks, plan.of_task) if plan.fits else (*of_statistics, evaluated.parts, evaluated.of_part),
         (evaluated.parts, evaluated.of_part),
+        of_statistics,
         backward if of_two.fits else backward_in_parts,
         (of_two.tasks, of_two.of_task) if of_two.fits else _of_parts(of_two),
         all(count <= step for count, step in works),

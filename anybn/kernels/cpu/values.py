@@ -25,9 +25,10 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 from anybn.kernels.cpu.cached import cached
+from anybn.kernels.cpu.primitives import by_types
 
 #: Numba's options for kernels, which Python calls.
 KERNEL = {"nogil": True, "error_model": "numpy"}
@@ -90,13 +91,9 @@ def prefer_eight_lanes(_, x):
     return types.void(x), generate
 
 
+@by_types(inline=True)
 def load(value):
     """A value of x as float64."""
-    raise NotImplementedError
-
-
-@overload(load, inline="always")
-def _load(value):
     if value == types.uint16:
         return lambda value: np.float64(np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32))
     if value == types.int16:
@@ -104,18 +101,9 @@ def _load(value):
     return lambda value: np.float64(value)
 
 
+@by_types(inline=True)
 def store(out, i, value):
     """``out[i] = value``, rounded to out's dtype: to nearest even, and 16 bits through float32."""
-    raise NotImplementedError
-
-
-@overload(store, inline="always")
-def _store(out, i, value):
-    return _storing(out)
-
-
-def _storing(out):
-    """How a value goes into out, by its type."""
     if out.dtype == types.uint16:
 
         def bfloat16(out, i, value):
@@ -143,49 +131,41 @@ def _storing(out):
     return float64
 
 
+@by_types(inline=True)
 def at(values, i):
     """``values[i]``, and None if there are none."""
-    raise NotImplementedError
-
-
-@overload(at, inline="always")
-def _at(values, i):
     if isinstance(values, types.NoneType):
         return lambda values, i: None
     return lambda values, i: values[i]
 
 
+@by_types(inline=True)
 def if_given(values, replacement):
     """replacement, and None if there are no values."""
-    raise NotImplementedError
-
-
-@overload(if_given, inline="always")
-def _if_given(values, replacement):
     if isinstance(values, types.NoneType):
         return lambda values, replacement: None
     return lambda values, replacement: replacement
 
 
+@by_types
+def room_for_mask(mask, rows, columns):
+    """A byte for each value of some rows; None without a mask."""
+    if isinstance(mask, types.NoneType):
+        return lambda mask, rows, columns: None
+    return lambda mask, rows, columns: np.empty((rows, columns), np.bool_)
+
+
+@by_types(inline=True)
 def cut(values, first, last):
     """``values[first:last]``, and None if there are none."""
-    raise NotImplementedError
-
-
-@overload(cut, inline="always")
-def _cut(values, first, last):
     if isinstance(values, types.NoneType):
         return lambda values, first, last: None
     return lambda values, first, last: values[first:last]
 
 
+@by_types(inline=True)
 def shift_in(statistics, x):
     """The row of shifts for float64 x, whose mean is ``mean + shift``; None for narrower x."""
-    raise NotImplementedError
-
-
-@overload(shift_in, inline="always")
-def _shift_in(statistics, x):
     if x.dtype == types.float64:
         return lambda statistics, x: statistics[SHIFT]
     return lambda statistics, x: None
@@ -197,6 +177,37 @@ def shown(value, keep):
     if keep is not None:
         value = value if keep else 0.0
     return value
+
+
+@njit(**EXACT)
+def shown_count(mask, size, channels):
+    """How many values of each channel count, of so many in all: those that the mask shows, but at least 1; or all."""
+    count = size // channels
+    if mask is not None:
+        count = 0
+        for i in range(len(mask)):
+            count += mask[i]
+        count = max(1, count)
+    return count
+
+
+@njit(**EXACT)
+def first_shown(mask, channels, inner):
+    """Where in flat memory the first value of the first channel is that the mask shows; -1 if it shows none."""
+    first = 0
+    if mask is not None:
+        i = 0
+        while i < len(mask) and not mask[i]:
+            i += 1
+        first = i // inner * channels * inner + i % inner if i < len(mask) else -1
+    return first
+
+
+@njit(**EXACT)
+def take_origins(x, first, inner, c0, c1, mean):
+    """Fills in a value of each channel, as `first_shown` has found them; 0 where there is none."""
+    for c in range(c0, c1):
+        mean[c] = load(x[first + c * inner]) if first >= 0 else 0.0
 
 
 @njit(**EXACT)
@@ -219,13 +230,9 @@ def normalized(value, mean, shift, scale, bias, residual, floor):
     return v
 
 
+@by_types(inline=True)
 def is_active(value):
     """Whether dy counts: what a mask says, or whether y is above 0 where y itself is given."""
-    raise NotImplementedError
-
-
-@overload(is_active, inline="always")
-def _is_active(value):
     if value == types.boolean:
         return lambda value: value
     infinity = {types.uint16: 0x7F80, types.int16: 0x7C00}.get(value)  # the last of positive bits that is no NaN
@@ -234,16 +241,12 @@ def _is_active(value):
     return lambda value: value > 0.0
 
 
+@by_types(inline=True)
 def put(out, i, value):
     """`store` where there is an out."""
-    raise NotImplementedError
-
-
-@overload(put, inline="always")
-def _put(out, i, value):
     if isinstance(out, types.NoneType):
         return lambda out, i, value: None
-    return _storing(out)
+    return lambda out, i, value: store(out, i, value)
 
 
 @njit(**EXACT)

@@ -9,7 +9,7 @@ from typing import Any
 from anybn.core.call import Array, Call, Gradients, Statistics, Update, dtype_name
 from anybn.kernels.cuda import launch as _cuda
 from anybn.kernels.cuda.plan import MOST_BLOCKS, TYPES
-from anybn.kernels.layout import Layout, layout_of
+from anybn.kernels.layout import Layout, delivered, layout_of
 
 
 class CudaArrays:
@@ -86,7 +86,7 @@ class CudaArrays:
             self._call("train", x, how[1:], arrays, **options)
             if update is not None:
                 self.note_update(x)
-            return self._delivered(y, out), statistics, running
+            return delivered(y, out), statistics, running
 
     def evaluate(self, call: Call, statistics: Statistics) -> Array:
         x, spec, weight, bias, residual, _, _, _, out = call
@@ -95,7 +95,7 @@ class CudaArrays:
             y = self._destination(x, out)
             arrays = {"x": x, "y": y, "residual": residual, "weight": weight, "bias": bias, **_known(statistics)}
             self._call("evaluate", x, how[1:], arrays, eps=spec.eps, relu=spec.relu)
-            return self._delivered(y, out)
+            return delivered(y, out)
 
     def gradients(
         self, call: Call, statistics: Statistics, dy: Array, active: Array | None, wants_residual: bool
@@ -159,12 +159,6 @@ class CudaArrays:
 
     def _destination(self, x: Array, out: Array | None) -> Array:
         return out if out is not None and self.strides(out) == self.strides(x) else self.beside(x)
-
-    def _delivered(self, y: Array, out: Array | None) -> Array:
-        if out is None or out is y:
-            return y
-        out[...] = y
-        return out
 
     def _statistics(self, x: Array, how: Layout) -> tuple[dict[str, Array | None], Statistics]:
         """Room for those of x: by the kernels' names, and as a whole."""
