@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from anybn._statistics import moments
 from anybn.backends.registry import backend_for
 from anybn.core.call import Array
 from anybn.core.moments import merged
-from anybn.errors import BackendNotInstalled
+from anybn.errors import required
 from anybn.groups.agreement import member_names, require_presence
 from anybn.groups.engines import AxisGroup, as_group
 from anybn.groups.exchange import has_ranks, rows_of_all
@@ -133,12 +136,22 @@ class Participants:
         return of_all
 
 
+def tools_for(model: Any, purpose: str) -> ModuleType | None:
+    """The module of this name for a framework's models, ``anybn.torch.population`` for "population"; None for others.
+
+    >>> tools_for(3, "population") is None
+    True
+    """
+    torch = sys.modules.get("torch")  # whose models are there only after somebody has imported it
+    if isinstance(model, getattr(getattr(torch, "nn", None), "Module", ())):
+        return importlib.import_module(f"anybn.torch.{purpose}")
+    return None
+
+
 def with_progress(batches: Iterable[Any], progress: bool, description: str) -> Iterator[Any]:
     """batches, behind a progress bar if there is to be one."""
     if not progress:
         return iter(batches)
-    try:
+    with required("progress=True needs tqdm", "tqdm"):
         from tqdm import tqdm
-    except ImportError as error:
-        raise BackendNotInstalled(f"progress=True needs tqdm ({error}): pip install tqdm") from error
     return iter(tqdm(batches, desc=description, unit="batch", leave=False))

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from anybn._layer import BatchNorm
-from anybn._models import tools_for
 from anybn._moments import Moments
-from anybn._population import Participants, Population, with_progress
+from anybn._population import Participants, Population, tools_for, with_progress
 from anybn.state.state import BatchNormState
 
 Target = TypeVar("Target")

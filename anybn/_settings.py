@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from anybn.core.call import dtype_name
-from anybn.errors import BackendNotInstalled
+from anybn.errors import required
 
 Activation = Literal["relu"] | None
 NonFinite = Literal["skip", "raise", "propagate"]
@@ -41,10 +41,8 @@ FLOATING = tuple(DTYPES)
 def numpy_dtype(name: str) -> np.dtype:
     """NumPy's dtype of this name. Raises BackendNotInstalled for one that takes ml_dtypes, where that is missing."""
     if not hasattr(np, name):
-        try:
+        with required(f"NumPy has no {name} by itself", "ml_dtypes"):
             import ml_dtypes  # noqa: F401 NumPy knows its dtypes from then on
-        except ImportError as error:
-            raise BackendNotInstalled(f"NumPy has no {name} by itself ({error}): pip install ml_dtypes") from error
     return np.dtype(name)
 
 

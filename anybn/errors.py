@@ -3,6 +3,9 @@
 Every message says what the argument was, what was wanted and what to do, in the same words on every backend.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = ["BackendNotInstalled", "CheckpointError", "MemberError", "NonFiniteError", "StateError"]
 
 
@@ -38,3 +41,16 @@ class NonFiniteError(ArithmeticError):
 
 class StateError(RuntimeError):
     """A traced call (``jax.jit``, ``vmap``, ``scan``) would change a state that was not passed into it."""
+
+
+@contextmanager
+def required(what: str, pip: str) -> Iterator[None]:
+    """Around an import: BackendNotInstalled says what for, and what to do.
+
+    >>> with required("this", "nothing"):
+    ...     import json
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise BackendNotInstalled(f"{what} ({error}): pip install {pip}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from anybn.errors import BackendNotInstalled
+from anybn.errors import required
 
 _pip_names: dict[str, str] = {}
 
@@ -20,12 +20,8 @@ def needs(library: str, *, pip: str) -> Iterator[None]:
     ...     import json
     """
     _pip_names[library] = pip
-    try:
+    with required(f"the {library} backend was asked for but {library} cannot be imported", pip):
         yield
-    except ImportError as error:
-        raise BackendNotInstalled(
-            f"the {library} backend was asked for but {library} cannot be imported ({error}): {pip_line(library)}"
-        ) from error
 
 
 def pip_line(library: str) -> str:

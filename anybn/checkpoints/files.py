@@ -17,7 +17,7 @@ import numpy as np
 from anybn import _checks, _settings
 from anybn.backends.registry import backend_for, backend_named
 from anybn.checkpoints import translation
-from anybn.errors import BackendNotInstalled, CheckpointError
+from anybn.errors import BackendNotInstalled, CheckpointError, required
 
 _FORMAT, _NESTED = "anybn.BatchNormState", "anybn.states"
 _VERSION = 1
@@ -40,10 +40,8 @@ _LATER = "scale", "bias"
 
 def safetensors_library() -> Any:
     """Raises BackendNotInstalled."""
-    try:
+    with required("checkpoints need safetensors", "safetensors"):
         import safetensors.numpy
-    except ImportError as error:
-        raise BackendNotInstalled(f"checkpoints need safetensors ({error}): pip install safetensors") from error
     return safetensors
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from anybn._settings import numpy_dtype
 from anybn.checkpoints.budget import Budget
 from anybn.checkpoints.conventions import CONVENTIONS, Layer
-from anybn.errors import BackendNotInstalled, CheckpointError
+from anybn.errors import CheckpointError, required
 
 _RULES = CONVENTIONS["keras"]
 _ORDER = ("gamma", "beta", "moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
@@ -37,10 +37,8 @@ CONFIG = "config.json"
 
 def h5_library() -> Any:
     """Raises BackendNotInstalled."""
-    try:
+    with required("Keras's files take h5py to read", "h5py"):
         import h5py
-    except ImportError as error:
-        raise BackendNotInstalled(f"Keras's files take h5py to read ({error}): pip install h5py") from error
     return h5py
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from anybn.checkpoints.budget import Budget
 from anybn.checkpoints.conventions import CONVENTIONS, Layer
-from anybn.errors import BackendNotInstalled
+from anybn.errors import required
 
 _RULES = CONVENTIONS["onnx"]
 _NODE = 64
@@ -58,10 +58,8 @@ class Contents:
 
 def contents_of(path: Path) -> Contents:
     """Raises BackendNotInstalled; what onnx and NumPy raise of a damaged file."""
-    try:
+    with required(f"{path} takes onnx to read", "onnx"):
         import onnx
-    except ImportError as error:
-        raise BackendNotInstalled(f"{path} takes onnx to read ({error}): pip install onnx") from error
     model = onnx.load(path, load_external_data=False)
     if not model.HasField("graph"):
         raise ValueError("it has no graph")

@@ -19,7 +19,7 @@ from numpy.lib import format as npy
 from anybn.checkpoints import files
 from anybn.checkpoints.budget import Budget
 from anybn.checkpoints.conventions import flattened
-from anybn.errors import BackendNotInstalled, CheckpointError
+from anybn.errors import CheckpointError, required
 
 Needed = Callable[[Iterable[str]], list[str]]
 """All names of a file -> those whose arrays are to be read."""
@@ -66,13 +66,9 @@ def _npy_array(file: zipfile.ZipFile, info: zipfile.ZipInfo, budget: Budget) -> 
 
 
 def _torch_arrays(path: Path, needed: Needed) -> dict[str, Any]:
-    try:
+    what = f"{path} is a {path.suffix} file, which takes torch to read"
+    with required(what, "torch, or save the state_dict as .safetensors where torch is"):
         import torch
-    except ImportError as error:
-        raise BackendNotInstalled(
-            f"{path} is a {path.suffix} file, which takes torch to read ({error}): pip install torch, or save the "
-            "state_dict as .safetensors where torch is"
-        ) from error
     budget = Budget(path)
     try:
         if zipfile.is_zipfile(path):

@@ -20,7 +20,7 @@ import anybn
 from anybn.backends.registry import backend_named, installation_of, installed_backends, known_backends, resolve_target
 from anybn.cli.model_files import add_convert, add_inspect
 from anybn.cli.output import complain, plain_table, print_json, print_table
-from anybn.errors import BackendNotInstalled
+from anybn.errors import BackendNotInstalled, required
 
 PICTURES = ".png", ".svg", ".pdf", ".eps", ".jpg", ".webp", ".tif"
 
@@ -86,12 +86,8 @@ def add_demo(commands: Commands) -> None:
 
 
 def demo(options: argparse.Namespace) -> int:
-    try:
+    with required("the demo needs others' libraries", "scikit-learn matplotlib tqdm safetensors"):
         from anybn.cli.demo import run
-    except ImportError as error:
-        raise BackendNotInstalled(
-            f"the demo needs others' libraries ({error}): pip install scikit-learn matplotlib tqdm safetensors"
-        ) from error
     with redirect_stdout(io.StringIO()) if options.json else nullcontext():
         result = run(
             epochs=options.epochs,
@@ -190,14 +186,10 @@ def add_bench(commands: Commands) -> None:
 
 
 def bench(options: argparse.Namespace) -> int:
-    try:
+    with required("the benchmark needs others' libraries", "matplotlib tqdm"):
         from anybn.cli.bench import run, table_of
         from anybn.cli.comparison import WrongResult
         from anybn.cli.timing import QUIET
-    except ImportError as error:
-        raise BackendNotInstalled(
-            f"the benchmark needs others' libraries ({error}): pip install matplotlib tqdm"
-        ) from error
     try:
         timings, busy = run(options.png)
     except WrongResult as error:

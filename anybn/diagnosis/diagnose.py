@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from anybn._layer import BatchNorm
-from anybn._models import tools_for
 from anybn._moments import Moments
-from anybn._population import with_progress
+from anybn._population import tools_for, with_progress
 from anybn.diagnosis.findings import findings_of
 from anybn.diagnosis.layer import Kept, measured
 from anybn.diagnosis.observed import Observed

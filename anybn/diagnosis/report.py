@@ -12,7 +12,7 @@ import numpy as np
 
 from anybn.diagnosis.findings import Finding
 from anybn.diagnosis.layer import LayerDiagnosis, rms
-from anybn.errors import BackendNotInstalled
+from anybn.errors import required
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,10 +80,8 @@ class Diagnosis:
 
         Returns the matplotlib figure. Raises BackendNotInstalled without matplotlib.
         """
-        try:
+        with required("plot needs matplotlib", "matplotlib"):
             from matplotlib.figure import Figure
-        except ImportError as error:
-            raise BackendNotInstalled(f"plot needs matplotlib ({error}): pip install matplotlib") from error
         figure = Figure(figsize=(max(6.4, 2.2 + 0.45 * len(self.layers)), 5.6), layout="constrained")
         _draw(figure, self.layers)
         if path is not None:

@@ -174,12 +174,11 @@ ALONE = (1, 0, 0)
 
 def hands() -> tuple[int, int, int]:
     """Who may help in a call: how many threads, the caller's included; where OpenMP's entries are, or our pool is."""
-    if (threads := get_num_threads()) > 1:
-        if (its := openmp.team()) is None or time.monotonic_ns() < team[CROWDED_UNTIL]:
-            if address := pool.pool_of(threads - 1):
-                return threads, 0, address
-        elif not its.in_parallel():
+    if (threads := get_num_threads()) > 1 and not ((its := openmp.team()) and its.in_parallel()):
+        if its and time.monotonic_ns() >= team[CROWDED_UNTIL]:
             return threads, its.entries.ctypes.data, 0
+        if address := pool.pool_of(threads - 1):
+            return threads, 0, address
     return ALONE
 
 
