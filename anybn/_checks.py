@@ -185,11 +185,11 @@ def state_array(backend: Backend, name: str, value: Array, num_features: int) ->
 def impossible_statistics(name: str, values: Any) -> str:
     """Why these NumPy values cannot be a running mean or variance; or ""."""
     values = np.asarray(values, dtype=np.float64)
-    bad = ~np.isfinite(values) if name == "running_mean" else ~(np.isfinite(values) & (values >= 0))
+    bad = ~np.isfinite(values) if name.endswith("running_mean") else ~(np.isfinite(values) & (values >= 0))
     if not bad.any():
         return ""
     c = int(np.argmax(bad))
-    wanted = "finite" if name == "running_mean" else "finite and not negative"
+    wanted = "finite" if name.endswith("running_mean") else "finite and not negative"
     return f"{name} is {values[c]} in channel {c}; it must be {wanted}"
 
 

@@ -60,7 +60,7 @@ class BatchNorm:
     BatchNorm(3, eps=1e-05, momentum=0.1, axis=1) in evaluation on numpy, 1 batches tracked
     """
 
-    __slots__ = ("activation", "axis", "group", "state", "training")
+    __slots__ = ("__weakref__", "activation", "axis", "group", "state", "training")
     _ranks: ClassVar[tuple[int, ...]] = ()
     _shapes: ClassVar[str] = ""
 

@@ -13,8 +13,8 @@ from anybn.state.store import Store
 
 
 def few_values(x: Array, axis: int) -> bool:
-    """Whether x has fewer values per channel than `anybn.batch_norm` trains on, which frameworks allow."""
-    return math.prod(x.shape) < 2 * x.shape[axis]
+    """Whether x has fewer values per channel than `anybn.batch_norm` trains on, but some, which frameworks allow."""
+    return 0 < math.prod(x.shape) < 2 * x.shape[axis]
 
 
 class Held(NamedTuple):

@@ -61,6 +61,7 @@ def inspect(options: argparse.Namespace) -> int:
     with reading(options.file):
         found = _networks.found_in(options.file, options.source)
     layers = found.layers if found.state is None else {"": _as_layer(found.state)}
+    _require_settings_to_be_open(options, found.state)
     if not layers:
         complain(f"{found.origin} has no batch norm: {found.instead}")
         return 1
@@ -82,6 +83,11 @@ def inspect(options: argparse.Namespace) -> int:
     if found.remark:
         complain(found.remark)
     return 0
+
+
+def _require_settings_to_be_open(options: argparse.Namespace, state: BatchNormState | None) -> None:
+    if state is not None and options.eps:
+        raise ValueError(f"--eps was given, but {options.file} is a state's own file, which has it: leave --eps away")
 
 
 def _as_layer(state: BatchNormState) -> Layer:
@@ -163,6 +169,7 @@ def convert(options: argparse.Namespace) -> int:
         found = _networks.found_in(options.file, options.source)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
+            _require_settings_to_be_open(options, found.state)
             states: Mapping[str, BatchNormState] = (
                 _networks.states_of(found, settings(options, found.layers))
                 if found.state is None

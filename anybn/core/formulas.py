@@ -233,6 +233,8 @@ def gradients(
     for keep in (active, mask):
         if keep is not None:
             dy = xp.where(keep, dy, xp.zeros_like(dy))
+    if mask is not None:
+        x = xp.where(mask, x, xp.zeros_like(x))  # nor the derivative of this one
     xhat = centered(xp, x, statistics, axis)
     xhat = xhat * along(xp, reciprocal_std(xp, statistics, spec.eps), axis, ndim)
     if mask is not None:

@@ -121,13 +121,13 @@ def fast_forward(
     if records:  # before anything is changed, since it can fail
         y = Recorded.apply(x, weight, bias, residual, (y, statistics), _TORCH, spec)
     if of_batch:
-        waited = plan.train(None, *arrays, *options, *plan.of_train)
+        waited = plan.train(None, None, *arrays, *options, *plan.of_train)
     else:
         before = _lock.writes
-        waited = steps.evaluate(*arrays, *options, *plan.of_evaluate)
+        waited = steps.evaluate(None, None, *arrays, *options, *plan.of_evaluate)
         if before & 1 or before != _lock.writes:  # another thread was at a module's statistics, perhaps these
             with _lock.commits:
-                waited = steps.evaluate(*arrays, *options, *plan.of_evaluate)
+                waited = steps.evaluate(None, None, *arrays, *options, *plan.of_evaluate)
     if waited < 0:
         return None  # x shares memory with the state
     steps.note_wait(waited)

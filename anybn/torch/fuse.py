@@ -28,7 +28,9 @@ def fused(model: torch.nn.Module, example_inputs: tuple[Any, ...], batch_norm: A
     """model as a GraphModule over the same submodules, with what can be fused passed to its batch norms' calls."""
     graph = _traced(model)
     module = torch.fx.GraphModule(model, graph, type(model).__name__)
-    module.train(model.training)
+    modes = {name: m.training for name, m in model.named_modules()}
+    for name, m in module.named_modules():  # those that hold others are new
+        m.training = modes.get(name, model.training)
     _propagate(module, example_inputs)
     for node in list(graph.nodes):
         if _is_relu(node, module):
@@ -99,7 +101,8 @@ def _writes(node: torch.fx.Node, module: torch.fx.GraphModule) -> bool:
     if node.op == "call_module":
         return bool(getattr(module.get_submodule(node.target), "inplace", False))
     name = getattr(node.target, "__name__", str(node.target))
-    return bool(node.kwargs.get("inplace")) or name.endswith("_") or (name.startswith("i") and hasattr(operator, name))
+    in_place = name.endswith("_") or (name.startswith("i") and hasattr(operator, name))
+    return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
 def _alike(a: torch.fx.Node, b: torch.fx.Node) -> bool:
@@ -109,6 +112,11 @@ def _alike(a: torch.fx.Node, b: torch.fx.Node) -> bool:
         and isinstance(other, torch.Tensor)
         and (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
     )
+
+
+def _is(node: torch.fx.Node, other: torch.fx.Node, module: torch.fx.GraphModule) -> bool:
+    """Whether two nodes call one module."""
+    return module.get_submodule(str(node.target)) is module.get_submodule(str(other.target))
 
 
 def _fuse_into(relu: torch.fx.Node, module: torch.fx.GraphModule, batch_norm: Any) -> None:
@@ -134,11 +142,13 @@ def _fuse_into(relu: torch.fx.Node, module: torch.fx.GraphModule, batch_norm: An
         return
     pairs = [last.args] if _writes(last, module) else [last.args, last.args[::-1]]
     pairs = [(a, b) for a, b in pairs if is_batch_norm(a) and isinstance(b, torch.fx.Node) and _alike(a, b)]
-    if len(last.users) != 1 or not pairs:
+    if len(last.users) != 1 or not pairs or last.args[0] is last.args[1]:
         return
     bn, residual = max(pairs, key=lambda pair: order[pair[0]])
-    if any(_writes(node, module) for node, i in order.items() if order[bn] < i < order[last]):
-        return  # the call moves to where the residual is there, past operations that could change its input
+    # The call moves to where the residual is there, not past what could change its input, or calls the same batch norm.
+    for node in [node for node, i in order.items() if order[bn] < i < order[last]]:
+        if _writes(node, module) or (node.op == "call_module" and _is(node, bn, module)):
+            return
     last.prepend(bn)
     bn.kwargs = {"residual": residual, "activation": "relu"}
     relu.replace_all_uses_with(bn)

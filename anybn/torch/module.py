@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch.compiler import is_compiling
 from torch.fx import Proxy
+from torch.nn import Parameter
 
-from anybn import _functional, _settings
+from anybn import _checks, _functional, _settings
 from anybn._settings import Activation
 from anybn.backends.registry import backend_for
 from anybn.backends.torch import TorchBackend
@@ -104,7 +105,19 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         return super().extra_repr() + activation + (f", group={self.group}" if self.group is not None else "")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Arrays of other libraries are taken too, and ``assign=True`` does not change the statistics' precision."""
+        """Arrays of other libraries are taken too, and ``assign=True`` does not change the statistics' precision.
+
+        Statistics that cannot be are an error, with which the module keeps what it has.
+        """
+        impossible = []
+        for name in BUFFERS[:2]:
+            value = state_dict.get(prefix + name)
+            if isinstance(value, torch.Tensor) and type(value) in (torch.Tensor, Parameter) and not value.is_meta:
+                problem = _checks.impossible_statistics(prefix + name, value.detach().cpu().double().numpy())
+                impossible += [problem] if problem else []
+        if impossible:
+            args[-1].extend(impossible)
+            return
         dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         for name in ("weight", "bias", *BUFFERS):
             value = state_dict.get(prefix + name)

@@ -452,3 +452,9 @@ def test_the_origin_may_be_a_bad_guess(order, axis):
     assert oracle.error(y, oracle.normalize(values, statistics.mean, statistics.var()), "float32") <= limit
     relative = np.asarray(state.running_var) / statistics.var(ddof=1)
     assert oracle.error(relative, np.ones(4), "float32") <= limit
+
+
+def test_a_layer_is_a_function_that_jit_takes():
+    layer = anybn.BatchNorm(3).eval()
+    for _ in range(2):
+        assert jax.jit(layer)(jnp.ones((4, 3))).shape == (4, 3)

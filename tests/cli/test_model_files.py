@@ -93,6 +93,11 @@ def test_inspect_of_our_own_file(tmp_path, capsys):
     _, out, _ = run(capsys, "inspect", tmp_path / "own.safetensors", "--json")
     (layer,) = json.loads(out)["layers"]
     assert (layer["eps"], layer["eps_is_told"], layer["momentum"]) == (0.5, True, None)
+    for command in ("inspect",), ("convert", "--to=torch"):
+        target = [tmp_path / "out.npz"] if command[0] == "convert" else []
+        status, _, err = run(capsys, command[0], tmp_path / "own.safetensors", *target, *command[1:], "--eps=1e-3")
+        assert status != 0
+        assert "is a state's own file, which has it: leave --eps away" in err
 
 
 def test_tables_fit_the_terminal(model, capsys, monkeypatch):

@@ -409,6 +409,16 @@ def test_a_batch_with_a_nan_leaves_its_channel_s_averages():
     assert np.allclose(after[2], before[2], rtol=1e-6)
 
 
+def test_an_empty_batch_leaves_the_averages():
+    nnx = pytest.importorskip("flax.nnx", reason="flax: not installed, pip install flax")
+    import anybn.flax
+
+    layer = anybn.flax.BatchNorm(C, rngs=nnx.Rngs(0))
+    assert layer(X[:0]).shape == X[:0].shape
+    assert (layer.mean[...] == 0).all()
+    assert (layer.var[...] == 1).all()
+
+
 def test_they_come_on_demand_and_name_what_is_missing(monkeypatch):
     for name, package in (("keras", "keras"), ("flax", "flax"), ("equinox", "equinox"), ("haiku", "dm-haiku")):
         monkeypatch.setitem(sys.modules, name, None)

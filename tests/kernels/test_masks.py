@@ -189,3 +189,19 @@ def test_torch_inside_autograd(alone):
     assert oracle.error(leaf.grad.numpy(), dx, "float32") <= 2
     var = oracle.running(np.ones(3), statistics.var(1), 0.1)
     assert oracle.error(state.running_var.numpy(), var, "float64", 10) <= 2
+
+
+@pytest.mark.parametrize("hidden", [np.nan, np.inf])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_hidden_does_not_reach_second_derivatives(training, hidden):
+    torch = pytest.importorskip("torch", reason="torch: not installed, pip install torch")
+    x, _, mask = masked((4, 3, 40), 1, 0.7)
+    found = []
+    for value in (0.0, hidden):
+        leaf = torch.from_numpy(np.nan_to_num(x, nan=value)).requires_grad_()
+        state = anybn.BatchNormState(3, like=torch.zeros(1))
+        y = anybn.batch_norm(leaf, state, training=training, mask=torch.from_numpy(mask))
+        (dx,) = torch.autograd.grad((y**3).sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad((dx**2).sum(), leaf)[0])
+    assert found[0].abs().max() > 0
+    assert torch.equal(*found)

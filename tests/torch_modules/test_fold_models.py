@@ -112,6 +112,8 @@ class Net(nn.Module):
         (lambda m, x: m.bn(m.conv(x)) + m.other(m.conv(x + 1)), ["bn", "other"]),  # and called twice
         (lambda m, x: m.bn(m.conv(x)) + m.bn(m.other(x)), ["bn", "bn", "other"]),
         (lambda m, x: (y := m.bn(x.relu())) + m.conv(y) + m.other(x), ["bn", "other"]),
+        (lambda m, x: m.other(x) + nn.functional.conv2d(m.bn(m.conv(x)), m.conv.weight), ["bn", "other"]),
+        (lambda m, x: m.other(x) + m.bn(m.conv(x)) * m.conv.bias.sum(), ["bn", "other"]),
     ],
 )
 def test_what_is_read_or_called_more_than_once_is_left(f, left):

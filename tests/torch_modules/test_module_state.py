@@ -1,6 +1,7 @@
 """The live state of a module: what either side writes, the other reads; and threads."""
 
 import copy
+import math
 import threading
 
 import numpy as np
@@ -92,6 +93,21 @@ def test_what_a_modules_state_refuses():
     with pytest.raises(anybn.NonFiniteError):
         anybn.batch_norm(X.numpy() * np.inf, bn.state, training=True, nonfinite="raise")
     assert all(map(torch.equal, buffers_of(bn), before))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value"), [("running_mean", math.nan), ("running_var", math.inf), ("running_var", -1)]
+)
+def test_a_checkpoint_with_impossible_statistics_is_refused(name, value, assign):
+    net = nn.Sequential(anybn.torch.BatchNorm2d(3))
+    before, loaded = buffers_of(net[0]), {key: a.clone() for key, a in net.state_dict().items()}
+    loaded["0.weight"][:] = 7
+    loaded[f"0.{name}"][1] = value
+    with pytest.raises(RuntimeError, match=rf"0\.{name} is {float(value)} in channel 1; it must be finite"):
+        net.load_state_dict(loaded, assign=assign)
+    assert all(map(torch.equal, buffers_of(net[0]), before))
+    assert bool((net[0].weight == 1).all())
 
 
 def test_a_nan_does_not_spoil_the_statistics(way):

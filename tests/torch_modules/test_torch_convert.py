@@ -228,6 +228,12 @@ FUSING = {
     "other dtype": (lambda m, x: torch.relu(m.a(x) + x.double()), {"a": 0}),
     "input overwritten": (lambda m, x: (y := x * 1, z := m.a(y), y.mul_(2), torch.relu(z + y))[3], {"a": 0}),
     "residual overwritten": (lambda m, x: (y := x * 1, torch.relu(y.add_(m.a(x))) + y)[1], {"a": 0}),
+    "residual overwritten by out": (
+        lambda m, x: (y := x * 1, z := m.a(x), torch.sigmoid(y, out=y), torch.relu(z + y))[3],
+        {"a": 0},
+    ),
+    "itself": (lambda m, x: (y := m.a(x), torch.relu(y + y))[1], {"a": 0}),
+    "called between": (lambda m, x: (y := m.a(x), z := torch.relu(m.a(x * 3)), torch.relu(y + z))[2], {"a": 1}),
     "other activation": (lambda m, x: F.relu6(m.a(x)), {"a": 0}),
 }
 
@@ -241,6 +247,16 @@ def test_what_is_fused_is_the_same(name):
     assert {target: len(given) for target, given in calls(model).items()} == expected
     for training in (True, False):
         assert torch.allclose(model.train(training)(x), plain.train(training)(x), atol=1e-6)
+    assert torch.allclose(model.a.running_mean.float(), plain.a.running_mean, atol=1e-6)
+
+
+def test_what_is_frozen_stays_frozen():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Sequential(nn.Dropout(), nn.ReLU()))
+    model[1].eval()
+    model[3].eval()
+    expected = {name: module.training for name, module in model.named_modules()}
+    fused = anybn.torch.convert(model, fuse=(torch.ones(2, 1, 3, 3),))
+    assert all(module.training == expected[name] for name, module in fused.named_modules())
 
 
 def test_what_torch_fx_cannot_prove_is_refused():
