@@ -23,8 +23,8 @@ def accumulate(*targets: Any) -> Iterator[None]:
     Args:
         targets: `BatchNormState`s, layers, and torch modules, of which all anybn batch norms inside are meant.
 
-    Raises TypeError for anything else, ValueError for a state whose block is open already, or a module without any of
-    anybn's batch norms. Under ``jax.jit`` the whole block goes into the traced function.
+    Raises TypeError for anything else, or nothing, ValueError for a state whose block is open already, or a module
+    without any of anybn's batch norms. Under ``jax.jit`` the whole block goes into the traced function.
 
     >>> import numpy as np, anybn
     >>> x = np.arange(24.0).reshape(12, 2)
@@ -36,6 +36,10 @@ def accumulate(*targets: Any) -> Iterator[None]:
     >>> np.allclose(bn.state.running_var, whole.state.running_var), bn.state.num_batches_tracked
     (True, 1)
     """
+    if not targets:
+        raise TypeError(
+            "accumulate was given nothing: pass the states, layers or modules whose calls are to count as one"
+        )
     states = {id(state._store.owner): state for target in targets for state in _states(target)}
     opening = Opening()
     blocks = {key: Block(opening) for key in states}

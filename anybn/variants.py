@@ -359,6 +359,8 @@ def _enough_in_each(backend: Backend, parts: Array, mask: Array, ghosts: _Ghosts
 def _limits(renorm: Any) -> tuple[Any, Any]:
     try:
         r_max, d_max = renorm
+        if isinstance(r_max, str) or isinstance(d_max, str) or r_max is None or d_max is None:
+            raise TypeError
     except (TypeError, ValueError):
         raise TypeError(f"renorm is {renorm!r}; it must be a pair (r_max, d_max), see renorm_limits") from None
     for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):  # a traced one cannot be looked at

@@ -215,6 +215,7 @@ def test_errors_and_empty(target: Target) -> None:
         ({"statistics": "running", "renorm": (2, 1)}, ValueError, "renorm need those of the batch"),
         ({"renorm": (0.5, 1)}, ValueError, "r_max is 0.5; it must be 1 or more"),
         ({"renorm": (2, -1)}, ValueError, "d_max is -1; it must be 0 or more"),
+        ({"renorm": "ab"}, TypeError, r"renorm is 'ab'; it must be a pair \(r_max, d_max\)"),
         ({"renorm": 3}, TypeError, r"renorm is 3; it must be a pair \(r_max, d_max\)"),
         ({"update": 1}, TypeError, "update is 1, a int; it must be True or False"),
         ({"activation": "gelu"}, ValueError, "activation is 'gelu'; it must be one of None, 'relu'"),

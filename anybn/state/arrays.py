@@ -177,7 +177,7 @@ def require_storable(backend: Backend, new: Arrays, old: Arrays) -> None:
             "the state was not passed into this traced call, so the call cannot change it: make the state an "
             "argument of the traced function, batched like x under vmap, and return it, e.g. "
             "jax.jit(lambda x, state: (anybn.batch_norm(x, state, training=True), state)); "
-            "or make it inside with like=x"
+            "or, without vmap, make it inside with like=x"
         )
 
 

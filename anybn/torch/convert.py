@@ -81,7 +81,8 @@ def convert(
 
     Returns:
         model; with ``fuse`` a ``torch.fx.GraphModule`` in its place, on the same submodules and with the same
-        ``state_dict``; with ``strict=False`` the names of the batch norms that were left, each with the reason.
+        ``state_dict``, but for what its forward does not use; with ``strict=False`` the names of the batch norms that
+        were left, each with the reason.
 
     Raises, before anything has changed:
         TypeError: for batch norms that cannot be converted, all named: other subclasses of torch's with a forward of

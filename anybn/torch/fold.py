@@ -71,7 +71,7 @@ def fold(model: nn.Module) -> torch.fx.GraphModule:
     folded = torch.fx.GraphModule(model, graph, type(model).__name__)
     for node in list(graph.nodes):
         if node.op == "call_module" and isinstance(folded.get_submodule(node.target), _NOTHING):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
     left = {}
     for node in [node for node in graph.nodes if node.op == "call_module"]:

@@ -143,6 +143,8 @@ def test_jax_under_jit():
 
 def test_bad_targets():
     state = anybn.BatchNormState(4)
+    with pytest.raises(TypeError, match="accumulate was given nothing"), anybn.accumulate():
+        pass
     with pytest.raises(TypeError, match="accumulate was given a int"), anybn.accumulate(3):
         pass
     with anybn.accumulate(state):
