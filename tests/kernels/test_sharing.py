@@ -166,7 +166,7 @@ def test_a_crowded_team_is_left_alone(team, monkeypatch):
 def test_in_a_parallel_region_the_caller_works_alone(monkeypatch, crowded):
     monkeypatch.setattr(sharing, "get_num_threads", lambda: 2)
     monkeypatch.setattr(openmp, "team", lambda: openmp.Team(lambda: 1, np.zeros(2, np.int64)))
-    monkeypatch.setitem(sharing.team, sharing.CROWDED_UNTIL, 2**62 if crowded else 0)
+    monkeypatch.setattr(sharing, "team", np.array((0, 2**62 if crowded else 0)))
     assert sharing.hands() == sharing.ALONE
 
 

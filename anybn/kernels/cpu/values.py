@@ -104,6 +104,11 @@ def load(value):
 @by_types(inline=True)
 def store(out, i, value):
     """``out[i] = value``, rounded to out's dtype: to nearest even, and 16 bits through float32."""
+    return _storing(out)
+
+
+def _storing(out):
+    """How a value goes into out, by its type."""
     if out.dtype == types.uint16:
 
         def bfloat16(out, i, value):
@@ -246,7 +251,7 @@ def put(out, i, value):
     """`store` where there is an out."""
     if isinstance(out, types.NoneType):
         return lambda out, i, value: None
-    return lambda out, i, value: store(out, i, value)
+    return _storing(out)  # of two functions, one put into the other, Numba 0.68.1 loses what is local
 
 
 @njit(**EXACT)
