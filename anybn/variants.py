@@ -358,9 +358,7 @@ def _enough_in_each(backend: Backend, parts: Array, mask: Array, ghosts: _Ghosts
 
 def _limits(renorm: Any) -> tuple[Any, Any]:
     try:
-        r_max, d_max = renorm
-        if isinstance(r_max, str) or isinstance(d_max, str) or r_max is None or d_max is None:
-            raise TypeError
+        r_max, d_max = (limit + 0 for limit in renorm)  # numbers, or traced ones
     except (TypeError, ValueError):
         raise TypeError(f"renorm is {renorm!r}; it must be a pair (r_max, d_max), see renorm_limits") from None
     for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):  # a traced one cannot be looked at

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -145,7 +144,7 @@ def _layer(node: Any, model: torch.fx.GraphModule, reads: Any, users: list[Any])
         return None, f"{what}, which has hooks or is called more than once"
     if list(reads.users) != users or len(users) != 1:
         return None, f"{what}, but what lies between is read elsewhere too"
-    attributes = [attrgetter(str(n.target))(model) for n in model.graph.nodes if n.op == "get_attr"]
+    attributes = [operator.attrgetter(str(n.target))(model) for n in model.graph.nodes if n.op == "get_attr"]
     if any(a is layer.weight or a is layer.bias for a in attributes if a is not None):
         return None, f"{what}, but its weight or bias is read elsewhere too"
     return layer, what

@@ -114,9 +114,8 @@ def _alike(a: torch.fx.Node, b: torch.fx.Node) -> bool:
     )
 
 
-def _is(node: torch.fx.Node, other: torch.fx.Node, module: torch.fx.GraphModule) -> bool:
-    """Whether two nodes call one module."""
-    return module.get_submodule(str(node.target)) is module.get_submodule(str(other.target))
+def _calls(node: torch.fx.Node, target: torch.nn.Module, module: torch.fx.GraphModule) -> bool:
+    return node.op == "call_module" and module.get_submodule(str(node.target)) is target
 
 
 def _fuse_into(relu: torch.fx.Node, module: torch.fx.GraphModule, batch_norm: Any) -> None:
@@ -146,9 +145,12 @@ def _fuse_into(relu: torch.fx.Node, module: torch.fx.GraphModule, batch_norm: An
         return
     bn, residual = max(pairs, key=lambda pair: order[pair[0]])
     # The call moves to where the residual is there, not past what could change its input, or calls the same batch norm.
-    for node in [node for node, i in order.items() if order[bn] < i < order[last]]:
-        if _writes(node, module) or (node.op == "call_module" and _is(node, bn, module)):
-            return
+    between, target = (
+        (node for node, i in order.items() if order[bn] < i < order[last]),
+        module.get_submodule(bn.target),
+    )
+    if any(_writes(node, module) or _calls(node, target, module) for node in between):
+        return
     last.prepend(bn)
     bn.kwargs = {"residual": residual, "activation": "relu"}
     relu.replace_all_uses_with(bn)

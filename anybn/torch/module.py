@@ -109,20 +109,14 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
         Statistics that cannot be are an error, with which the module keeps what it has.
         """
-        impossible = []
-        for name in BUFFERS[:2]:
-            value = state_dict.get(prefix + name)
-            if isinstance(value, torch.Tensor) and type(value) in (torch.Tensor, Parameter) and not value.is_meta:
-                problem = _checks.impossible_statistics(prefix + name, value.detach().cpu().double().numpy())
-                impossible += [problem] if problem else []
-        if impossible:
-            args[-1].extend(impossible)
-            return
         dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         for name in ("weight", "bias", *BUFFERS):
             value = state_dict.get(prefix + name)
             if value is not None and not isinstance(value, torch.Tensor):
-                state_dict[prefix + name] = torch.as_tensor(as_tensor(backend_for(value, prefix + name), value))
+                state_dict[prefix + name] = value = torch.as_tensor(as_tensor(backend_for(value, prefix + name), value))
+            if problem := _impossible(prefix + name, value):
+                args[-1].append(problem)
+                return
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, dtype in dtypes.items():
             self._buffers[name] = self._buffers[name].to(dtype)
@@ -145,6 +139,13 @@ def _traced(module: torch.nn.Module, x: Proxy, options: dict[str, Any]) -> Proxy
         raise TypeError("x is a torch.fx.Proxy whose tracer knows no modules: trace the model, with torch.fx.Tracer")
     given = {name: value for name, value in options.items() if value is not None}
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), given)
+
+
+def _impossible(name: str, value: torch.Tensor | None) -> str:
+    """Why a checkpoint's running statistics cannot be; or "", also of what has no values here."""
+    if value is None or not name.endswith(BUFFERS[:2]) or type(value) not in (torch.Tensor, Parameter) or value.is_meta:
+        return ""
+    return _checks.impossible_statistics(name, value.detach().cpu().double().numpy())
 
 
 def set_running_dtype(module: Any, dtype: Callable[[torch.Tensor], torch.dtype]) -> None:

@@ -95,13 +95,14 @@ def test_what_a_modules_state_refuses():
     assert all(map(torch.equal, buffers_of(bn), before))
 
 
+@pytest.mark.parametrize("of", [torch.clone, lambda a: a.numpy().copy()], ids=["torch", "numpy"])
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize(
     ("name", "value"), [("running_mean", math.nan), ("running_var", math.inf), ("running_var", -1)]
 )
-def test_a_checkpoint_with_impossible_statistics_is_refused(name, value, assign):
+def test_a_checkpoint_with_impossible_statistics_is_refused(name, value, assign, of):
     net = nn.Sequential(anybn.torch.BatchNorm2d(3))
-    before, loaded = buffers_of(net[0]), {key: a.clone() for key, a in net.state_dict().items()}
+    before, loaded = buffers_of(net[0]), {key: of(a) for key, a in net.state_dict().items()}
     loaded["0.weight"][:] = 7
     loaded[f"0.{name}"][1] = value
     with pytest.raises(RuntimeError, match=rf"0\.{name} is {float(value)} in channel 1; it must be finite"):

@@ -57,7 +57,7 @@ def batch_statistics(call: Call) -> Statistics:
 def train(call: Call) -> tuple[torch.Tensor, Statistics, None]:
     if step := _step(call, call.residual, call.out):
         y, rows = _destination(call), np.empty((5, call.x.shape[call.spec.axis]))
-        if _run(functools.partial(step.plan.train, None, None), step, call, y, (None, None), rows, step.plan.of_train):
+        if _run(step.plan.train, step, call, y, (None, None), rows, step.plan.of_train):
             return y, statistics_of_rows(rows, call.x), None
     y, statistics, _ = kernels().train(_in_views(call))
     return _delivered(y, call), _from_views(statistics), None
@@ -68,15 +68,7 @@ def evaluate(call: Call, statistics: Statistics) -> torch.Tensor:
         mean, var = (a.detach().double().contiguous() for a in (statistics.mean, statistics.var))
         y = _destination(call)
         running = mean.data_ptr(), var.data_ptr()
-        if _run(
-            functools.partial(steps().evaluate, None, None),
-            step,
-            call,
-            y,
-            running,
-            np.empty((2, len(mean))),
-            step.plan.of_evaluate,
-        ):
+        if _run(steps().evaluate, step, call, y, running, np.empty((2, len(mean))), step.plan.of_evaluate):
             return y
     return _delivered(kernels().evaluate(_in_views(call), _views(statistics)), call)
 
@@ -118,7 +110,7 @@ def _run(
     x, spec, weight, bias, residual = call[:5]
     arrays = (*(None if a is None else a.data_ptr() for a in (x, y, residual, weight, bias)), *running)
     options = (x.numel(), x.shape[spec.axis], 0.0 if spec.relu else -math.inf, spec.eps, rows, step.plan.hands())
-    waited = function(step.example, step.parameter_example, *arrays, *options, *last)
+    waited = function(None, None, step.example, step.parameter_example, *arrays, *options, *last)
     steps().note_wait(waited)
     return bool(waited >= 0)
 
