@@ -145,10 +145,8 @@ def _fuse_into(relu: torch.fx.Node, module: torch.fx.GraphModule, batch_norm: An
         return
     bn, residual = max(pairs, key=lambda pair: order[pair[0]])
     # The call moves to where the residual is there, not past what could change its input, or calls the same batch norm.
-    between, target = (
-        (node for node, i in order.items() if order[bn] < i < order[last]),
-        module.get_submodule(bn.target),
-    )
+    target = module.get_submodule(bn.target)
+    between = [node for node, i in order.items() if order[bn] < i < order[last]]
     if any(_writes(node, module) or _calls(node, target, module) for node in between):
         return
     last.prepend(bn)
