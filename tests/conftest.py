@@ -26,3 +26,13 @@ def torch_compile_begins_anew() -> None:
     """torch.compile gives up after eight versions of one function, whichever tests of the process had them made."""
     if dynamo := sys.modules.get("torch._dynamo"):
         dynamo.reset()
+
+
+@pytest.fixture
+def torch() -> Any:
+    return pytest.importorskip("torch", reason="torch: not installed, pip install torch")
+
+
+@pytest.fixture
+def jax() -> Any:
+    return pytest.importorskip("jax", reason="jax: not installed, pip install jax")

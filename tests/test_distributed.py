@@ -18,8 +18,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize("x64", ["0", "1"])
-def test_jax(x64):
-    pytest.importorskip("jax", reason="jax: not installed, pip install jax")
+def test_jax(jax, x64):
     member = [
         sys.executable,
         "-m",
@@ -204,8 +203,7 @@ def test_layers_and_modules_take_a_group():
         bn.eval()(x)
 
 
-def test_torch_modules_take_a_group():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_torch_modules_take_a_group(torch):
     import anybn.torch
 
     x, group = torch.ones(4, 3), Broken()
@@ -223,9 +221,8 @@ def test_torch_modules_take_a_group():
     assert not hasattr(model[0], "group")
 
 
-def test_a_model_with_a_subgroup_is_saved(tmp_path):
+def test_a_model_with_a_subgroup_is_saved(torch, tmp_path):
     """In a process of its own, which has a group. What is loaded evaluates, and says what it lacks to train."""
-    torch = pytest.importorskip("torch", reason="torch: not installed")
     path = tmp_path / "model.pt"
     code = f"""
 import torch, torch.distributed as dist, anybn.torch
@@ -248,8 +245,7 @@ torch.save(model, {str(path)!r})
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where it looks at what a graph begins with
-def test_torch_compile_ends_its_graph_at_a_group():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_torch_compile_ends_its_graph_at_a_group(torch):
     from torch._dynamo.testing import CompileCounter
 
     import anybn.torch
@@ -293,8 +289,7 @@ def snippet(launcher, tmp_path):
     return str(script)
 
 
-def test_the_page_s_torchrun(tmp_path):
-    pytest.importorskip("torch", reason="torch: not installed")
+def test_the_page_s_torchrun(torch, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     printed = []
     for n in ("1", "2"):
@@ -316,8 +311,7 @@ def test_the_page_s_mpiexec(tmp_path):
     assert printed.splitlines()[-1] == "[2.2 2.3 2.4 2.5]"
 
 
-def test_the_page_shows_what_was_measured():
-    pytest.importorskip("torch", reason="torch: not installed")
+def test_the_page_shows_what_was_measured(torch):
     spec = importlib.util.spec_from_file_location("collectives", HERE.parent / "benchmarks" / "collectives.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

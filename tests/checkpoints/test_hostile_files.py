@@ -225,8 +225,7 @@ def test_an_npz_compressed_otherwise(tmp_path, method):
         anybn.load_batch_norms(path)
 
 
-def test_a_pt_with_an_expanded_weight(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_pt_with_an_expanded_weight(torch, tmp_path):
     path = tmp_path / "model.pt"
     one = torch.ones(1).expand(64 * MiB)
     torch.save({"bn.running_mean": one, "bn.running_var": one}, path)
@@ -237,8 +236,7 @@ def test_a_pt_with_an_expanded_weight(tmp_path):
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_pt_reads_what_it_needs(tmp_path, compression):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_pt_reads_what_it_needs(torch, tmp_path, compression):
     path = tmp_path / "model.pt"
     tensors = {f"bn.{name}": torch.from_numpy(a) for name, a in arrays().items()}
     torch.save(tensors | {"conv.weight": torch.ones(64 * MiB)}, tmp_path / "plain.pt")
@@ -250,8 +248,7 @@ def test_a_pt_reads_what_it_needs(tmp_path, compression):
     assert growth < 64 * MiB
 
 
-def test_a_pt_compressed_by_hand(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_pt_compressed_by_hand(torch, tmp_path):
     path = tmp_path / "model.pt"
     torch.save({name: torch.from_numpy(a) + 2 for name, a in arrays().items()}, tmp_path / "plain.pt")
     with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
@@ -262,16 +259,14 @@ def test_a_pt_compressed_by_hand(tmp_path):
     )
 
 
-def test_a_pt_from_before_torch_1_6(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_pt_from_before_torch_1_6(torch, tmp_path):
     path = tmp_path / "model.pt"
     torch.save({n: torch.from_numpy(a) for n, a in arrays().items()}, path, _use_new_zipfile_serialization=False)
     assert list(anybn.load_batch_norms(path)) == [""]
 
 
-def test_a_pt_with_a_text_longer_than_the_file(tmp_path):
+def test_a_pt_with_a_text_longer_than_the_file(torch, tmp_path):
     """Where a file is asked for as many bytes, it makes room for them first."""
-    pytest.importorskip("torch", reason="torch: not installed")
     path = tmp_path / "model.pt"
     path.write_bytes(b"\x80\x02X" + (2**30).to_bytes(4, "little") + b"abc")
     with pytest.raises(anybn.CheckpointError):  # imports torch
@@ -279,8 +274,7 @@ def test_a_pt_with_a_text_longer_than_the_file(tmp_path):
     refused(lambda: anybn.load_batch_norms(path), "nothing was loaded")
 
 
-def test_a_pt_of_mappings_that_hold_each_other(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_pt_of_mappings_that_hold_each_other(torch, tmp_path):
     path = tmp_path / "model.pt"
     nested = {"x": 1}
     for _ in range(60):
@@ -293,8 +287,7 @@ def test_a_pt_of_mappings_that_hold_each_other(tmp_path):
     refused(lambda: anybn.load_batch_norms(path), "nothing was loaded", limit=64 * MiB)
 
 
-def test_a_pt_of_things_that_are_no_arrays(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_pt_of_things_that_are_no_arrays(torch, tmp_path):
     path = tmp_path / "model.pt"
     mean, var = torch.zeros(3), torch.ones(3)
     for strange in (
@@ -315,8 +308,7 @@ def test_a_pt_of_things_that_are_no_arrays(tmp_path):
         anybn.load_batch_norms(path)
 
 
-def test_a_lazy_batch_norm_has_no_shape_yet():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_lazy_batch_norm_has_no_shape_yet(torch):
     lazy = torch.nn.Sequential(torch.nn.LazyBatchNorm1d()).state_dict()
     with pytest.raises(anybn.CheckpointError, match=r"layer '0': weight has no shape yet .*: give the model a batch"):
         anybn.load_batch_norms(lazy)

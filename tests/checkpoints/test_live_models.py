@@ -67,8 +67,7 @@ def test_all_of_them_or_none(example):
     assert all(inputs.state_values(after[name]) == inputs.state_values(before[name]) for name in before)
 
 
-def test_a_write_that_fails_half_way_is_undone():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_write_that_fails_half_way_is_undone(torch):
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3))
     with torch.inference_mode():
         model[1].running_var = torch.ones(3)  # which may not be written to outside
@@ -81,14 +80,12 @@ def test_a_write_that_fails_half_way_is_undone():
     assert not any(module.running_mean.any() for module in model)
 
 
-def test_a_model_without_any_batch_norm():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_model_without_any_batch_norm(torch):
     with pytest.raises(anybn.CheckpointError, match="the model has no batch norm: it is a Linear"):
         anybn.load_batch_norms(torch.nn.Linear(2, 2))
 
 
-def test_a_layer_is_a_model_of_one():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_layer_is_a_model_of_one(torch):
     layer = torch.nn.BatchNorm1d(3, eps=0.5)
     ((name, state),) = anybn.load_batch_norms(layer).items()
     assert (name, state.eps) == ("", 0.5)

@@ -376,8 +376,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 # -- models of the frameworks themselves -----------------------------------------------------------------------
 
 
-def test_a_torch_model_and_its_files(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_torch_model_and_its_files(torch, tmp_path):
     nn = torch.nn
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3),

@@ -107,8 +107,7 @@ def test_functions_that_call_each_other_without_end(tmp_path):
             anybn.load_batch_norms(tmp_path / "model.onnx")
 
 
-def test_a_model_whose_batch_norms_are_folded(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_model_whose_batch_norms_are_folded(torch, tmp_path):
     pytest.importorskip("onnxscript", reason="onnxscript: not installed, pip install onnxscript")
     nn = torch.nn
     x = torch.randn(2, 3, 8, 8)

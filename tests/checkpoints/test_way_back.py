@@ -98,8 +98,7 @@ def test_the_same_states_make_the_same_bytes(tmp_path, suffix):
     assert path.read_bytes() == before
 
 
-def test_what_a_torch_file_has_beside_its_arrays_stays(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_what_a_torch_file_has_beside_its_arrays_stays(torch, tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)).half()
     model(torch.randn(4, 2).half())
     path = tmp_path / "model.pt"

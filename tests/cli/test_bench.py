@@ -40,8 +40,7 @@ def test_layouts_lie_in_memory_as_they_say():
         assert (np.moveaxis(x, 1, -1) if layout == comparison.LAST else x).flags.c_contiguous
 
 
-def test_torch_sees_the_same_memory():
-    torch = pytest.importorskip("torch")
+def test_torch_sees_the_same_memory(torch):
     data = comparison.Data.of(comparison.Case("forward", comparison.LAST, (2, 5, 4, 3), "bfloat16"))
     x = comparison.to_torch(data.x)
     assert x.dtype == torch.bfloat16
@@ -136,8 +135,7 @@ def test_timing_is_median_and_spread():
     assert timing.summary([4.0, 1.0, 3.0, 2.0, 5.0]) == (3.0, 2 / 3)
 
 
-def test_the_faster_of_torch_s_ways_counts(monkeypatch):
-    pytest.importorskip("torch")
+def test_the_faster_of_torch_s_ways_counts(torch, monkeypatch):
     times = {
         "numpy": 1.0,
         "torch": 1.0,

@@ -289,8 +289,7 @@ def object_group():
     return Alone()
 
 
-def test_states_of_a_jax_function():
-    jax = pytest.importorskip("jax", reason="jax: not installed")
+def test_states_of_a_jax_function(jax):
     states = {"in": trained_state(), "out": trained_state()}
     place = {name: type(state.running_mean) for name, state in states.items()}
     parts, seen = [x for x in uneven(data()) if x.size], []
@@ -319,8 +318,7 @@ def network(torch, convert=False):
 
 
 @pytest.mark.parametrize("convert", [False, True])
-def test_a_torch_model(convert):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_torch_model(torch, convert):
     model = network(torch, convert)
     model[3].eval()
     parts = [x for x in uneven(data()) if x.size]
@@ -340,8 +338,7 @@ def test_a_torch_model(convert):
     assert {(f.layer, f.cause) for f in report.findings} >= {("0", "no updates"), ("3", "no updates")}
 
 
-def test_the_score_says_what_evaluation_gains():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_the_score_says_what_evaluation_gains(torch):
     model = network(torch)
     x = torch.from_numpy(data())
     batches, others = list(x.split(32)), list((x + 1).split(32))
@@ -429,8 +426,7 @@ def test_errors(monkeypatch):
         anybn.diagnose(state, parts).plot()
 
 
-def test_errors_of_models():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_errors_of_models(torch):
     model, x = network(torch), torch.from_numpy(data())
     with pytest.raises(ValueError, match="the model has no batch norm with running statistics"):
         anybn.diagnose(torch.nn.Linear(1, 1), [x])

@@ -140,8 +140,7 @@ def test_batches_of_one_and_autocast_dtypes():
 
 
 @pytest.mark.parametrize("name", ["group", "layer", "rms"])
-def test_jax_differentiates_like_the_explicit_form(name):
-    jax = pytest.importorskip("jax", reason="jax: not installed, pip install jax")
+def test_jax_differentiates_like_the_explicit_form(jax, name):
     call, _, shape = CALLS[name]
     x, w, b = (jax.numpy.asarray(a, "float32") for a in values(shape))
     dy = jax.numpy.asarray(inputs.normal(x.shape, seed=3), "float32")

@@ -93,9 +93,8 @@ def test_a_dask_array_is_all_the_data():
     assert oracle.error(state.running_var, oracle.statistics(values, mask=mask).var(1), "float32") <= 2
 
 
-def test_torch_update_bn_weighs_batches_not_values():
+def test_torch_update_bn_weighs_batches_not_values(torch):
     """Batches of 100 and 4 whose true mean is 0.35: update_bn finds 5.33."""
-    torch = pytest.importorskip("torch", reason="torch: not installed")
     rng = np.random.default_rng(0)
     parts = rng.normal(0.0, 1.0, (100, 1)), rng.normal(0.0, 1.0, (4, 1))
     for part, mean in zip(parts, (-0.065, 10.725), strict=True):
@@ -200,9 +199,8 @@ def layer_inputs(torch, model, batches):
 
 
 @pytest.mark.parametrize("convert", [False, True])
-def test_model_exactly(convert):
+def test_model_exactly(torch, convert):
     """After it, the statistics of each layer are those of its input in evaluation: the model is calibrated."""
-    torch = pytest.importorskip("torch", reason="torch: not installed")
     model, batches = network(torch, convert), images(torch)
     model.branch.eval()
     anybn.recalibrate(model, [(x, "label") for x in batches])
@@ -220,8 +218,7 @@ def test_model_exactly(convert):
         assert int(layer.num_batches_tracked) == 4
 
 
-def test_model_in_one_pass_is_exact_for_the_first_layer_only():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_model_in_one_pass_is_exact_for_the_first_layer_only(torch):
     model, exact, batches = network(torch), network(torch), images(torch, cuts=(20, 24))
     anybn.recalibrate(exact, batches)
     anybn.recalibrate(model, iter(batches), one_pass=True)
@@ -236,8 +233,7 @@ def test_model_in_one_pass_is_exact_for_the_first_layer_only():
     assert oracle.error(model.branch.running_var.numpy(), expected, "float32", expected) <= 16
 
 
-def test_model_errors_and_other_ways():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_model_errors_and_other_ways(torch):
     model, batches = network(torch), images(torch)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
@@ -266,16 +262,14 @@ def test_model_errors_and_other_ways():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when torch.compile is imported
-def test_compiled_model_and_another_call():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_compiled_model_and_another_call(torch):
     compiled, model, batches = network(torch), network(torch), images(torch)
     anybn.recalibrate(torch.compile(compiled), [{"x": x} for x in batches], forward=lambda m, batch: m(batch["x"]))
     anybn.recalibrate(model, batches)
     assert torch.equal(compiled.last.running_var, model.last.running_var)
 
 
-def test_a_layer_called_twice_counts_all_its_inputs():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_layer_called_twice_counts_all_its_inputs(torch):
     norm = torch.nn.BatchNorm1d(2)
     model = torch.nn.Sequential(norm, torch.nn.Linear(2, 2), norm)
     batches = [torch.from_numpy(part.astype(np.float32)) for part in np.split(inputs.normal((9, 2)) + 5, [6])]
@@ -287,8 +281,7 @@ def test_a_layer_called_twice_counts_all_its_inputs():
     assert oracle.error(norm.running_var.numpy(), oracle.statistics(both.numpy()).var(1), "float32", 1) <= 8
 
 
-def test_a_model_of_somebody_who_never_imports_anybn_torch():
-    pytest.importorskip("torch", reason="torch: not installed")
+def test_a_model_of_somebody_who_never_imports_anybn_torch(torch):
     code = (
         "import sys, torch, anybn\n"
         "norm = torch.nn.BatchNorm1d(1)\n"

@@ -40,9 +40,8 @@ def by_hand(torch, x, weight, bias, options, mean, var, mask, residual, activati
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_torch_to_second_order(name, fused):
+def test_torch_to_second_order(torch, name, fused):
     """As it is, by kernels; and with mask, residual and relu."""
-    torch = pytest.importorskip("torch", reason="torch: not installed")
     rng = np.random.default_rng(0)
     x = torch.tensor(rng.standard_normal(SHAPE) * 2 + 1, requires_grad=True)
     weight, bias = (torch.tensor(rng.uniform(0.5, 2, 3), requires_grad=True) for _ in range(2))
@@ -66,8 +65,7 @@ def test_torch_to_second_order(name, fused):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)  # two derivatives in torch's own rounding
 
 
-def test_torch_weights_that_are_not_trained():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_torch_weights_that_are_not_trained(torch):
     from anybn.torch import BatchNorm1d
 
     ours = BatchNorm1d(3)
@@ -86,8 +84,7 @@ def test_torch_weights_that_are_not_trained():
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ["ghost", "renorm", "both"])
-def test_jax_under_jit(name, masked):
-    jax = pytest.importorskip("jax", reason="jax: not installed")
+def test_jax_under_jit(jax, name, masked):
     x, dy = (jax.numpy.asarray(inputs.normal(SHAPE, seed=s) + 1, "float32") for s in (0, 1))
     state, mask = anybn.BatchNormState(3, like=x), None
     if masked:

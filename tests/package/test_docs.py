@@ -79,8 +79,7 @@ def test_equinox(capsys):
 # -- statistics.md ------------------------------------------------------------------------------------------------
 
 
-def test_statistics(capsys):
-    pytest.importorskip("torch", reason="torch: not installed, pip install torch")
+def test_statistics(torch, capsys):
     scope = run(capsys, "statistics.md", python_of("statistics.md"))
     everything = np.concatenate(scope["batches"])
     assert np.allclose(scope["whole"].mean, everything[:160].mean(0), rtol=1e-14)

@@ -35,8 +35,7 @@ def test_links_lead_somewhere():
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_tables_are_those_of_the_results(monkeypatch):
-    pytest.importorskip("torch", reason="torch: not installed")
+def test_tables_are_those_of_the_results(torch, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
     module = importlib.util.module_from_spec(spec)

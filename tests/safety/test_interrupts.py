@@ -72,16 +72,14 @@ def torch_array(shape):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_modules_are_atomic_under_interrupts(way):
-    pytest.importorskip("torch", reason="torch: not installed")
+def test_modules_are_atomic_under_interrupts(torch, way):
     import anybn.torch
 
     assert interrupted_everywhere(lambda: anybn.torch.BatchNorm1d(4), WAYS[way], buffers) > 5
 
 
 @pytest.mark.parametrize("kind", ["states", "modules", "both"])
-def test_accumulate_is_atomic_under_interrupts(kind):
-    pytest.importorskip("torch", reason="torch: not installed")
+def test_accumulate_is_atomic_under_interrupts(torch, kind):
     import anybn.torch
 
     x = torch_array((8, 4))
@@ -131,8 +129,7 @@ def test_a_call_that_ends_after_its_block_is_learnt():
 
 
 @pytest.mark.parametrize("reader", ["copy", "state_dict", "evaluation", "numpy", "small", "large"])
-def test_no_torn_reads_beside_a_thread_that_trains(reader):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_no_torn_reads_beside_a_thread_that_trains(torch, reader):
     import threading
     import time
 
@@ -182,8 +179,7 @@ def test_no_torn_reads_beside_a_thread_that_trains(reader):
         thread.join()
 
 
-def test_a_load_that_fails_changes_nothing():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_load_that_fails_changes_nothing(torch):
     import anybn.torch
 
     good = {"weight": np.ones(4) * 2, "bias": np.ones(4), "running_mean": np.ones(4), "running_var": np.ones(4) * 2}
@@ -201,8 +197,7 @@ def test_a_load_that_fails_changes_nothing():
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("shape", [(8, 4), (40000, 4)])
-def test_a_forward_pass_that_fails_late_changes_nothing(shape, activation):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_forward_pass_that_fails_late_changes_nothing(torch, shape, activation):
     import anybn.torch
 
     m = anybn.torch.BatchNorm1d(4, activation=activation)

@@ -18,8 +18,7 @@ SHRINK = {
 
 
 @pytest.mark.parametrize("how", SHRINK)
-def test_arrays_of_the_wrong_length_in_a_module(how):
-    pytest.importorskip("torch", reason="torch: not installed")
+def test_arrays_of_the_wrong_length_in_a_module(torch, how):
     name = {"assigned": "running_mean", "resized": "running_mean", "data": "running_var"}.get(how, "weight")
     shape = {"longer": "(5000,)", "two axes": "(4096, 1)"}.get(how, "(3,)")
     name = "bias" if how == "longer" else name
@@ -42,8 +41,7 @@ def test_arrays_of_the_wrong_length_in_a_module(how):
     """)
 
 
-def test_arrays_of_the_wrong_length_in_a_compiled_module():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_arrays_of_the_wrong_length_in_a_compiled_module(torch):
     import anybn.torch
 
     m = anybn.torch.BatchNorm1d(4)

@@ -1,15 +1,12 @@
 """Memory that others resize or free, and tensors whose address says nothing."""
 
-import pytest
-
 from anybn import norms, variants
 from safety import survives
 
 # -- memory that others resize ---------------------------------------------------------------------------------------
 
 
-def test_storages_stay_resizable():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_storages_stay_resizable(torch):
     import anybn.torch
 
     m = anybn.torch.BatchNorm1d(512)
@@ -36,8 +33,7 @@ def test_storages_stay_resizable():
         t.detach().untyped_storage().resize_(0)
 
 
-def test_x_can_be_what_cat_fills():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_x_can_be_what_cat_fills(torch):
     x = torch.randn(8, 4)
     norms.layer_norm(x)
     parts = torch.randn(3, 10, 4).unbind()
@@ -45,8 +41,7 @@ def test_x_can_be_what_cat_fills():
     assert torch.equal(x, torch.cat(parts))
 
 
-def test_freed_storages_are_errors():
-    pytest.importorskip("torch", reason="torch: not installed")
+def test_freed_storages_are_errors(torch):
     survives("""
         import torch, anybn, anybn.torch
         from anybn import norms
@@ -80,8 +75,7 @@ def test_freed_storages_are_errors():
 # -- tensors whose address says nothing ------------------------------------------------------------------------------
 
 
-def test_weights_that_are_no_plain_memory():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_weights_that_are_no_plain_memory(torch):
     import anybn.torch
 
     class Wrapped(torch.Tensor):

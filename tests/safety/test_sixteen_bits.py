@@ -50,8 +50,7 @@ def with_mask(torch, m):
 @pytest.mark.parametrize("call", [None, compiled, accumulated, natively, from_numpy, functional, with_mask])
 @pytest.mark.parametrize("change", [loaded, in_place])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_running_statistics_in_16_bits(dtype, change, call):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_running_statistics_in_16_bits(torch, dtype, change, call):
     import anybn.torch
 
     m, exact = anybn.torch.BatchNorm1d(4, momentum=0.3), anybn.torch.BatchNorm1d(4, momentum=0.3)
@@ -70,8 +69,7 @@ def test_running_statistics_in_16_bits(dtype, change, call):
     torch.testing.assert_close(step(x).detach().float(), exact(x).detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_export_of_running_statistics_in_16_bits():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_export_of_running_statistics_in_16_bits(torch):
     import anybn.torch
 
     m, x = anybn.torch.BatchNorm1d(4).eval(), torch.randn(8, 4) * 3 + 5

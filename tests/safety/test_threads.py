@@ -129,9 +129,8 @@ def test_forked_children_work_on_threads_of_their_own(imports, before):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_imported_in_a_forked_child():
+def test_imported_in_a_forked_child(torch):
     """What torch did before the fork, nobody has seen."""
-    pytest.importorskip("torch", reason="torch: not installed")
     survives(
         """
         import os, torch
@@ -146,8 +145,7 @@ def test_imported_in_a_forked_child():
     )
 
 
-def test_torch_says_how_many_threads(monkeypatch):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_torch_says_how_many_threads(torch, monkeypatch):
     before, before_torch = anybn.get_num_threads(), torch.get_num_threads()
     try:
         anybn.set_num_threads(4)
@@ -162,8 +160,7 @@ def test_torch_says_how_many_threads(monkeypatch):
         anybn.set_num_threads(before)
 
 
-def test_inside_a_parallel_region_the_caller_works_alone():
-    pytest.importorskip("torch", reason="torch: not installed")
+def test_inside_a_parallel_region_the_caller_works_alone(torch):
     openmp = pytest.importorskip("anybn.kernels.cpu.openmp")
     if openmp.team() is None:
         pytest.skip("torch has no OpenMP threads that can be shared here")
@@ -187,8 +184,7 @@ def test_inside_a_parallel_region_the_caller_works_alone():
 
 
 @pytest.mark.parametrize("kind", ["torch's", "own", "NumPy alone"])
-def test_small_numbers_are_flushed_by_all_threads_or_none(kind):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_small_numbers_are_flushed_by_all_threads_or_none(torch, kind):
     if not torch.set_flush_denormal(False):
         pytest.skip("the processor cannot")
     counts = survives(f"""

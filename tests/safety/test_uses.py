@@ -27,8 +27,7 @@ BATCHED = {
 
 @pytest.mark.parametrize("name", BATCHED)
 @pytest.mark.parametrize("training", [True, False])
-def test_batched_backward(name, training):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_batched_backward(torch, name, training):
     import anybn.torch  # noqa: F401
 
     call = BATCHED[name](torch, training)
@@ -98,8 +97,7 @@ def test_distributed_tensors(tmp_path):
 # -- states and layers that are looked at or copied ------------------------------------------------------------------
 
 
-def test_states_without_values_have_a_repr():
-    jax = pytest.importorskip("jax", reason="jax: not installed")
+def test_states_without_values_have_a_repr(jax):
     state = anybn.BatchNormState(4, like="jax")
     shapes = jax.eval_shape(lambda s: s, state)
     specs = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), state)
@@ -123,8 +121,7 @@ def test_layers_copy_within_their_group():
     assert (twin.state.num_batches_tracked, layer.state.num_batches_tracked) == (0, 1)
 
 
-def test_the_state_of_a_module_pickles():
-    pytest.importorskip("torch", reason="torch: not installed")
+def test_the_state_of_a_module_pickles(torch):
     import anybn.torch
 
     state = pickle.loads(pickle.dumps(anybn.torch.BatchNorm1d(4).state))
@@ -135,8 +132,7 @@ def test_the_state_of_a_module_pickles():
 # -- other things ----------------------------------------------------------------------------------------------------
 
 
-def test_a_default_device_without_memory():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_a_default_device_without_memory(torch):
     import anybn.torch
 
     m = anybn.torch.BatchNorm1d(4, activation="relu")
@@ -157,8 +153,7 @@ def test_a_default_device_without_memory():
     torch.testing.assert_close(found.residual, other_residual.grad)
 
 
-def test_an_interrupted_recalibrate_leaves_no_hook(monkeypatch):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_an_interrupted_recalibrate_leaves_no_hook(torch, monkeypatch):
     import anybn.torch
 
     model = torch.nn.Sequential(anybn.torch.BatchNorm1d(4), anybn.torch.BatchNorm1d(4))

@@ -35,8 +35,7 @@ def test_as_one_batch(target, momentum, dtype):
     assert state.num_batches_tracked == 2
 
 
-def test_from_library_to_library():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_from_library_to_library(torch):
     x, state, whole = data("N(0, 1)"), anybn.BatchNormState(4), anybn.BatchNormState(4)
     with anybn.accumulate(state):
         anybn.batch_norm(x[:3], state, training=True)
@@ -91,8 +90,7 @@ def test_layers_and_shared_states():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile's own, of what a graph begins with
-def test_torch_models():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_torch_models(torch):
     import anybn.torch
 
     def model():
@@ -124,8 +122,7 @@ def test_torch_models():
         torch.compile(net, backend="eager", fullgraph=True)(x)
 
 
-def test_jax_under_jit():
-    jax = pytest.importorskip("jax", reason="jax: not installed")
+def test_jax_under_jit(jax):
     x, whole = data("N(0, 1)"), anybn.BatchNormState(4)
 
     @jax.jit

@@ -79,15 +79,13 @@ def test_asarray_there_and_back(target, x, dtype):
     assert target.backend.holds(anybn.asarray(values, like=target.name), target.device)
 
 
-def test_asarray_keeps_torchs_graph():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_asarray_keeps_torchs_graph(torch):
     leaf = torch.ones(3, requires_grad=True)
     assert anybn.asarray(leaf, like=torch) is leaf
     assert np.array_equal(anybn.asarray(leaf, like=np), np.ones(3))
 
 
-def test_asarray_of_what_has_no_values():
-    jax = pytest.importorskip("jax", reason="jax: not installed")
+def test_asarray_of_what_has_no_values(jax):
     with pytest.raises(TypeError, match="a is traced by jax and has no values yet, so numpy cannot have it"):
         jax.jit(lambda a: anybn.asarray(a, like=np))(np.ones(3))
     jax.jit(lambda a: anybn.asarray(a, like=jax.numpy))(np.ones(3))

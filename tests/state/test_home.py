@@ -114,8 +114,7 @@ def test_so_many_replicas_and_no_more():
 
 
 @pytest.mark.parametrize("how", ["item", "in place", "optimizer", "data", "fill"])
-def test_weights_written_in_place_reach_the_replicas(target, how):
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def test_weights_written_in_place_reach_the_replicas(torch, target, how):
     state = anybn.BatchNormState(3, like="torch" if how in ("optimizer", "data") else "numpy")
     if how == "optimizer":
         state.weight = torch.nn.Parameter(state.weight)
@@ -181,8 +180,7 @@ def test_a_trainer_and_an_evaluator_in_another_library(target):
     assert state == alone
 
 
-def test_evaluation_under_jit_leaves_no_tracer_behind():
-    jax = pytest.importorskip("jax", reason="jax: not installed")
+def test_evaluation_under_jit_leaves_no_tracer_behind(jax):
     state, x = trained(), jax.numpy.asarray(batch())
     expected = np.asarray(anybn.batch_norm(x, state.copy()))
     assert np.allclose(jax.jit(lambda x: anybn.batch_norm(x, state))(x), expected, rtol=1e-6)
@@ -261,8 +259,7 @@ def test_accumulate_moves_once_it_is_over(target):
 
 
 @pytest.fixture
-def with_parameters():
-    torch = pytest.importorskip("torch", reason="torch: not installed")
+def with_parameters(torch):
     state = anybn.BatchNormState(3, like=torch)
     state.weight, state.bias = (torch.nn.Parameter(a) for a in (state.weight, state.bias))
     return state, torch.optim.SGD([state.weight, state.bias], lr=0.5), torch
@@ -347,9 +344,8 @@ def test_reset_fills_parameters(with_parameters):
 
 
 @pytest.fixture
-def two_places():
+def two_places(torch):
     """torch with a second device, which is the first under another name."""
-    torch = pytest.importorskip("torch", reason="torch: not installed")
     from anybn.backends.torch import TorchBackend, cpu
 
     class TwoPlaces(TorchBackend):
@@ -484,9 +480,7 @@ def test_any_sequence_leaves_what_its_changes_alone_would(steps, dtype, momentum
     assert state == alone
 
 
-def test_the_page_about_it():
-    pytest.importorskip("torch", reason="torch: not installed")
-    pytest.importorskip("jax", reason="jax: not installed")
+def test_the_page_about_it(jax, torch):
     page = str(Path(__file__).parents[2] / "docs" / "state.md")
     failed, tried = doctest.testfile(page, module_relative=False, optionflags=doctest.ELLIPSIS)
     assert tried > 10
