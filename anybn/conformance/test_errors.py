@@ -12,148 +12,125 @@ import anybn
 from anybn.conformance import inputs
 from anybn.conformance.targets import Target
 
-Make = Callable[..., Any]
+#: of (array maker, state of 3 channels)
+Call = Callable[[Callable[..., Any], anybn.BatchNormState], Any]
 
 
 def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
     return np.zeros(shape, dtype)
 
 
-#: name -> (call of (array maker, state of 3 channels), class, a part of the message)
-CALLS: dict[str, tuple[Callable[[Make, anybn.BatchNormState], Any], type[Exception], str]] = {
+def normalized(*shape: int, dtype: Any = np.float32, **options: Any) -> Call:
+    """batch_norm of zeros; options that are NumPy arrays go where x is."""
+
+    def call(a: Callable[..., Any], s: anybn.BatchNormState) -> Any:
+        placed = {name: a(value) if isinstance(value, np.ndarray) else value for name, value in options.items()}
+        return anybn.batch_norm(a(zeros(*shape, dtype=dtype)), s, **placed)
+
+    return call
+
+
+def assigned(name: str, values: np.ndarray) -> Call:
+    return lambda a, s: setattr(s, name, a(values))
+
+
+#: name -> (call, class, a part of the message)
+CALLS: dict[str, tuple[Call, type[Exception], str]] = {
     "one axis": (
-        lambda a, s: anybn.batch_norm(a(zeros(5)), s),
+        normalized(5),
         ValueError,
         "x has shape (5,); batch norm needs (N, C, ...): for one sample use x[None]",
     ),
-    "no axis": (
-        lambda a, s: anybn.batch_norm(a(zeros()), s),
-        ValueError,
-        "x has shape (); batch norm needs (N, C, ...)",
-    ),
+    "no axis": (normalized(), ValueError, "x has shape (); batch norm needs (N, C, ...)"),
     "channels last": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 8, 8, 3)), s),
+        normalized(2, 8, 8, 3),
         ValueError,
         "x has 8 channels on axis 1 but the state has 3; its shape (2, 8, 8, 3) looks channels-last: pass axis=-1",
     ),
     "channels first": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3, 8, 8)), s, axis=-1),
+        normalized(2, 3, 8, 8, axis=-1),
         ValueError,
         "x has 8 channels on axis -1 but the state has 3; its shape (2, 3, 8, 8) looks channels-first: pass axis=1",
     ),
     "other channels": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 4)), s),
+        normalized(2, 4),
         ValueError,
         "x has 4 channels on axis 1 but the state has 3; its shape is (2, 4): pass the channel axis",
     ),
     "one value": (
-        lambda a, s: anybn.batch_norm(a(zeros(1, 3)), s, training=True),
+        normalized(1, 3, training=True),
         ValueError,
         "training needs more than 1 value per channel, got shape (1, 3): use a larger batch, eval mode, or a layer or "
         "group norm",
     ),
-    "int": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3, dtype=np.int32)), s),
-        TypeError,
-        "x has dtype int32: cast to float32",
-    ),
-    "bool": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3, dtype=bool)), s),
-        TypeError,
-        "x has dtype bool: cast to float32",
-    ),
+    "int": (normalized(2, 3, dtype=np.int32), TypeError, "x has dtype int32: cast to float32"),
+    "bool": (normalized(2, 3, dtype=bool), TypeError, "x has dtype bool: cast to float32"),
     "complex": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3, dtype=np.complex64)), s),
+        normalized(2, 3, dtype=np.complex64),
         TypeError,
         "x has dtype complex64: normalize real and imaginary parts separately",
     ),
     "list": (lambda a, s: anybn.batch_norm([[1.0, 2.0, 3.0]], s), TypeError, "x is a list"),
     "axis out of range": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3)), s, axis=2),
+        normalized(2, 3, axis=2),
         ValueError,
         "axis is 2 but x has shape (2, 3): the channel axis must lie in [-2, 1]",
     ),
-    "axis no int": (lambda a, s: anybn.batch_norm(a(zeros(2, 3)), s, axis=1.0), TypeError, "axis is 1.0, a float"),  # type: ignore[arg-type]
-    "axis a bool": (lambda a, s: anybn.batch_norm(a(zeros(2, 3)), s, axis=True), TypeError, "axis is True, a bool"),
+    "axis no int": (normalized(2, 3, axis=1.0), TypeError, "axis is 1.0, a float"),
+    "axis a bool": (normalized(2, 3, axis=True), TypeError, "axis is True, a bool"),
     "training no bool": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3)), s, training="yes"),  # type: ignore[arg-type]
+        normalized(2, 3, training="yes"),
         TypeError,
         "training is 'yes', a str; it must be True or False",
     ),
     "activation": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3)), s, activation="gelu"),  # type: ignore[arg-type]
+        normalized(2, 3, activation="gelu"),
         ValueError,
         "activation is 'gelu'; it must be one of None, 'relu'",
     ),
     "nonfinite": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3)), s, nonfinite="ignore"),  # type: ignore[arg-type]
+        normalized(2, 3, nonfinite="ignore"),
         ValueError,
         "nonfinite is 'ignore'; it must be one of 'skip', 'raise', 'propagate'",
     ),
     "state": (lambda a, s: anybn.batch_norm(a(zeros(2, 3)), {}), TypeError, "state is a dict"),  # type: ignore[arg-type]
     "mask shape": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3, 4)), s, mask=a(zeros(2, 3, 4, dtype=bool))),
+        normalized(2, 3, 4, mask=zeros(2, 3, 4, dtype=bool)),
         ValueError,
         "mask has shape (2, 3, 4); x has (2, 3, 4) with channels on axis 1, so it must be (2, 4)",
     ),
-    "mask size": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3, 4)), s, mask=a(zeros(2, 5, dtype=bool))),
-        ValueError,
-        "mask has shape (2, 5)",
-    ),
-    "mask dtype": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3, 4)), s, mask=a(zeros(2, 4))),
-        TypeError,
-        "mask has dtype float32; it must be bool",
-    ),
-    "mask a list": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3)), s, mask=[True, False]),
-        TypeError,
-        "mask is a builtins.list but x is a",
-    ),
+    "mask size": (normalized(2, 3, 4, mask=zeros(2, 5, dtype=bool)), ValueError, "mask has shape (2, 5)"),
+    "mask dtype": (normalized(2, 3, 4, mask=zeros(2, 4)), TypeError, "mask has dtype float32; it must be bool"),
+    "mask a list": (normalized(2, 3, mask=[True, False]), TypeError, "mask is a builtins.list but x is a"),
     "residual shape": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3, 4)), s, residual=a(zeros(2, 3, 1))),
+        normalized(2, 3, 4, residual=zeros(2, 3, 1)),
         ValueError,
         "residual has shape (2, 3, 1) but x has (2, 3, 4): they must be the same",
     ),
     "residual dtype": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3)), s, residual=a(zeros(2, 3, dtype=np.int32))),
+        normalized(2, 3, residual=zeros(2, 3, dtype=np.int32)),
         TypeError,
         "residual has dtype int32 but x has float32: cast residual to x's dtype",
     ),
     "moments of one axis": (lambda a, s: anybn.moments(a(zeros(5))), ValueError, "x has shape (5,)"),
-    "weight shape": (
-        lambda a, s: setattr(s, "weight", a(zeros(4))),
-        ValueError,
-        "weight has shape (4,); the state has 3 channels",
-    ),
-    "bias dtype": (lambda a, s: setattr(s, "bias", a(zeros(3, dtype=np.int32))), TypeError, "bias has dtype int32"),
-    "running_mean rank": (
-        lambda a, s: setattr(s, "running_mean", a(zeros(1, 3))),
-        ValueError,
-        "running_mean has shape (1, 3)",
-    ),
+    "weight shape": (assigned("weight", zeros(4)), ValueError, "weight has shape (4,); the state has 3 channels"),
+    "bias dtype": (assigned("bias", zeros(3, dtype=np.int32)), TypeError, "bias has dtype int32"),
+    "running_mean rank": (assigned("running_mean", zeros(1, 3)), ValueError, "running_mean has shape (1, 3)"),
     "extra and missing keys": (
         lambda a, s: s.load_state_dict({"weight": a(zeros(3)), "gamma": a(zeros(3)), "running_var": a(zeros(2))}),
         anybn.CheckpointError,
         "missing key 'running_mean'; missing key 'num_batches_tracked'; extra key 'gamma'; running_var has shape (2,)",
     ),
 }
-VALUES: dict[str, tuple[Callable[[Make, anybn.BatchNormState], Any], str]] = {
+VALUES: dict[str, tuple[Call, str]] = {
     "negative variance": (
-        lambda a, s: setattr(s, "running_var", a(np.array([1, -1, 1.0], np.float32))),
+        assigned("running_var", np.array([1, -1, 1.0], np.float32)),
         "running_var is -1.0 in channel 1",
     ),
-    "NaN variance": (
-        lambda a, s: setattr(s, "running_var", a(np.array([1, 1, np.nan], np.float32))),
-        "running_var is nan in channel 2",
-    ),
-    "NaN mean": (
-        lambda a, s: setattr(s, "running_mean", a(np.array([np.nan, 1, 1], np.float32))),
-        "running_mean is nan in channel 0",
-    ),
+    "NaN variance": (assigned("running_var", np.array([1, 1, np.nan], np.float32)), "running_var is nan in channel 2"),
+    "NaN mean": (assigned("running_mean", np.array([np.nan, 1, 1], np.float32)), "running_mean is nan in channel 0"),
     "masked to one value": (
-        lambda a, s: anybn.batch_norm(a(zeros(2, 3)), s, training=True, mask=a(np.array([True, False]))),
+        normalized(2, 3, training=True, mask=np.array([True, False])),
         "got shape (2, 3) with 1 unmasked",
     ),
 }
