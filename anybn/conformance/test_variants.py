@@ -30,38 +30,76 @@ def held(target: Target, state: anybn.BatchNormState) -> dict[str, np.ndarray]:
     return {name: target.numpy(a).astype(oracle.LONG) for name, a in state._arrays.held().items()}
 
 
-@pytest.mark.parametrize("mean", [0.0, 1e6])
-@pytest.mark.parametrize("axis", [1, -1, 0])
-def test_ghost_batch_norm(target: Target, axis: int, mean: float) -> None:
-    """Each part as a batch of its own, and running statistics as from the whole batch."""
+def check(
+    target: Target, options: dict[str, Any], *, mean: float = 2.0, masked: bool = False, fused: bool = False
+) -> None:
+    """Each part as a batch of its own, by the positions that count, and running statistics of the whole batch.
+
+    fused: relu(bn(x) + residual).
+    """
     state, values, dy = prepared(target, mean=mean)
-    before, limit = held(target, state), bar(target, "float32")
+    before, limit, axis = held(target, state), bar(target, "float32"), options.get("axis", 1)
+    rng = np.random.default_rng(5)
+    residual = rng.standard_normal(values.shape).astype(np.float32)
+    mask = None
+    if masked:
+        mask = rng.random((12, 5, 4)) < np.linspace(0.3, 0.9, 12)[:, None, None]  # parts of different counts
+        values[~np.broadcast_to(mask[:, None], values.shape)] = np.nan
 
     def placed(a: np.ndarray) -> Any:
         return target.array(np.ascontiguousarray(np.moveaxis(a, 1, axis)))
 
-    y, pullback = variants.batch_norm_vjp(placed(values), state, virtual_batch_size=4, axis=axis)
+    given = {"residual": placed(residual), "activation": "relu"} if fused else {}
+    if mask is not None:
+        given["mask"] = target.array(mask)
+    y, pullback = variants.batch_norm_vjp(placed(values), state, **options, **given)
     grads = pullback(placed(dy))
+    y, dx = (np.moveaxis(target.numpy(a), axis, 1) for a in (y, grads.x))
     dweight: Any = 0
     dbias: Any = 0
     size: Any = 0, 0
-    for i in range(0, 12, 4):
-        part, dy_part = values[i : i + 4], dy[i : i + 4]
-        s = oracle.statistics(part)
-        expected = oracle.normalize(part, s.mean, s.var(), weight=before["weight"], bias=before["bias"])
-        got = np.moveaxis(target.numpy(y), axis, 1)[i : i + 4]
+    step = options.get("virtual_batch_size") or 12
+    for i in range(0, 12, step):
+        of = slice(i, i + step)
+        part, keep = values[of], None if mask is None else mask[of]
+        weight, bias = before["weight"], before["bias"]
+        r: Any = 1
+        d: Any = 0
+        center: Any = before["running_mean"]
+        var, count = before["running_var"], None
+        if options.get("statistics") != "running":
+            s = oracle.statistics(part, mask=keep)
+            center, var, count = s.mean, s.var(), s.count
+        if "renorm" in options:
+            (r_max, d_max), root = options["renorm"], np.sqrt(before["running_var"] + oracle.LONG(1e-5))
+            r = np.clip(np.sqrt(var + oracle.LONG(1e-5)) / root, 1 / oracle.LONG(r_max), r_max)
+            d = np.clip((center.origin + center.offset - before["running_mean"]) / root, -d_max, d_max)
+            weight, bias = weight * r, bias + weight * d
+        expected = oracle.normalize(
+            part, center, var, weight=weight, bias=bias, residual=residual[of] if fused else None, relu=fused, mask=keep
+        )
         largest = 1 if target.has_float64 else 8  # the terms of y, without a wider dtype
-        assert oracle.error(got, expected, "float32", largest) <= limit
-        g = oracle.gradients(dy_part, part, s.mean, s.var(), count=s.count, weight=before["weight"])
+        assert oracle.error(y[of], expected, "float32", largest) <= limit
+        g = oracle.gradients(
+            dy[of], part, center, var, count=count, weight=weight, active=expected > 0 if fused else None, mask=keep
+        )
         slope = 1 if target.has_float64 else np.maximum(1, g.x_size)
-        assert oracle.error(np.moveaxis(target.numpy(grads.x), axis, 1)[i : i + 4], g.x, "float32", slope) <= limit
-        dweight, dbias = dweight + g.weight, dbias + g.bias
-        size = (size[0] + g.weight_size, size[1] + g.bias_size)
+        assert oracle.error(dx[of], g.x, "float32", slope) <= limit
+        if fused:
+            dresidual = np.moveaxis(target.numpy(grads.residual), axis, 1)
+            assert oracle.error(dresidual[of], g.residual, "float32") <= limit
+        if options.get("renorm") == (np.inf, np.inf):
+            evaluated = oracle.normalize(
+                part, before["running_mean"], before["running_var"], weight=before["weight"], bias=before["bias"]
+            )
+            assert oracle.error(expected, evaluated, "float32") <= 1e-3
+        dweight, dbias = dweight + g.weight * r + g.bias * d, dbias + g.bias
+        size = size[0] + g.weight_size * r + g.bias_size * np.abs(d), size[1] + g.bias_size
     if target.has_float64:
         size = (1, 1)
     assert oracle.error(target.numpy(grads.weight), dweight, "float32", size[0]) <= limit
     assert oracle.error(target.numpy(grads.bias), dbias, "float32", size[1]) <= limit
-    whole, after = oracle.statistics(values), held(target, state)
+    whole, after = oracle.statistics(values, mask=mask), held(target, state)
     expected_var = oracle.running(before["running_var"], whole.var(1), 0.1)
     assert oracle.error(after["running_var"], expected_var, "float32") <= limit
     expected_mean = oracle.running(before["running_mean"], whole.mean.origin + whole.mean.offset, 0.1)
@@ -69,42 +107,17 @@ def test_ghost_batch_norm(target: Target, axis: int, mean: float) -> None:
     assert state.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("mean", [0.0, 1e6])
+@pytest.mark.parametrize("axis", [1, -1, 0])
+def test_ghost_batch_norm(target: Target, axis: int, mean: float) -> None:
+    check(target, {"virtual_batch_size": 4, "axis": axis}, mean=mean)
+
+
 @pytest.mark.parametrize("limits", [(1.0, 0.0), (1.2, 0.3), (np.inf, np.inf)])
 @pytest.mark.parametrize("virtual", [None, 6])
 def test_batch_renormalization(target: Target, limits: tuple[float, float], virtual: int | None) -> None:
-    state, values, dy = prepared(target)
-    before, limit = held(target, state), bar(target, "float32")
-    y, pullback = variants.batch_norm_vjp(target.array(values), state, renorm=limits, virtual_batch_size=virtual)
-    grads = pullback(target.array(dy))
-    dweight: Any = 0
-    dbias: Any = 0
-    step = virtual or 12
-    for i in range(0, 12, step):
-        part, dy_part = values[i : i + step], dy[i : i + step]
-        s = oracle.statistics(part)
-        sigma, running_sigma = np.sqrt(s.var() + 1e-5), np.sqrt(before["running_var"] + oracle.LONG(1e-5))
-        mean = s.mean.origin + s.mean.offset
-        r = np.clip(sigma / running_sigma, 1 / oracle.LONG(limits[0]), limits[0])
-        d = np.clip((mean - before["running_mean"]) / running_sigma, -limits[1], limits[1])
-        weight, bias = before["weight"] * r, before["bias"] + before["weight"] * d
-        expected = oracle.normalize(part, s.mean, s.var(), weight=weight, bias=bias)
-        assert oracle.error(target.numpy(y)[i : i + step], expected, "float32", 1 if target.has_float64 else 8) <= limit
-        if limits[0] == np.inf:
-            evaluated = oracle.normalize(
-                part, before["running_mean"], before["running_var"], weight=before["weight"], bias=before["bias"]
-            )
-            assert oracle.error(expected, evaluated, "float32") <= 1e-3
-        g = oracle.gradients(dy_part, part, s.mean, s.var(), count=s.count, weight=weight)
-        slope = 1 if target.has_float64 else np.maximum(1, g.x_size)
-        assert oracle.error(target.numpy(grads.x)[i : i + step], g.x, "float32", slope) <= limit
-        dweight, dbias = dweight + g.weight * r + g.bias * d, dbias + g.bias
-    terms = np.abs(dy).sum((0, 2, 3)) * 4
-    size = 1 if target.has_float64 else terms
-    assert oracle.error(target.numpy(grads.weight), dweight, "float32", size) <= limit
-    assert oracle.error(target.numpy(grads.bias), dbias, "float32", size) <= limit
-    after = held(target, state)
-    expected_var = oracle.running(before["running_var"], oracle.statistics(values).var(1), 0.1)
-    assert oracle.error(after["running_var"], expected_var, "float32") <= limit
+    """Without limits, y is what evaluation gives."""
+    check(target, {"renorm": limits, "virtual_batch_size": virtual})
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -120,64 +133,7 @@ def test_batch_renormalization(target: Target, limits: tuple[float, float], virt
     ids=str,
 )
 def test_mask_residual_and_activation(target: Target, options: dict[str, Any], masked: bool) -> None:
-    """relu(bn(x) + residual) of the positions that count, part by part, and running statistics of all of them."""
-    state, values, dy = prepared(target)
-    before, limit, axis = held(target, state), bar(target, "float32"), options.get("axis", 1)
-    rng = np.random.default_rng(5)
-    residual, mask = rng.standard_normal(values.shape).astype(np.float32), None
-    if masked:
-        mask = rng.random((12, 5, 4)) < np.linspace(0.3, 0.9, 12)[:, None, None]  # parts of different counts
-        values[~np.broadcast_to(mask[:, None], values.shape)] = np.nan
-
-    def placed(a: np.ndarray) -> Any:
-        return target.array(np.ascontiguousarray(np.moveaxis(a, 1, axis)))
-
-    given = {"residual": placed(residual), "activation": "relu"}
-    if mask is not None:
-        given["mask"] = target.array(mask)
-    y, pullback = variants.batch_norm_vjp(placed(values), state, **options, **given)
-    grads = pullback(placed(dy))
-    y, dx, dresidual = (np.moveaxis(target.numpy(a), axis, 1) for a in (y, grads.x, grads.residual))
-    dweight: Any = 0
-    dbias: Any = 0
-    size: Any = 0, 0
-    step = options.get("virtual_batch_size", 12)
-    for i in range(0, 12, step):
-        of = slice(i, i + step)
-        part, keep = values[of], None if mask is None else mask[of]
-        weight, bias = before["weight"], before["bias"]
-        r: Any = 1
-        d: Any = 0
-        mean: Any = before["running_mean"]
-        var, count = before["running_var"], None
-        if options.get("statistics") != "running":
-            s = oracle.statistics(part, mask=keep)
-            mean, var, count = s.mean, s.var(), s.count
-        if "renorm" in options:
-            (r_max, d_max), root = options["renorm"], np.sqrt(before["running_var"] + oracle.LONG(1e-5))
-            r = np.clip(np.sqrt(var + oracle.LONG(1e-5)) / root, 1 / oracle.LONG(r_max), r_max)
-            d = np.clip((mean.origin + mean.offset - before["running_mean"]) / root, -d_max, d_max)
-            weight, bias = weight * r, bias + weight * d
-        expected = oracle.normalize(
-            part, mean, var, weight=weight, bias=bias, residual=residual[of], relu=True, mask=keep
-        )
-        largest = 1 if target.has_float64 else 8  # the terms of y, without a wider dtype
-        assert oracle.error(y[of], expected, "float32", largest) <= limit
-        g = oracle.gradients(dy[of], part, mean, var, count=count, weight=weight, active=expected > 0, mask=keep)
-        slope = 1 if target.has_float64 else np.maximum(1, g.x_size)
-        assert oracle.error(dx[of], g.x, "float32", slope) <= limit
-        assert oracle.error(dresidual[of], g.residual, "float32") <= limit
-        dweight, dbias = dweight + g.weight * r + g.bias * d, dbias + g.bias
-        size = size[0] + g.weight_size * r + g.bias_size * np.abs(d), size[1] + g.bias_size
-    if target.has_float64:
-        size = (1, 1)
-    assert oracle.error(target.numpy(grads.weight), dweight, "float32", size[0]) <= limit
-    assert oracle.error(target.numpy(grads.bias), dbias, "float32", size[1]) <= limit
-    whole, after = oracle.statistics(values, mask=mask), held(target, state)
-    expected_var = oracle.running(before["running_var"], whole.var(1), 0.1)
-    assert oracle.error(after["running_var"], expected_var, "float32") <= limit
-    expected_mean = oracle.running(before["running_mean"], whole.mean.origin + whole.mean.offset, 0.1)
-    assert oracle.error(after["running_mean"], expected_mean, "float32") <= limit
+    check(target, options, masked=masked, fused=True)
 
 
 @pytest.mark.parametrize("statistics", ["batch", "running"])
