@@ -179,7 +179,7 @@ class Moments:
         """
         from anybn.checkpoints import files
 
-        tensors, _ = files.read(path, "anybn.Moments", "Moments.save")
+        _, tensors, _ = files.read(path, "Moments.save", "anybn.Moments")
         dtypes = {"count": np.int64, "mean": np.float64, "m2": np.float64, "shift": np.float64}
         if (
             {name: a.dtype for name, a in tensors.items()} != dtypes

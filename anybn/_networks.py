@@ -25,7 +25,9 @@ class BatchNorms(dict[str, BatchNormState]):
         axes: ``{layer: axis}`` of x's channels, by what the source tells or else as the framework's layers have it.
     """
 
-    axes: dict[str, int]
+    def __init__(self, states: Mapping[str, BatchNormState], axes: dict[str, int]):
+        super().__init__(states)
+        self.axes = axes
 
     def layers(self) -> dict[str, BatchNorm]:
         """The same as layers in evaluation mode, each over its state and with its axis.
@@ -105,7 +107,7 @@ def load_batch_norms(source: Any, *, convention: ConventionName | None = None, *
             raise TypeError(
                 f"{', '.join(settings)} given, but {found.origin} is a file of BatchNormState.save, which tells them"
             )
-        return _batch_norms({"": found.state}, {"": 1})
+        return BatchNorms({"": found.state}, {"": 1})
     return states_of(found, settings)
 
 
@@ -134,23 +136,21 @@ def found_in(source: Any, convention: ConventionName | None) -> Found:
         return _found_in_file(Path(source), rows)
     arrays = dict(flattened(_mapping(source)))
     by_name = finding.batch_norms_among(arrays, rows)
-    return Found("the mapping", finding.layers_among(arrays, rows), finding.what_there_is(arrays), by_name)
+    return Found("the mapping", finding.layers_of(by_name, arrays), finding.what_there_is(arrays), by_name)
 
 
 def _mapping(source: Any) -> Mapping[Any, Any]:
     """names to arrays, as a mapping or, from Flax and MLX, as pairs."""
-    if isinstance(source, Sequence) and source and all(map(_is_named_array, source)):
-        return dict(source)
+    if isinstance(source, Sequence) and source:
+        named = (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], (str, tuple)) for item in source)
+        if all(named):
+            return dict(source)
     if not isinstance(source, Mapping):
         raise TypeError(
             f"source is a {type(source).__name__}; it must be a model of torch, Keras or Flax NNX, (model, state) of "
             "Equinox, a path or a mapping of names to arrays"
         )
     return source
-
-
-def _is_named_array(item: Any) -> bool:
-    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], (str, tuple))
 
 
 def _found_in_file(path: Path, rows: list[Convention]) -> Found:
@@ -171,14 +171,15 @@ def _found_in_file(path: Path, rows: list[Convention]) -> Found:
         if suffix == ".safetensors" and readers.is_a_state(path):
             return Found(str(path), {}, "", state=BatchNormState.load(path))
         names: list[str] = []
+        by_name: finding.Found = {}
 
         def needed(keys: Iterable[str]) -> list[str]:
             names.extend(keys)
-            return finding.keys_of(finding.batch_norms_among(names, rows))
+            by_name.update(finding.batch_norms_among(names, rows))
+            return finding.keys_of(by_name)
 
         arrays = readers.READERS[suffix](path, needed)
-        by_name = finding.batch_norms_among(names, rows)
-        return Found(str(path), finding.layers_among(arrays, rows), finding.what_there_is(names), by_name)
+        return Found(str(path), finding.layers_of(by_name, arrays), finding.what_there_is(names), by_name)
 
 
 def states_of(found: Found, settings: Mapping[str, Setting]) -> BatchNorms:
@@ -197,13 +198,7 @@ def states_of(found: Found, settings: Mapping[str, Setting]) -> BatchNorms:
     for text in (*_assumptions(found.origin, layers), *([found.remark] if found.remark else [])):
         warnings.warn(text, UserWarning, stacklevel=3)
     axes = {name: layer.convention.axis if layer.axis is None else layer.axis for name, layer in layers.items()}
-    return _batch_norms(states, axes)
-
-
-def _batch_norms(states: Mapping[str, BatchNormState], axes: dict[str, int]) -> BatchNorms:
-    result = BatchNorms(states)
-    result.axes = axes
-    return result
+    return BatchNorms(states, axes)
 
 
 def with_settings(layers: Mapping[str, Layer], settings: Mapping[str, Setting]) -> dict[str, Layer]:
@@ -308,7 +303,7 @@ def _values(
         if (layer := layers.get(name)) is None:
             problems.append(f"there is no layer {name!r}")
             continue
-        own = _name_of(layer.convention)
+        own = layer.framework
         try:
             if convention is not None and layer.convention != convention_called(convention):
                 raise CheckpointError(f"it is of {own}, not of {convention}")
@@ -325,10 +320,6 @@ def _values(
     return values
 
 
-def _name_of(rules: Convention) -> ConventionName:
-    return next(name for name, row in CONVENTIONS.items() if row == rules)
-
-
 def _by_key(values: Mapping[str, Any], found: finding.Found) -> dict[str, Any]:
     return {found[layer][1][name][0]: array for layer, (arrays, _) in values.items() for name, array in arrays.items()}
 
@@ -343,13 +334,10 @@ def _replaced(tree: Any, arrays: Mapping[str, Any], prefix: str) -> Any:
         return new
     if isinstance(tree, tuple):
         return tuple(_replaced(value, arrays, f"{prefix}{i}/") for i, value in enumerate(tree))
-    path = prefix[:-1]
-    return _beside(arrays[path], tree) if path in arrays else tree
-
-
-def _beside(array: Any, present: Any) -> Any:
-    backend = backend_for(present)
-    return backend.from_numpy(array, backend.device_of(present))
+    if (array := arrays.get(prefix[:-1])) is None:
+        return tree
+    backend = backend_for(tree)
+    return backend.from_numpy(array, backend.device_of(tree))
 
 
 def _save_file(

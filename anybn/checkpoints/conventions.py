@@ -64,11 +64,6 @@ class Convention:
     aliases: Mapping[str, str] = field(default_factory=dict)
     extras: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def always_affine(self) -> bool:
-        """Whether no setting switches weight or bias off."""
-        return not self.affine
-
     def name_of(self, field: str) -> str:
         """The name under which running_mean or running_var stands, debiased or not."""
         quantities = field, field.replace("running", "hidden")
@@ -315,6 +310,17 @@ class Layer(NamedTuple):
     """found while it was read"""
     axis: int | None = None
     """of x's channels, where it is told"""
+
+    @property
+    def framework(self) -> ConventionName:
+        """The name of its convention."""
+        return next(name for name, row in CONVENTIONS.items() if row == self.convention)
+
+
+def one_axis(axis: Any) -> int | None:
+    """A layer's own axis; Flax and Keras 2 have several, of which one can be one of channels."""
+    axis = axis[0] if isinstance(axis, (tuple, list)) and len(axis) == 1 else axis
+    return axis if type(axis) is int else None
 
 
 def flattened(tree: Mapping[Any, Any], separator: str = "/", prefix: str = "") -> Iterator[tuple[str, Any]]:

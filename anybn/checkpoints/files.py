@@ -113,14 +113,10 @@ def write(path: str | os.PathLike[str], format: str, tensors: dict[str, np.ndarr
     if path.exists() and not path.is_file():  # a pipe or a device, which takes bytes and must stay what it is
         path.write_bytes(content)
     else:
-        _write_whole(path.resolve(), content)  # resolved, so that a link stays one
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    with replacing(path) as temporary:
-        if not _written_without_name(temporary, content):
-            with temporary.open("xb") as file:
-                _write_through(file, content)
+        with replacing(path.resolve()) as temporary:  # resolved, so that a link stays one
+            if not _written_without_name(temporary, content):
+                with temporary.open("xb") as file:
+                    _write_through(file, content)
 
 
 @contextmanager
@@ -178,14 +174,14 @@ State = tuple[dict[str, Any], dict[str, Any]]
 
 def load(path: str | os.PathLike[str]) -> State:
     """See `BatchNormState.load`."""
-    tensors, text = read(path, _FORMAT, "BatchNormState.save")
+    _, tensors, text = read(path, "BatchNormState.save", _FORMAT)
     with _valid(path):
         return _state_in(json.loads(text), tensors)
 
 
 def load_nested(path: str | os.PathLike[str]) -> tuple[Any, dict[str, State]]:
     """The tree and the states by name that `save_nested` was given; of a file of `save`, "" and the state called ""."""
-    kind, tensors, text = _read(path, (_FORMAT, _NESTED), "anybn.save")
+    kind, tensors, text = read(path, "anybn.save", _FORMAT, _NESTED)
     with _valid(path):
         content = json.loads(text)
         if kind == _FORMAT:
@@ -221,15 +217,8 @@ def _valid(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def read(path: str | os.PathLike[str], format: str, writer: str) -> tuple[dict[str, np.ndarray], str]:
-    """(arrays, text) of a file of this format, as writer wrote them."""
-    return _read(path, (format,), writer)[1:]
-
-
-def _read(
-    path: str | os.PathLike[str], formats: tuple[str, ...], writer: str
-) -> tuple[str, dict[str, np.ndarray], str]:
-    """(format, arrays, text) of a file of one of these formats."""
+def read(path: str | os.PathLike[str], writer: str, *formats: str) -> tuple[str, dict[str, np.ndarray], str]:
+    """(format, arrays, text) of a file of one of these formats, as writer wrote them."""
     library = safetensors_library()
     path = Path(path)
     with path.open("rb") as file:

@@ -45,10 +45,10 @@ def _has_statistics(rules: Convention, names: Mapping[str, list[str]]) -> bool:
     return any(rules.names.get(name, "").endswith(("_mean", "_var")) for name in names)
 
 
-def layers_among(arrays: Mapping[str, Any], rows: list[Convention]) -> dict[str, Layer]:
-    """The batch norms among a model's arrays, by name."""
+def layers_of(found: Found, arrays: Mapping[str, Any]) -> dict[str, Layer]:
+    """The batch norms that were found among a model's arrays."""
     layers = {}
-    for layer, (rules, names) in batch_norms_among(arrays, rows).items():
+    for layer, (rules, names) in found.items():
         first = {name: arrays[keys[0]] for name, keys in names.items()}
         twice = [
             f"{' and '.join(map(repr, keys))} are both its {name}" for name, keys in names.items() if len(keys) > 1

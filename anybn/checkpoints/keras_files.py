@@ -24,7 +24,7 @@ import numpy as np
 
 from anybn._settings import numpy_dtype
 from anybn.checkpoints.budget import Budget
-from anybn.checkpoints.conventions import CONVENTIONS, Layer
+from anybn.checkpoints.conventions import CONVENTIONS, Layer, one_axis
 from anybn.errors import CheckpointError, required
 
 _RULES = CONVENTIONS["keras"]
@@ -157,7 +157,7 @@ def _numbered(
             if not (looks_like_one or four_alike) or parts[0] == "optimizer":
                 continue
             config: dict[str, Any] = {}
-        elif _is_batch_norm(entry):
+        elif str(entry["class_name"]).endswith("BatchNormalization"):
             config = entry["config"]
         else:
             continue
@@ -192,10 +192,6 @@ def _named(datasets: Mapping[str, Any], configs: Mapping[tuple[str, ...], Any]) 
             yield layer, Place(found, entry.get("config", {}), [])
 
 
-def _is_batch_norm(entry: Mapping[str, Any]) -> bool:
-    return str(entry["class_name"]).endswith("BatchNormalization")
-
-
 def _names_in(config: Mapping[str, Any]) -> list[str]:
     """The arrays of a layer with this config, in the order of Keras's ``build``."""
     left_out = {"gamma"} if config.get("scale") is False else set()
@@ -207,9 +203,7 @@ def _names_in(config: Mapping[str, Any]) -> list[str]:
 def _layer(file: Any, place: Place, budget: Budget) -> Layer:
     arrays = {name: _array(file[path], path, budget) for name, path in place.datasets.items() if name in _RULES.names}
     settings = {name: place.config[name] for name, _ in (_RULES.eps, _RULES.momentum) if name in place.config}
-    axis = place.config.get("axis")
-    axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis  # as Keras 2 wrote it
-    return Layer(_RULES, arrays, settings, place.problems, axis if type(axis) is int else None)
+    return Layer(_RULES, arrays, settings, place.problems, one_axis(place.config.get("axis")))
 
 
 def _array(dataset: Any, path: str, budget: Budget) -> np.ndarray:

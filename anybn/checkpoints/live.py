@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from anybn.backends.registry import backend_for, unwrapped
-from anybn.checkpoints.conventions import CONVENTIONS, Convention, Layer
+from anybn.checkpoints.conventions import CONVENTIONS, Convention, Layer, one_axis
 
 Values = Mapping[str, tuple[Mapping[str, np.ndarray], Mapping[str, Any]]]
 """{layer: (arrays, settings)}, by its convention's names"""
@@ -61,7 +61,7 @@ class _ByAttributes(Model):
         variables = {name: getattr(module, name, None) for name in (*rules.names, *rules.extras)}
         arrays = {name: unwrapped(a) for name, a in variables.items() if a is not None}
         settings = {name: getattr(module, name) for name, _ in (rules.eps, rules.momentum) if hasattr(module, name)}
-        return Layer(rules, arrays, settings, [], _axis(getattr(module, "axis", None)))
+        return Layer(rules, arrays, settings, [], one_axis(getattr(module, "axis", None)))
 
     def written(self, values: Values) -> Any:
         done: list[Callable[[], None]] = []
@@ -75,7 +75,8 @@ class _ByAttributes(Model):
                 module = self.modules[name]
                 for attribute, array in arrays.items():
                     variable = getattr(module, attribute)
-                    old = np.array(_to_numpy(unwrapped(variable)))
+                    present = unwrapped(variable)
+                    old = np.array(backend_for(present).to_numpy(present))
                     change(old, array, lambda a, variable=variable: self.assign(variable, a))  # type: ignore[misc]
                 for attribute, value in settings.items():
                     old = getattr(module, attribute)
@@ -221,13 +222,3 @@ def model_of(source: Any) -> Model | None:
             return kind(source)
     is_pair = isinstance(source, tuple) and len(source) == 2 and "equinox" in sys.modules
     return Equinox(source) if is_pair and isinstance(source[1], sys.modules["equinox"].nn.State) else None
-
-
-def _axis(axis: Any) -> int | None:
-    """Flax takes several axes, of which one can be one of channels."""
-    axis = axis[0] if isinstance(axis, (tuple, list)) and len(axis) == 1 else axis
-    return axis if type(axis) is int else None
-
-
-def _to_numpy(array: Any) -> np.ndarray:
-    return backend_for(array).to_numpy(array)

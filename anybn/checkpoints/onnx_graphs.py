@@ -103,7 +103,8 @@ class _Walk:
                     self.graph(inner, constants, f"{prefix}{_name(node)}/{attribute.name}/")
             if (function := self.functions.get(_key(node.domain, node.op_type, node))) is not None:
                 defaults = {a.name: a for a in function.attribute_proto}
-                given = {formal: constants[name] for formal, name in _pairs(function, node) if name in constants}
+                pairs = zip(function.input, node.input, strict=False)
+                given = {formal: constants[name] for formal, name in pairs if name in constants}
                 self.nodes(function.node, given, {**defaults, **attributes}, f"{prefix}{_name(node)}/")
 
     def count(self, node: Any) -> None:
@@ -152,10 +153,6 @@ class _Walk:
 
 def _key(domain: str, name: str, holder: Any) -> tuple[str, str, str]:
     return domain, name, getattr(holder, "overload", "")  # since ONNX 1.16
-
-
-def _pairs(function: Any, node: Any) -> list[tuple[str, str]]:
-    return list(zip(function.input, node.input, strict=False))
 
 
 def _name(node: Any) -> str:

@@ -42,7 +42,7 @@ def quantities_of(settings: Mapping[str, Any], convention: str) -> dict[str, str
 
 def _quantities_of(settings: Mapping[str, Any], rules: Convention) -> dict[str, str]:
     left_out = {"weight", "bias"} - _parameters(settings)
-    if rules.always_affine or (len(left_out) == 1 and not rules.apart):
+    if not rules.affine or (len(left_out) == 1 and not rules.apart):
         left_out = set()
     left_out |= set() if settings["track_running_stats"] else {*_RUNNING, "num_batches_tracked"}
     return {name: quantity for name, quantity in rules.names.items() if quantity not in left_out}
@@ -63,16 +63,14 @@ def encode(settings: Mapping[str, Any], arrays: Mapping[str, Any], convention: s
     weight, like = arrays["weight"], arrays["running_mean"]
     if "ignored_weight" in names.values() and weight is not None and np.any(_to_numpy(weight) != 1):
         raise ValueError(f"weight is not 1 everywhere, as {convention} takes it to be: use 'mxnet', without fix_gamma")
-    counter = _counter(settings["momentum"], arrays["num_batches_tracked"]) if "counter" in names.values() else 0
+    batches = arrays["num_batches_tracked"]
+    counter = _counter(settings["momentum"], batches) if "counter" in names.values() else 0
+    scalars = {"num_batches_tracked": batches, "counter": counter, "unfilled": False}
     result: dict[str, Array] = {}
     for name, quantity in names.items():
         value: Any = arrays.get(quantity.replace("hidden", "running"))
-        if quantity == "num_batches_tracked":
-            value = _scalar_beside(value, like)
-        elif quantity == "counter":
-            value = _scalar_beside(counter, like)
-        elif quantity == "unfilled":
-            value = _scalar_beside(False, like)
+        if quantity in scalars:
+            value = _scalar_beside(scalars[quantity], like)
         elif quantity.startswith("hidden"):
             value = value * _debiasing(complement(settings["momentum"]), counter)
         elif value is not None:
@@ -136,7 +134,7 @@ def decode_layer(layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
     apart = rules.apart and len(affine) == 1
     settings |= {
         "num_features": _num_features(layer),
-        "affine": bool(affine) or rules.always_affine,
+        "affine": bool(affine) or not rules.affine,
         "scale": "weight" in affine or not apart,
         "bias": "bias" in affine or not apart,
         "track_running_stats": not rules.track or any(q.startswith("running") for q in quantities),

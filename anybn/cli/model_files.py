@@ -108,7 +108,7 @@ def seen_of(name: str, layer: Layer) -> dict[str, Any]:
     return {
         "layer": name,
         "channels": max((a.size for a in arrays.values()), default=0),
-        "framework": next(name for name, row in CONVENTIONS.items() if row == rules),
+        "framework": layer.framework,
         "eps": told.get(eps, default_eps),
         "eps_is_told": eps in told,
         "momentum": told.get(momentum, default_momentum),
