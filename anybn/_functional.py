@@ -13,7 +13,7 @@ from anybn.backends.base import Backend
 from anybn.backends.registry import backend_for
 from anybn.core import formulas
 from anybn.core.call import Array, ArrayT, Call, Gradients, Statistics, dtype_name, root_module, spec_of
-from anybn.groups import engines, exchange
+from anybn.groups import agreement, engines, exchange
 from anybn.state.arrays import Arrays
 from anybn.state.state import BatchNormState
 from anybn.state.store import Batch, Store
@@ -254,7 +254,7 @@ def check(
         names = "eps", "momentum", "ddof", "affine", "scale", "bias"
         given = {name: value for name, value in state._settings().items() if name in names}
         given |= {"channels": shape[index], "dtype": dtype_name(x.dtype), "axis": index, "training": training}
-        members = exchange.Members(group, exchange.settings(**given, relu=spec.relu, nonfinite=nonfinite))
+        members = exchange.Members(group, agreement.settings(**given, relu=spec.relu, nonfinite=nonfinite))
     elif uses_batch and commits:
         update = store.planned_update(placed, nonfinite == "propagate")
     call = Call(x, spec, placed.weight, placed.bias, residual, mask, members, update, out)

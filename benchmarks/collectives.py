@@ -28,7 +28,8 @@ import torch.distributed as dist
 import anybn
 import anybn.torch
 from anybn.conformance import inputs, oracle
-from anybn.groups.exchange import MANY, Settings
+from anybn.groups.agreement import Settings
+from anybn.groups.exchange import MANY
 
 SHAPES = ((8, 64, 56, 56), (8, 256, 14, 14), (8, 2048, 7, 7), (8, 64, 1, 1))
 REPEATS = 20

@@ -11,8 +11,6 @@ import numpy as np
 
 from anybn.core.call import Array, dtype_name, root_module
 
-__all__ = ["AxisGroup", "Group", "MPIGroup", "NcclGroup", "TorchGroup", "as_group"]
-
 
 @runtime_checkable
 class Group(Protocol):

@@ -25,15 +25,10 @@ from anybn.core import formulas
 from anybn.core.call import Array, Call, Statistics, dtype_name
 from anybn.core.moments import merged
 from anybn.groups import agreement
-from anybn.groups.agreement import Settings, settings
+from anybn.groups.agreement import Settings
 
 if TYPE_CHECKING:
     from anybn.backends.base import Backend
-
-__all__ = [
-    "MANY", "Members", "Part", "Settings", "batch_statistics", "has_ranks", "notify_failure", "over_all", "own",
-    "rows_of_all", "settings", "sums",
-]  # fmt: skip
 
 #: More members than this take two sums of C values in place of one of ``size`` rows (benchmarks/collectives.py).
 MANY = 64
