@@ -6,6 +6,7 @@ that even 53 bits lose nothing to a mean far from 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,11 +154,26 @@ def running(old: np.ndarray, batch: np.ndarray, momentum: float) -> np.ndarray:
     return (1 - LONG(momentum)) * np.asarray(old, LONG) + LONG(momentum) * np.asarray(batch, LONG)
 
 
+def trained(
+    batches: Iterable[Statistics], momentum: float | None = 0.1, ddof: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """(running_mean, running_var) after these batches, from 0 and 1; momentum None: the average of all of them."""
+    mean, var = np.zeros(1, LONG), np.ones(1, LONG)
+    for k, batch in enumerate(batches, 1):
+        m = 1 / k if momentum is None else momentum
+        mean = running(mean, batch.mean.origin + batch.mean.offset, m)
+        var = running(var, batch.var(ddof), m)
+    return mean, var
+
+
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
 
 def error(value: Any, reference: Any, dtype: str, size: Any = 1) -> float:
-    """``max |value - reference| / max(size, |reference|)`` in units of the dtype's eps; NaN if either has a NaN."""
+    """``max |value - reference| / max(size, |reference|)`` in units of the dtype's eps; NaN if either has a NaN.
+
+    With size 0, each value is judged by its own size, however small.
+    """
     if isinstance(reference, Mean):
         reference = reference.origin + reference.offset
     value, reference = np.asarray(value).astype(LONG), np.asarray(reference, LONG)
