@@ -1,9 +1,5 @@
 """``python -m anybn bench`` and what benchmarks/speed.py measures with: checks, medians, table and drawing."""
 
-import builtins
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -208,30 +204,7 @@ def test_bench_fails_on_a_wrong_result(small, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "a.png").exists()
 
 
-@pytest.mark.parametrize("missing", ["matplotlib", "tqdm"])
-def test_bench_names_the_extra_if_something_is_missing(missing, capsys, monkeypatch):
-    real = builtins.__import__
-
-    def importing(name, *args, **kwargs):
-        if name.partition(".")[0] == missing:
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.delitem(sys.modules, "anybn.cli.bench")
-    monkeypatch.setattr(builtins, "__import__", importing)
-    assert cli.main(["bench"]) == 1
-    err = capsys.readouterr().err
-    assert f"No module named '{missing}" in err
-    assert err.endswith(": pip install matplotlib tqdm\n")
-
-
 def test_bench_refuses_a_folder_that_is_not_there(capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", "--png=no/such/folder/a.png"])
     assert "no folder" in capsys.readouterr().err
-
-
-def test_import_anybn_leaves_the_benchmark_alone():
-    code = "import sys, anybn; print({'matplotlib', 'tqdm', 'anybn.cli.bench'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"

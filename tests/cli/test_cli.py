@@ -1,6 +1,5 @@
 """``python -m anybn``, and ``anybn``: info, demo and check."""
 
-import builtins
 import re
 import subprocess
 import sys
@@ -190,25 +189,6 @@ def test_demo_takes_the_next_library_if_torch_is_missing(capsys, monkeypatch):
         demo.available_guest()
 
 
-@pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "tqdm", "safetensors"])
-def test_demo_names_the_extra_if_something_is_missing(missing, capsys, monkeypatch):
-    real = builtins.__import__
-
-    def importing(name, *args, **kwargs):
-        if name.partition(".")[0] == missing:
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.delitem(sys.modules, "anybn.cli.demo")
-    monkeypatch.setattr(builtins, "__import__", importing)
-    assert cli.main(["demo"]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert f"No module named '{missing}" in err
-    assert err.endswith(": pip install scikit-learn matplotlib tqdm safetensors\n")
-
-
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -230,12 +210,6 @@ def test_demo_refuses(option, message, capsys):
         cli.main(["demo", option])
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_import_anybn_leaves_the_demo_alone():
-    code = "import sys, anybn; print({'sklearn', 'matplotlib', 'tqdm', 'anybn.cli.demo'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
 
 
 # -- check -----------------------------------------------------------------------------------------------------

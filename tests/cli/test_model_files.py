@@ -35,6 +35,22 @@ def model(tmp_path):
     return path
 
 
+@pytest.fixture
+def without(monkeypatch):
+    """Make the imports of a package fail."""
+    real = builtins.__import__
+
+    def hide(missing):
+        def importing(name, *args, **kwargs):
+            if name.partition(".")[0] == missing:
+                raise ModuleNotFoundError(f"No module named {name!r}")
+            return real(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", importing)
+
+    return hide
+
+
 def run(capsys, *arguments):
     status = cli.main([*map(str, arguments)])
     out, err = capsys.readouterr()
@@ -100,7 +116,7 @@ def test_inspect_of_our_own_file(tmp_path, capsys):
         assert "is a state's own file, which has it: leave --eps away" in err
 
 
-def test_tables_fit_the_terminal(model, capsys, monkeypatch):
+def test_tables_fit_the_terminal(model, capsys, monkeypatch, without):
     pytest.importorskip("rich", reason="rich: not installed, pip install rich")
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("TERM", "xterm")
@@ -108,16 +124,9 @@ def test_tables_fit_the_terminal(model, capsys, monkeypatch):
     assert cli.main(["inspect", str(model)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines[:-1])) <= 60
-    real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: real(_refuse(name), *a, **k))
+    without("rich")
     assert cli.main(["inspect", str(model)]) == 0
     assert capsys.readouterr().out.startswith("layer     channels")
-
-
-def _refuse(name):
-    if name.startswith("rich"):
-        raise ImportError(name)
-    return name
 
 
 def test_a_large_file_is_said_to_be_read(model, monkeypatch, capsys):
@@ -240,6 +249,21 @@ def test_a_failure_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
     assert message in lines[-1]
     assert "Traceback" not in err
     assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "packages"), [("demo", "scikit-learn matplotlib tqdm safetensors"), ("bench", "matplotlib tqdm")]
+)
+def test_the_packages_are_named_if_one_is_missing(command, packages, capsys, monkeypatch, without):
+    pytest.importorskip(f"anybn.cli.{command}", exc_type=ImportError)
+    for missing in packages.replace("scikit-learn", "sklearn").split():
+        monkeypatch.delitem(sys.modules, f"anybn.cli.{command}")
+        without(missing)
+        status, out, err = run(capsys, command)
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert f"No module named '{missing}" in err
+        assert err.endswith(f": pip install {packages}\n")
+        monkeypatch.undo()
 
 
 def test_a_reader_that_has_seen_enough(model):
