@@ -19,16 +19,8 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize("x64", ["0", "1"])
 def test_jax(jax, x64):
-    member = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-        HERE / "groups" / "jax_axis.py",
-    ]
+    tests = HERE / "groups" / "jax_axis.py"
+    member = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", tests]
     printed = finished(
         [[*member, "-k", "shard_map" if x64 == "1" else "test"]],  # what else there is knows no precision
         XLA_FLAGS="--xla_force_host_platform_device_count=4",

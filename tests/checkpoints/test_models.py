@@ -395,7 +395,7 @@ def test_a_torch_model_and_its_files(torch, tmp_path):
         assert np.abs(anybn.batch_norm(x.numpy(), state) - y.detach().numpy()).max() <= 4 * 2**-23 * y.abs().max()
 
 
-def test_onnx_and_its_runtime():
+def test_onnx_and_its_runtime(tmp_path):
     onnx = pytest.importorskip("onnx", reason="onnx: not installed, pip install onnx")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime: not installed, pip install onnxruntime")
     model = onnx_model(weights(), epsilon=0.25)
@@ -403,37 +403,33 @@ def test_onnx_and_its_runtime():
     x, x2 = inputs.normal((5, 4)).astype(np.float32), inputs.normal((5, 2), 1).astype(np.float32)
     theirs = runtime.InferenceSession(model.SerializeToString()).run(["y", "y2"], {"x": x, "x2": x2})
     ours = dict(zip(("layer1.0.bn1", "bn2"), theirs, strict=True))
-    states = _states_of(model)
+    states = _states_of(tmp_path / "model.onnx", model)
     for x_, (name, y) in zip((x, x2), ours.items(), strict=True):
         assert np.abs(anybn.batch_norm(x_, states[name]) - y).max() <= 4 * 2**-23 * np.abs(y).max()
 
 
-def _states_of(model):
-    import tempfile
-
-    import onnx
-
-    with tempfile.TemporaryDirectory() as folder:
-        onnx.save(model, f"{folder}/model.onnx")
-        return anybn.load_batch_norms(f"{folder}/model.onnx")
+def _states_of(path, model):
+    path.write_bytes(model.SerializeToString())
+    return anybn.load_batch_norms(path)
 
 
-def test_onnx_that_is_no_constant_batch_norm():
+def test_onnx_that_is_no_constant_batch_norm(tmp_path):
     onnx = pytest.importorskip("onnx", reason="onnx: not installed, pip install onnx")
+    path = tmp_path / "model.onnx"
     model = onnx_model(weights())
     del model.graph.initializer[2:4]  # layer1.0.bn1.weight, bias
     with pytest.raises(
         anybn.CheckpointError, match=r"'layer1\.0\.bn1': missing key 'scale'; .*; its scale is 'layer1\.0\.bn1\.w"
     ):
-        _states_of(model)
+        _states_of(path, model)
     with pytest.raises(anybn.CheckpointError, match="it has spatial=0"):
-        _states_of(onnx_model(weights(), opset=8, spatial=0))
+        _states_of(path, onnx_model(weights(), opset=8, spatial=0))
     model = onnx_model(weights())
     model.graph.node.append(model.graph.node[0])
     with pytest.raises(anybn.CheckpointError, match="another one has this name"):
-        _states_of(model)
+        _states_of(path, model)
     with pytest.raises(anybn.CheckpointError, match="it has no graph"):
-        _states_of(onnx.ModelProto(ir_version=10))
+        _states_of(path, onnx.ModelProto(ir_version=10))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -84,5 +84,5 @@ def test_the_arrays_of_keras_renorm_are_taken_the_same_everywhere():
     layer |= {"moving_stddev": np.ones(2), "renorm_mean": np.zeros(2), "renorm_stddev": np.ones(2)}
     state = anybn.interop.from_state_dict(layer, "keras", epsilon=1e-3)
     loaded = anybn.load_batch_norms({f"bn/{name}": a for name, a in layer.items()}, epsilon=1e-3)["bn"]
-    assert state.equals(loaded) if hasattr(state, "equals") else repr(state) == repr(loaded)
+    assert state.equals(loaded)
     state.load_state_dict(layer, "keras")
