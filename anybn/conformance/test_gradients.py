@@ -65,26 +65,10 @@ def check(
     statistics = oracle.statistics(values, mask=mask)
     mean: Any = statistics.mean if training else running_mean
     var: Any = statistics.var() if training else running_var
-    expected_y = oracle.normalize(
-        values,
-        mean,
-        var,
-        weight=factor if scale else None,
-        bias=offset if bias else None,
-        residual=residual,
-        relu=relu,
-        mask=mask,
-    )
-    expected = oracle.gradients(
-        dy,
-        values,
-        mean,
-        var,
-        count=statistics.count if training else None,
-        weight=factor if scale else None,
-        active=expected_y > 0 if relu else None,
-        mask=mask,
-    )
+    w, b = factor if scale else None, offset if bias else None
+    expected_y = oracle.normalize(values, mean, var, weight=w, bias=b, residual=residual, relu=relu, mask=mask)
+    count, active = statistics.count if training else None, expected_y > 0 if relu else None
+    expected = oracle.gradients(dy, values, mean, var, count=count, weight=w, active=active, mask=mask)
     # Computed in something wider than dtype, every result is judged by its own size; else by that of what was
     # subtracted to get it: the slope weight * rstd for dx, the terms of the sums for dweight and dbias.
     wide = target.has_float64 and dtype != "float64"
@@ -170,21 +154,12 @@ def test_dtypes_of_weight_and_bias(target: Target, dtype: str, parameter_dtype: 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("scale", "bias"), [(True, False), (False, True)])
 def test_weight_or_bias_alone(target: Target, scale: bool, bias: bool, training: bool) -> None:
-    parameter_dtype = "float64" if target.has_float64 else "float32"  # no other than float32's default may stand in
+    values = inputs.normal((6, 3, 5, 4)) + 2
+    options: dict[str, Any] = {"training": training, "with_residual": True, "relu": True, "scale": scale, "bias": bias}
+    # no other than float32's default may stand in
+    options["parameter_dtype"] = "float64" if target.has_float64 else "float32"
     for automatic, masked in itertools.product([False, True], repeat=2):
-        check(
-            target,
-            inputs.normal((6, 3, 5, 4)) + 2,
-            "float32",
-            training=training,
-            masked=masked,
-            with_residual=True,
-            relu=True,
-            scale=scale,
-            bias=bias,
-            parameter_dtype=parameter_dtype,
-            automatic=automatic,
-        )
+        check(target, values, "float32", masked=masked, automatic=automatic, **options)
 
 
 @pytest.mark.quick
