@@ -24,33 +24,40 @@ def state_of(channels, scale=True, bias=True):
     return state.to("torch")
 
 
-LAYERS = {
+#: name -> (layer, shape of weight, of x, channel_axis, groups), of layers before the batch norm and behind it
+BEFORE = {
     "linear": (F.linear, (6, 4), (5, 4), 0, 1),
     "conv": (F.conv2d, (6, 4, 3, 3), (2, 4, 7, 7), 0, 1),
-    "grouped conv": (lambda x, w, b: F.conv2d(x, w, b, groups=2), (6, 2, 3, 3), (2, 4, 7, 7), 0, 2),
-    "depthwise conv": (lambda x, w, b: F.conv1d(x, w, b, groups=6), (6, 1, 3), (2, 6, 7), 0, 6),
+    "grouped conv": (functools.partial(F.conv2d, groups=2), (6, 2, 3, 3), (2, 4, 7, 7), 0, 2),
+    "depthwise conv": (functools.partial(F.conv1d, groups=6), (6, 1, 3), (2, 6, 7), 0, 6),
     "transposed conv": (F.conv_transpose2d, (4, 6, 3, 3), (2, 4, 5, 5), 1, 1),
-    "grouped transposed conv": (
-        lambda x, w, b: F.conv_transpose2d(x, w, b, groups=2),
-        (4, 3, 3, 3),
-        (2, 4, 5, 5),
-        1,
-        2,
-    ),
+    "grouped transposed conv": (functools.partial(F.conv_transpose2d, groups=2), (4, 3, 3, 3), (2, 4, 5, 5), 1, 2),
+}
+BEHIND = {
+    "linear behind": (F.linear, (5, 6), (4, 6), None, 1),
+    "conv behind": (F.conv2d, (4, 6, 3, 2), (2, 6, 7, 7), None, 1),
+    "strided conv behind": (functools.partial(F.conv2d, stride=2, dilation=2), (4, 6, 3, 2), (2, 6, 7, 7), 1, 1),
+    "grouped conv behind": (functools.partial(F.conv1d, groups=2), (8, 3, 3), (2, 6, 7), 1, 2),
+    "depthwise conv behind": (functools.partial(F.conv2d, groups=6), (12, 1, 3, 3), (2, 6, 7, 7), None, 6),
 }
 
 
 @pytest.mark.parametrize(("scale", "bias"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", BEFORE | BEHIND)
 def test_folded_layers(name, with_bias, scale, bias):
-    layer, weight_shape, x_shape, channel_axis, groups = LAYERS[name]
+    after = name in BEHIND
+    layer, weight_shape, x_shape, channel_axis, groups = (BEFORE | BEHIND)[name]
     state = state_of(6, scale, bias)
     weight, x = (torch.from_numpy(inputs.normal(shape, 2)) for shape in (weight_shape, x_shape))
-    bias = torch.from_numpy(inputs.normal((6,), 3)) if with_bias else None
-    expected = anybn.batch_norm(layer(x, weight, bias), state)
-    folded = anybn.fold(state, weight, bias, channel_axis=channel_axis, groups=groups)
-    assert torch.allclose(layer(x, *folded), expected, rtol=1e-12, atol=1e-12)
+    bias = torch.from_numpy(inputs.normal((weight_shape[0] if after else 6,), 3)) if with_bias else None
+    if after:
+        expected = layer(anybn.batch_norm(x, state), weight, bias)
+    else:
+        expected = anybn.batch_norm(layer(x, weight, bias), state)
+    folded = anybn.fold(state, weight, bias, channel_axis=channel_axis, groups=groups, after=after)
+    # behind, sums of up to 36 products
+    assert torch.allclose(layer(x, *folded), expected, rtol=1e-12, atol=1e-11 if after else 1e-12)
 
 
 nn = torch.nn
@@ -118,28 +125,6 @@ def test_folded_weights_are_rounded_once(dtype, ulps):
         assert ours.dtype == dtype
         spacing = np.spacing(np.maximum(np.abs(exactly), np.finfo(dtype).tiny).astype(dtype)).astype(wide)
         assert np.all(np.abs(ours - exactly) <= ulps * spacing)
-
-
-BEHIND = {
-    "linear": (F.linear, (5, 6), (4, 6), None, 1),
-    "conv": (F.conv2d, (4, 6, 3, 2), (2, 6, 7, 7), None, 1),
-    "strided conv": (lambda x, w, b: F.conv2d(x, w, b, stride=2, dilation=2), (4, 6, 3, 2), (2, 6, 7, 7), 1, 1),
-    "grouped conv": (lambda x, w, b: F.conv1d(x, w, b, groups=2), (8, 3, 3), (2, 6, 7), 1, 2),
-    "depthwise conv": (lambda x, w, b: F.conv2d(x, w, b, groups=6), (12, 1, 3, 3), (2, 6, 7, 7), None, 6),
-}
-
-
-@pytest.mark.parametrize(("scale", "bias"), [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("name", BEHIND)
-def test_folded_into_the_layer_behind(name, with_bias, scale, bias):
-    layer, weight_shape, x_shape, channel_axis, groups = BEHIND[name]
-    state = state_of(6, scale, bias)
-    weight, x = (torch.from_numpy(inputs.normal(shape, 2)) for shape in (weight_shape, x_shape))
-    bias = torch.from_numpy(inputs.normal((weight_shape[0],), 3)) if with_bias else None
-    expected = layer(anybn.batch_norm(x, state), weight, bias)
-    folded = anybn.fold(state, weight, bias, channel_axis=channel_axis, groups=groups, after=True)
-    assert torch.allclose(layer(x, *folded), expected, rtol=1e-12, atol=1e-11)  # sums of up to 36 products
 
 
 def test_folded_into_channels_last_layers_behind():
