@@ -1,7 +1,5 @@
 """Few values and bad ones, members that disagree or fail: everybody gets the error, and keeps its state."""
 
-import contextlib
-
 import numpy as np
 import pytest
 
@@ -9,7 +7,7 @@ import anybn
 from anybn.backends.registry import backend_for
 from anybn.conformance import inputs
 from anybn.distributed import as_group
-from anybn.groups import exchange as _synchronized
+from anybn.groups import exchange
 from groups import Counting, Nameless, images, one_fails
 
 
@@ -124,46 +122,40 @@ def broken(what, values):
     return x, options, message
 
 
-class Full:
-    """A backend out of memory."""
+def without_memory(statistics):
+    """A backend's statistics, which fail for a member's own batch."""
 
-    def __init__(self, backend):
-        self.backend, self.found = type(backend), type(backend).statistics
+    def failing(backend, call):
+        if call.group is None:
+            raise MemoryError("no more")
+        return statistics(backend, call)
 
-    def __enter__(self):
-        def statistics(backend, call):
-            if call.group is None:  # of this member's own batch
-                raise MemoryError("no more")
-            return self.found(backend, call)
-
-        self.backend.statistics = statistics
-
-    def __exit__(self, *_):
-        self.backend.statistics = self.found
+    return failing
 
 
 @pytest.mark.parametrize("what", ["dtype", "no array", "channels", "rank", "mask", "memory"])
-def test_a_member_that_fails(member, what):
+def test_a_member_that_fails(member, what, monkeypatch):
     """Before the group has met such rows, and after; in a group with names, many names, and none."""
-    values = images()
+    values, usual = images(), exchange.MANY
     groups = {"names": member.group, "many": Counting(member.group), "none": Nameless(member.group)}
     for i, (kind, group) in enumerate(groups.items()):
-        few, _synchronized.MANY = _synchronized.MANY, 1 if kind == "many" else _synchronized.MANY
+        monkeypatch.setattr(exchange, "MANY", 1 if kind == "many" else usual)
         part = member.part(values)[:, : 8 - i]
-        backend = backend_for(member.array(part))
+        backend = type(backend_for(member.array(part)))
         bn = anybn.BatchNorm2d(8 - i, group=group).to(member.array(part))  # which shows what the wrappers sum
         for _ in range(2):
             x, options, message = broken(what, part) if member.rank == member.size - 1 else (part, {}, "")
             x = x if isinstance(x, list) else member.array(x)
             options = {name: member.array(value) for name, value in options.items()}
-            with Full(backend) if message == "no more" else contextlib.nullcontext():
+            with monkeypatch.context() as patched:
+                if message == "no more":
+                    patched.setattr(backend, "statistics", without_memory(backend.statistics))
                 one_fails(member, group, lambda: bn(x, **options), bn.state, message, kind != "none")  # noqa: B023
             y = bn(member.array(part))
         whole = anybn.BatchNormState(8 - i)
         expected = anybn.batch_norm(values[:, : 8 - i], whole, training=True)
         assert np.array_equal(np.asarray(y), member.part(expected))
         assert bn.state.num_batches_tracked == 2
-        _synchronized.MANY = few
 
 
 def test_evaluation_asks_nobody(member):
