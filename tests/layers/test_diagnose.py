@@ -178,12 +178,7 @@ CAUSES = {
         {"training_batches": LARGE},
         ["shifted data"],
     ),
-    "stale": (
-        lambda: trained(batches_of(512, 8, std=2)),
-        LARGE,
-        {"training_batches": LARGE},
-        ["stale"],
-    ),
+    "stale": (lambda: trained(batches_of(512, 8, std=2)), LARGE, {"training_batches": LARGE}, ["stale"]),
     "sorted": (
         lambda: trained(batches_of(256, 40, between=0.9), momentum=0.01, updates=2000),
         batches_of(256, 40, between=0.9),

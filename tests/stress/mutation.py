@@ -109,14 +109,19 @@ def of_safetensors(random: Random, content: bytes, other: bytes) -> bytes:
 
 def of_zip(random: Random, content: bytes, other: bytes) -> bytes:
     """One member, in a zip that is whole: npy in an npz, the pickle or an array in torch's files."""
-    target = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(target, "w") as zipped:
+    with zipfile.ZipFile(io.BytesIO(content)) as source:
         names = source.namelist()
         chosen = random.choice([name for name in names if name.endswith(".pkl")] * len(names) + names)
-        for name in names:
-            member = source.read(name)
-            if name == chosen:
-                member = of_bytes(random, member, source.read(random.choice(names)))
+        changed = of_bytes(random, source.read(chosen), source.read(random.choice(names)))
+    return _with_member(random, content, chosen, changed)
+
+
+def _with_member(random: Random, content: bytes, chosen: str, changed: bytes) -> bytes:
+    """A zip with this member in place of its own, or without any."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(target, "w") as zipped:
+        for name in source.namelist():
+            member = changed if name == chosen else source.read(name)
             if name != chosen or random.random() < 0.95:
                 zipped.writestr(name, member, random.choice((zipfile.ZIP_STORED,) * 9 + (zipfile.ZIP_DEFLATED,)))
     return target.getvalue()
@@ -126,18 +131,12 @@ def of_keras(random: Random, content: bytes, other: bytes) -> bytes:
     """The config as JSON, or the arrays; in a file of Keras 2 the attribute that holds the config."""
     if not content.startswith(b"PK"):
         return _of_hdf5(random, content, other)
-    target = io.BytesIO()
     chosen = random.choice(("config.json", "model.weights.h5"))
-    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(target, "w") as zipped:
-        for name in source.namelist():
-            member = source.read(name)
-            if name == chosen == "config.json":
-                member = json.dumps(_json(random, json.loads(member))).encode()
-            elif name == chosen:
-                member = _of_hdf5(random, member, member)
-            if name != chosen or random.random() < 0.95:
-                zipped.writestr(name, member, random.choice((zipfile.ZIP_STORED,) * 9 + (zipfile.ZIP_DEFLATED,)))
-    return target.getvalue()
+    with zipfile.ZipFile(io.BytesIO(content)) as source:
+        member = source.read(chosen)
+    if chosen == "config.json":
+        return _with_member(random, content, chosen, json.dumps(_json(random, json.loads(member))).encode())
+    return _with_member(random, content, chosen, _of_hdf5(random, member, member))
 
 
 def _of_hdf5(random: Random, content: bytes, other: bytes) -> bytes:
