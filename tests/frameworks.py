@@ -280,13 +280,15 @@ def given(convention: str) -> dict[str, Any]:
     }
 
 
+def as_array(recorded: Any) -> np.ndarray:
+    return np.asarray(recorded, np.float32) if isinstance(recorded, list) else np.asarray(recorded)
+
+
 def observe(convention: str, given: dict[str, Any]) -> dict[str, Any]:
     """What a framework does with a layer of its own, and with the one that is given; as JSON has it."""
     package, run = RUN[convention]
     x, *steps = batches()
-    arrays = {
-        n: np.asarray(a, np.float32) if isinstance(a, list) else np.asarray(a) for n, a in given["arrays"].items()
-    }
+    arrays = {name: as_array(a) for name, a in given["arrays"].items()}
 
     def result(settings, arrays, steps, x=x):
         arrays, y = run(settings, arrays, steps, x)

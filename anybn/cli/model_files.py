@@ -24,11 +24,7 @@ TINY_WEIGHT = 1e-4
 def add_source(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", type=Path, metavar="FILE", help=".safetensors, .npz, .pt, .onnx, .keras, .h5, ...")
     command.add_argument(
-        "--from",
-        dest="source",
-        choices=[*CONVENTIONS],
-        metavar="NAME",
-        help="its framework; default: its names tell",
+        "--from", dest="source", choices=[*CONVENTIONS], metavar="NAME", help="its framework; default: its names tell"
     )
     command.add_argument(
         "--eps", action="append", default=[], metavar="[PATTERN=]NUMBER", help="of the layers that match; repeat it"

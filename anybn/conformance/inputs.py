@@ -72,25 +72,9 @@ def exact(shape: tuple[int, ...], axis: int = 1, seed: int = 0) -> np.ndarray:
 Layout = Callable[["Target", np.ndarray], tuple[Array, int]]
 
 
-def _nhwc(target: Target, x: np.ndarray) -> tuple[Array, int]:
-    return target.array(np.moveaxis(x, 1, -1)), -1
-
-
-def _nc(target: Target, x: np.ndarray) -> tuple[Array, int]:
-    return target.array(np.moveaxis(x, 1, -1).reshape(-1, x.shape[1])), 1
-
-
 def _channels_last_view(target: Target, x: np.ndarray) -> tuple[Array, int]:
     axes = (0, x.ndim - 1, *range(1, x.ndim - 1))
     return target.xp.permute_dims(target.array(np.moveaxis(x, 1, -1)), axes), 1
-
-
-def _fortran(target: Target, x: np.ndarray) -> tuple[Array, int]:
-    return target.xp.permute_dims(target.array(x.T), tuple(reversed(range(x.ndim)))), 1
-
-
-def _strided(target: Target, x: np.ndarray) -> tuple[Array, int]:
-    return target.array(np.repeat(x, 2, axis=-1))[..., ::2], 1
 
 
 def _offset(target: Target, x: np.ndarray) -> tuple[Array, int]:
@@ -98,20 +82,16 @@ def _offset(target: Target, x: np.ndarray) -> tuple[Array, int]:
     return target.xp.reshape(flat[1:], x.shape), 1
 
 
-def _flipped(target: Target, x: np.ndarray) -> tuple[Array, int]:
-    return target.xp.flip(target.array(x[:, :, ::-1].copy()), axis=2), 1
-
-
 #: name -> (target, x as (N, C, *spatial)) -> (the same values in the target's library, channel axis).
 LAYOUTS: dict[str, Layout] = {
     "NCHW": lambda target, x: (target.array(x), 1),
-    "NHWC": _nhwc,
-    "(N, C)": _nc,
+    "NHWC": lambda target, x: (target.array(in_layout(x, "NHWC")), -1),
+    "(N, C)": lambda target, x: (target.array(in_layout(x, "(N, C)")), 1),
     "channels-last view": _channels_last_view,
-    "Fortran order": _fortran,
-    "strided view": _strided,
+    "Fortran order": lambda target, x: (target.xp.permute_dims(target.array(x.T), tuple(range(x.ndim))[::-1]), 1),
+    "strided view": lambda target, x: (target.array(np.repeat(x, 2, axis=-1))[..., ::2], 1),
     "offset view": _offset,
-    "flipped view": _flipped,
+    "flipped view": lambda target, x: (target.xp.flip(target.array(x[:, :, ::-1].copy()), axis=2), 1),
 }
 
 

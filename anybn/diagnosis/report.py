@@ -89,11 +89,7 @@ class Diagnosis:
         return figure
 
 
-_STATISTICS = {
-    "running": "the running statistics",
-    "recalibrated": "recalibrated ones",
-    "batch": "each batch's own",
-}
+_STATISTICS = {"running": "the running statistics", "recalibrated": "recalibrated ones", "batch": "each batch's own"}
 
 
 def _shown(value: float) -> str:

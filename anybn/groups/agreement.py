@@ -30,11 +30,7 @@ class Settings(NamedTuple):
 #: The settings that are no numbers: each travels as the index of its value.
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": FLOATING,
-    "training": (False, True),
-    "affine": (False, True),
-    "scale": (False, True),
-    "bias": (False, True),
-    "relu": (False, True),
+    **dict.fromkeys(("training", "affine", "scale", "bias", "relu"), (False, True)),
     "nonfinite": ("skip", "raise", "propagate"),
 }
 

@@ -42,12 +42,8 @@ def seen(source, convention):
 
 def state_of(seen, arrays, convention):
     return interop.from_state_dict(
-        {name: as_array(a) for name, a in arrays.items()}, convention, **seen["given"]["eps and momentum"]
+        {name: frameworks.as_array(a) for name, a in arrays.items()}, convention, **seen["given"]["eps and momentum"]
     )
-
-
-def as_array(recorded):
-    return np.asarray(recorded, np.float32) if isinstance(recorded, list) else np.asarray(recorded)
 
 
 def assert_same_evaluation(state, y):
@@ -127,7 +123,7 @@ def test_its_statistics_are_what_this_ddof_and_momentum_make_of_the_same_batches
 
 def test_the_defaults_are_the_frameworks(seen, convention):
     """On batches so small that eps shows: what is within a few roundings for 1e-5 is not for 2e-5."""
-    arrays = {name: as_array(a) for name, a in seen["by default"]["arrays"].items()}
+    arrays = {name: frameworks.as_array(a) for name, a in seen["by default"]["arrays"].items()}
     state = interop.from_state_dict(arrays, convention)
     steps = [batch * frameworks.SMALL for batch in STEPS]
     mean, var = trained_as_there(convention, state.momentum, steps)
