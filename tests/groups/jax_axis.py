@@ -11,6 +11,8 @@ import anybn
 from anybn.conformance import inputs, oracle
 
 X64 = jax.config.jax_enable_x64
+MESH = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+PART, WHOLE = P("devices"), P()
 #: Rounded once from float64; or float32 all the way, which loses nothing to the mean but has its own roundings.
 BAR = 0.500001 if X64 else 4
 WEIGHT, BIAS = np.random.default_rng(1).standard_normal((2, 8)).astype(np.float32)
@@ -59,10 +61,8 @@ def compared(found, x, dy, mask):
 
 @cache
 def in_shard_map():
-    mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
-    part, whole = P("devices"), P()
-    options = {"in_specs": (part, part, part, whole), "out_specs": (part, part, part, whole)}
-    return jax.jit(jax.shard_map(step, mesh=mesh, **options))
+    options = {"in_specs": (PART, PART, PART, WHOLE), "out_specs": (PART, PART, PART, WHOLE)}
+    return jax.jit(jax.shard_map(step, mesh=MESH, **options))
 
 
 def test_shard_map():
@@ -97,9 +97,7 @@ def test_second_order():
 
         return jax.grad(lambda x: (jnp.sin(jax.grad(loss)(x))).sum())(x)
 
-    mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
-    part = P("devices")
-    of_parts = jax.shard_map(partial(gradient, group="devices"), mesh=mesh, in_specs=part, out_specs=part)
+    of_parts = jax.shard_map(partial(gradient, group="devices"), mesh=MESH, in_specs=PART, out_specs=PART)
     found, wanted = jax.jit(of_parts)(x), jax.jit(partial(gradient, group=None))(x)
     assert np.allclose(found, wanted, rtol=1e-4, atol=1e-5), (found, wanted)
 
@@ -107,7 +105,6 @@ def test_second_order():
 def test_accumulate():
     """Micro-batches on each device: one commit, from all of them on all devices."""
     x = (inputs.normal((16, 9, 8)) + 1e3).astype(np.float32)
-    mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def step(x, state):
         with anybn.accumulate(state):
@@ -115,8 +112,7 @@ def test_accumulate():
                 anybn.batch_norm(part, state, training=True, axis=-1, group="devices")
         return state
 
-    part, whole = P("devices"), P()
-    state = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(part, whole), out_specs=whole))(x, fresh())
+    state = jax.jit(jax.shard_map(step, mesh=MESH, in_specs=(PART, WHOLE), out_specs=WHOLE))(x, fresh())
     _, var = oracle.trained([oracle.statistics(x, -1)])
     assert oracle.error(np.asarray(state.running_var), var, "float32") <= 2
     assert state.num_batches_tracked == 1
@@ -125,13 +121,11 @@ def test_accumulate():
 def test_collectives():
     """XLA is left with one sum forward, and at most as many backward as y's gradient has inputs from the group."""
     x = jnp.ones((16, 9, 8), jnp.float32)
-    mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def forward(x, state):
         return anybn.batch_norm(x, state, training=True, axis=-1, group="devices"), state
 
-    part, whole = P("devices"), P()
-    function = jax.shard_map(forward, mesh=mesh, in_specs=(part, whole), out_specs=(part, whole))
+    function = jax.shard_map(forward, mesh=MESH, in_specs=(PART, WHOLE), out_specs=(PART, WHOLE))
     text = jax.jit(function).lower(x, fresh()).compile().as_text()
     assert text.count(" all-reduce(") == 1, text
 
@@ -139,6 +133,6 @@ def test_collectives():
         _, pullback = anybn.batch_norm_vjp(x, state, training=True, axis=-1, group="devices")
         return pullback(dy).x
 
-    function = jax.shard_map(by_hand, mesh=mesh, in_specs=(part, part, whole), out_specs=part)
+    function = jax.shard_map(by_hand, mesh=MESH, in_specs=(PART, PART, WHOLE), out_specs=PART)
     text = jax.jit(function).lower(x, x, fresh()).compile().as_text()
     assert text.count(" all-reduce(") == 2, text
