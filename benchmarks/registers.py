@@ -113,6 +113,7 @@ def _nvcc(names: Sequence[str], architecture: str) -> tuple[dict[str, str], str,
     functions = [function for function, *_ in _read(done.stderr)]
     plain = subprocess.run(["c++filt", *functions], capture_output=True, text=True, check=True).stdout.splitlines()
     readable = (re.sub(r"^void |\(Call\)$|\(bool\)|\(int\)", "", name) for name in plain)
+    readable = (name if name in names else name.replace(", false>", ">") for name in readable)  # that is the default
     return dict(zip(readable, functions, strict=True)), done.stderr, code
 
 

@@ -13,7 +13,7 @@ class CudaBackend(Backend):
     kernels: CudaArrays
 
     def _takes(self, call: Call) -> bool:
-        return call.mask is None and self.kernels.supports(call.x)
+        return self.kernels.supports(call.x) and self.kernels.takes_mask(call)
 
     def statistics(self, call: Call) -> Statistics:
         if call.group is None and self._takes(call):

@@ -63,7 +63,7 @@ class CuPyBackend(CudaBackend):
     name = "cupy"
     libraries = ("cupy",)
     kernels = _Arrays()
-    how = "CUDA kernels, compiled for the GPU at first use; masks take the Array API core"
+    how = "CUDA kernels, compiled for the GPU at first use"
 
     def module(self) -> ModuleType:
         return array_api_compat.cupy

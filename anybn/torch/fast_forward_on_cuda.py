@@ -113,13 +113,13 @@ def fast_forward_on_cuda(
     )
     with kernels.on(x):
         y = torch.empty_like(x)
-        like_x = [x.data_ptr(), _address(residual), 0, 0, 0, y.data_ptr(), 0]
+        like_x = [x.data_ptr(), _address(residual), 0, 0, 0, 0, y.data_ptr(), 0]
         factors = [_address(weight), _address(bias)]
         if of_batch:
             like = mean if mean is not None and mean.dtype is torch.float64 else x.new_empty(0, dtype=torch.float64)
             rows = like.new_empty(4, channels)
             running = [mean.data_ptr(), var.data_ptr()] * 2 + [batches.data_ptr()] if commits else [0] * 5
-            pointers = [*like_x, *factors, *_row_addresses(rows, x), 0, 0, *running, 0, 0, 0]
+            pointers = [*like_x, *factors, *_row_addresses(rows, x), 0, 0, *running, *[0] * 5]
             with _lock.commits:
                 launch.queue(kernels.gpu(x), kind, pointers, eps, momentum)
             if commits:
@@ -128,7 +128,7 @@ def fast_forward_on_cuda(
         else:
             # The statistics of this call, whatever becomes of the module's.
             rows = torch.stack((mean, var)) if records else None
-            pointers = [*like_x, *factors, mean.data_ptr(), 0, var.data_ptr(), *[0] * 11]
+            pointers = [*like_x, *factors, mean.data_ptr(), 0, var.data_ptr(), *[0] * 13]
             launch.queue(kernels.gpu(x), kind, pointers, eps, 0.0)
     if not records:
         return y
@@ -184,8 +184,8 @@ class _Recorded(_SingleLevelFunction):
                 if weight is not None and weight.dtype is not dtype:  # the module's dtype was changed after its call
                     weight = weight.to(dtype)
                 dweight, dbias = torch.empty_like(parameter, dtype=dtype), torch.empty_like(parameter, dtype=dtype)
-            pointers = [x.data_ptr(), 0, dy.data_ptr(), 0, _address(y), dx.data_ptr(), _address(dresidual)]
-            pointers += [_address(weight), 0, *_row_addresses(rows, x), _address(dweight), _address(dbias), *[0] * 8]
+            pointers = [x.data_ptr(), 0, dy.data_ptr(), 0, _address(y), 0, dx.data_ptr(), _address(dresidual)]
+            pointers += [_address(weight), 0, *_row_addresses(rows, x), _address(dweight), _address(dbias), *[0] * 10]
             launch.queue(kernels.gpu(x), _backward_of(kind), pointers, eps, 0.0)
         if wants_residual and y is None:
             dresidual = given

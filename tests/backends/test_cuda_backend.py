@@ -20,8 +20,9 @@ import anybn
 from anybn.backends._on_gpu import CudaBackend
 from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend
-from anybn.conformance import inputs, test_accuracy, test_errors, test_gradients, test_state
+from anybn.conformance import inputs, oracle, test_accuracy, test_errors, test_gradients, test_state
 from anybn.conformance.targets import Target
+from anybn.core import formulas
 from anybn.core.call import Call
 from anybn.kernels.cuda import launch as _cuda
 from anybn.kernels.cuda.arrays import CudaArrays
@@ -99,6 +100,44 @@ def test_kernels_do_the_work(target: Target, relu: bool) -> None:
     assert names == ["train", "backward", "evaluate", "sums", "finish_train"]
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_kernels_take_masks(target: Target, monkeypatch: pytest.MonkeyPatch, last: bool) -> None:
+    """In training, backward and evaluation, of any memory; the core has no part in it."""
+    for name in ("batch_statistics", "normalize", "gradients", "updated_running_statistics"):
+        monkeypatch.setattr(formulas, name, None)
+    rng = np.random.default_rng(0)
+    x, residual, dy = (rng.standard_normal((8, 3, 14, 10)).astype(np.float32) for _ in range(3))
+    mask = rng.random((8, 14, 10)) < 0.7
+    hidden = np.broadcast_to(~mask[:, None], x.shape)
+    for a in (x, residual, dy):
+        a[hidden] = np.nan
+    if last:
+        x, residual, dy = (np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1) for a in (x, residual, dy))
+    state, options = anybn.BatchNormState(3), {"mask": np.asfortranarray(mask), "residual": residual}
+    y, pullback = anybn.batch_norm_vjp(x, state, training=True, activation="relu", **options)
+    grads = pullback(dy)
+    anybn.batch_norm(x, state, mask=mask[:1, :1], out=np.empty_like(x))
+    assert anybn.moments(x, mask=mask).count == mask.sum()
+    launched = [launch.kernel for launch in target.backend.kernels.launched]
+    training, backward = ["sums", "finish_train", "evaluate"], ["gradient_sums", "finish_backward", "gradients"]
+    assert [name.partition("<")[0] for name in launched] == [*training, *backward, "evaluate", *training[:2]]
+    assert all(name.endswith(", true>") for name in launched)
+
+    shown = [np.where(hidden, np.float32(0), a) for a in (x, residual, dy)]
+    found = oracle.statistics(shown[0], mask=mask)
+    expected = oracle.normalize(shown[0], found.mean, found.var(), residual=shown[1], relu=True, mask=mask)
+    assert oracle.error(y, expected, "float32") <= 0.6
+    gradients = oracle.gradients(
+        shown[2], shown[0], found.mean, found.var(), count=found.count, active=y > 0, mask=mask
+    )
+    assert oracle.error(grads.x, gradients.x, "float32") <= 0.6
+    assert np.array_equal(grads.residual, gradients.residual)
+    assert oracle.error(grads.weight, gradients.weight, "float32") <= 2
+    assert oracle.error(grads.bias, gradients.bias, "float32") <= 2
+    var = oracle.running(np.ones(3), found.var(1), 0.1)
+    assert oracle.error(state.running_var / var, np.ones(3), "float32") <= 2
+
+
 def test_the_running_statistics_of_whoever_was_faster(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread trains the state during a call, whose own update is then of statistics that are past."""
     first, second = (np.random.default_rng(seed).standard_normal((8, 3)).astype(np.float32) for seed in range(2))
@@ -121,7 +160,8 @@ def test_the_running_statistics_of_whoever_was_faster(target: Target, monkeypatc
 
 
 def test_the_core_runs_on_the_device_of_x(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a mask, which the kernels do not take, as well."""
+    """For arrays that the kernels do not take."""
+    monkeypatch.setattr(Arrays, "supports", lambda self, x: False)
     seen = []
     for name in ("statistics", "evaluate", "gradients", "update"):
         core = getattr(Backend, name)

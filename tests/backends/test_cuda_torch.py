@@ -28,6 +28,7 @@ from anybn.backends.torch import cpu as _torch_cpu  # noqa: E402
 from anybn.backends.torch import cuda as _torch_cuda  # noqa: E402
 from anybn.backends.torch import native as _torch_native  # noqa: E402
 from anybn.backends.torch.cuda import TorchArrays  # noqa: E402
+from anybn.core import formulas  # noqa: E402
 from anybn.kernels.cuda import launch as _cuda  # noqa: E402
 from anybn.kernels.cuda.plan import Launch  # noqa: E402
 
@@ -94,6 +95,53 @@ def test_kernels_do_the_work(launched: Arrays, relu: bool) -> None:
     anybn.batch_norm(x.detach().movedim(1, -1), state, axis=-1)
     anybn.moments(x.detach()[:, :, 0, 0])
     assert launched.names() == ["train", "backward", "evaluate", "sums", "finish_train"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("last", [False, True])
+def test_kernels_take_masks(launched: Arrays, monkeypatch: pytest.MonkeyPatch, last: bool, dtype: torch.dtype) -> None:
+    """Inside autograd, in training and evaluation; the core has no part in it."""
+    for name in ("batch_statistics", "normalize", "gradients", "updated_running_statistics"):
+        monkeypatch.setattr(formulas, name, None)
+    mask = torch.from_numpy(inputs.normal((8, 14, 10), 7)) < 0.5
+    name, (bar, size) = str(dtype).removeprefix("torch."), (2, 10) if dtype is torch.float64 else (0.6, 1)
+    kind = torch.channels_last if last else torch.contiguous_format
+    x, residual, dy = (
+        torch.from_numpy(inputs.normal((8, 3, 14, 10), seed)).to(dtype).to(memory_format=kind) for seed in range(3)
+    )
+    shown = [np.where(mask[:, None], a.double(), 0) for a in (x, residual, dy)]
+    for a in (x, residual, dy):
+        a.masked_fill_(~mask[:, None], torch.nan)
+    statistics = oracle.statistics(shown[0], mask=mask.numpy())
+    for training in (True, False):
+        given = [a.clone().requires_grad_() for a in (x, residual)]
+        state = anybn.BatchNormState(3, like=x)
+        state.weight, state.bias = torch.arange(3.0) + 0.5, torch.arange(3.0) - 1
+        parameters = [state.weight.requires_grad_(), state.bias.requires_grad_()]
+        options = {"mask": mask, "residual": given[1], "activation": "relu"}
+        y = anybn.batch_norm(given[0], state, training=training, **options)
+        grads = torch.autograd.grad(y, (*given, *parameters), dy)
+        mean, var = (statistics.mean, statistics.var()) if training else (np.zeros(3), np.ones(3))
+        of_oracle = {"weight": np.arange(3) + 0.5, "mask": mask.numpy()}
+        expected = oracle.normalize(shown[0], mean, var, bias=np.arange(3) - 1.0, residual=shown[1], **of_oracle)
+        assert oracle.error(y.detach().double().numpy(), np.maximum(expected, 0), name, size) <= bar
+        wanted = oracle.gradients(
+            shown[2],
+            shown[0],
+            mean,
+            var,
+            count=statistics.count if training else None,
+            active=(y > 0).numpy(),
+            **of_oracle,
+        )
+        assert oracle.error(grads[0].double().numpy(), wanted.x, name, size) <= bar
+        assert np.array_equal(grads[1].double().numpy(), wanted.residual)
+        assert oracle.error(grads[2].numpy(), wanted.weight, "float32", 10) <= 2
+        assert oracle.error(grads[3].numpy(), wanted.bias, "float32", 10) <= 2
+    training = ["sums", "finish_train", "evaluate"]
+    backward = ["gradient_sums", "finish_backward", "gradients"]
+    assert launched.names() == [*training, *backward, "evaluate", *backward]
+    assert all(launch.kernel.endswith(", true>") for launch in launched.launched)
 
 
 @pytest.mark.parametrize("wanted", [False, True])

@@ -229,8 +229,8 @@ def test_every_kernel_has_run(dtype: str) -> None:
     planned = [
         launch.kernel
         for shape, device in (*small, *large, *groups)
-        for op in ("train", "backward", "evaluate", "commit")
-        for launch in plan(op, shape, dtype, device).launches
+        for op, masked in itertools.product(("train", "backward", "evaluate", "commit"), (False, True))
+        for launch in plan(op, shape, dtype, device, masked=masked).launches
     ]
     assert set(planned) == set(kernels(dtype))
 

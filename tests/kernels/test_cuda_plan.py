@@ -71,9 +71,9 @@ def check(made: Plan, shape: tuple[int, int, int], dtype: str, device: Device, a
             continue
         keeps = name.startswith(("train", "backward"))
         assert block_x * block_y <= (512 if keeps else 256)
-        _, vector, rows, *cluster = arguments.split(", ")
+        _, vector, rows, *more = arguments.split(", ")
         vector, rows = int(vector), rows == "true"
-        assert cluster in ([], [str(launch.cluster)])
+        assert more in ([str(launch.cluster)] if name in ("train", "backward") else [], ["true"] * (not keeps))
         assert rows or length > 1
         assert (channels * length if rows else length) % vector == 0
         assert alignment % (vector * TYPES[dtype][1]) == 0
@@ -115,7 +115,9 @@ def check(made: Plan, shape: tuple[int, int, int], dtype: str, device: Device, a
 def test_any_size(op: str, dtype: str, device: str) -> None:
     for shape, alignment in itertools.product(SHAPES, (2, 4, 8, 16)):
         alignment = max(alignment, TYPES[dtype][1])
-        check(plan(op, shape, dtype, DEVICES[device], alignment), shape, dtype, DEVICES[device], alignment)
+        for masked in (False, True):
+            made = plan(op, shape, dtype, DEVICES[device], alignment, masked)
+            check(made, shape, dtype, DEVICES[device], alignment)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -204,6 +206,16 @@ def test_what_does_not_fit_a_block_takes_groups_or_two_passes() -> None:
         assert names("train", *small) == ["train"]
         assert names("backward", *small) == ["backward"]
         assert names("statistics", *small) == ["sums", "finish_train"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", OPS)
+def test_a_mask_takes_two_passes(op: str, device: str) -> None:
+    """As they are without one, of kernels of its own."""
+    for shape in ((8, 64, 49), (64, 64, 196), (1000, 64, 1)):
+        masked = plan(op, shape, "float32", DEVICES[device], masked=True).launches
+        unkept = plan(op, shape, "float32", DEVICES[device]._replace(shared_bytes=1)).launches
+        assert [one._replace(kernel=one.kernel.replace(", true>", ">")) for one in masked] == list(unkept)
 
 
 def test_parts_fill_the_device_and_none_is_empty() -> None:

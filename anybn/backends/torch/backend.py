@@ -246,7 +246,7 @@ class TorchBackend(Backend):
             return None
         if dispatches(x, call.weight, call.bias, call.residual, call.out, call.mask):
             return None
-        return chosen if call.mask is None or (chosen is cpu and cpu.takes_mask(call)) else None
+        return chosen if call.mask is None or chosen.takes_mask(call) else None
 
     def statistics(self, call: Call) -> Statistics:
         if call.group is None:

@@ -66,6 +66,12 @@ class TorchArrays(CudaArrays):
             a = a.to(getattr(torch, dtype))
         return a.contiguous()
 
+    def positions(self, mask: torch.Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> torch.Tensor:
+        return mask.detach().expand(shape).permute(order).contiguous()
+
+    def first_shown(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions.view(torch.uint8).argmax()
+
     def note_update(self, x: torch.Tensor) -> None:
         """Running statistics are being updated on the current stream of x's device."""
         index = x.device.index

@@ -16,6 +16,10 @@ def supports(x: torch.Tensor) -> bool:
     return True
 
 
+def takes_mask(call: Call) -> bool:
+    return False
+
+
 def batch_statistics(call: Call) -> Statistics:
     x, axis = call.x, call.spec.axis
     var, mean = torch.var_mean(x.double(), formulas.reduced_axes(x.ndim, axis), correction=0)

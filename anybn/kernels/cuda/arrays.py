@@ -13,8 +13,8 @@ from anybn.kernels.layout import Layout, delivered, layout_of
 
 
 class CudaArrays:
-    """The operations of a `Backend` on a GPU, without masks. A subclass says where arrays are and what kernels run on;
-    the rest is for a library with NumPy's functions, and overridden for others."""
+    """The operations of a `Backend` on a GPU. A subclass says where arrays are and what kernels run on; the rest is for
+    a library with NumPy's functions, and overridden for others."""
 
     #: The module with ``empty`` and ``empty_like``.
     library: Any
@@ -56,6 +56,14 @@ class CudaArrays:
         """a, or a copy with its values side by side and of this dtype."""
         return self.library.ascontiguousarray(a, dtype)
 
+    def positions(self, mask: Array, shape: tuple[int, ...], order: tuple[int, ...]) -> Array:
+        """A byte for each, side by side: the mask in this shape, its axes in this order."""
+        return self.library.ascontiguousarray(self.library.broadcast_to(mask, shape).transpose(order))
+
+    def first_shown(self, positions: Array) -> Array:
+        """Which position is the first that is True; any if none is. It stays on the device, as their sum does."""
+        return positions.argmax()
+
     def note_update(self, x: Array) -> None:
         """Running statistics are being updated on x's device, on the stream that the user has chosen there."""
 
@@ -64,10 +72,14 @@ class CudaArrays:
     def supports(self, x: Array) -> bool:
         return 0 < max(x.shape) <= MOST_BLOCKS[0] and 0 not in x.shape and dtype_name(x.dtype) in TYPES
 
+    def takes_mask(self, call: Call) -> bool:
+        """Whether there are kernels for the call's mask: for one that all channels share."""
+        return call.mask is None or bool(call.mask.shape[call.spec.axis] == 1)
+
     def batch_statistics(self, call: Call) -> Statistics:
         with self.on(call.x):
             how, x, _ = self._arranged(call.x, call.spec.axis)
-            arrays, statistics = self._statistics(x, how)
+            arrays, statistics = self._statistics(x, how, call)
             self._call("statistics", x, how[1:], {"x": x, **arrays})
             return statistics
 
@@ -77,7 +89,7 @@ class CudaArrays:
         with self.on(x):
             how, x, (residual,) = self._arranged(x, spec.axis, residual)
             y = self._destination(x, out)
-            arrays, statistics = self._statistics(x, how)
+            arrays, statistics = self._statistics(x, how, call)
             arrays |= {"x": x, "y": y, "residual": residual, "weight": weight, "bias": bias}
             options: dict[str, Any] = {"eps": spec.eps, "relu": spec.relu}
             running = None
@@ -94,6 +106,7 @@ class CudaArrays:
             how, x, (residual,) = self._arranged(x, spec.axis, residual)
             y = self._destination(x, out)
             arrays = {"x": x, "y": y, "residual": residual, "weight": weight, "bias": bias, **_known(statistics)}
+            arrays |= {"shown": self._positions(call, how)}
             self._call("evaluate", x, how[1:], arrays, eps=spec.eps, relu=spec.relu)
             return delivered(y, out)
 
@@ -105,13 +118,16 @@ class CudaArrays:
             given = dy
             how, x, (dy, active) = self._arranged(x, spec.axis, dy, active)
             dx = self.beside(x)
-            dresidual = self.beside(x) if wants_residual and active is not None else None
+            hides = active is not None or call.mask is not None
+            dresidual = self.beside(x) if wants_residual and hides else None
             parameter = bias if weight is None else weight
             dweight = dbias = None
             if parameter is not None:  # kernels give both
                 dweight, dbias = self.per_channel(x, 2, how.channels, parameter.dtype)
             arrays = {"dy": dy, "x": x, "y": dx, "active": active, "dresidual": dresidual, "weight": weight}
             arrays |= {"dweight": dweight, "dbias": dbias, **_known(statistics)}
+            if call.mask is not None:
+                arrays |= {"shown": self._positions(call, how), "shown_count": statistics.count}
             self._call("backward", x, how[1:], arrays, eps=spec.eps, training=statistics.count is not None)
             dresidual = given if wants_residual and dresidual is None else dresidual
             return Gradients(dx, None if weight is None else dweight, None if bias is None else dbias, dresidual)
@@ -160,12 +176,23 @@ class CudaArrays:
     def _destination(self, x: Array, out: Array | None) -> Array:
         return out if out is not None and self.strides(out) == self.strides(x) else self.beside(x)
 
-    def _statistics(self, x: Array, how: Layout) -> tuple[dict[str, Array | None], Statistics]:
-        """Room for those of x: by the kernels' names, and as a whole."""
+    def _positions(self, call: Call, how: Layout) -> Array | None:
+        """The call's mask as x lies in memory, one byte for what all channels have at a position."""
+        shape, axis = call.x.shape, call.spec.axis
+        return (
+            None if call.mask is None else self.positions(call.mask, (*shape[:axis], 1, *shape[axis + 1 :]), how.order)
+        )
+
+    def _statistics(self, x: Array, how: Layout, call: Call) -> tuple[dict[str, Array | None], Statistics]:
+        """Room for those of x: by the kernels' names, with what these need of a mask, and as a whole."""
         mean, shift, var, m2 = self.per_channel(x, 4, how.channels)
         shift = shift if dtype_name(x.dtype) == "float64" else None
-        arrays = {"mean": mean, "shift": shift, "var": var, "m2": m2}
-        return arrays, Statistics(how.outer * how.inner, mean, shift, var, m2)
+        arrays, count = {"mean": mean, "shift": shift, "var": var, "m2": m2}, how.outer * how.inner
+        shown = self._positions(call, how)
+        if shown is not None:
+            count = shown.sum()
+            arrays |= {"shown": shown, "shown_count": count, "first_shown": self.first_shown(shown)}
+        return arrays, Statistics(count, mean, shift, var, m2)
 
     def _committed(
         self, arrays: dict[str, Array | None], options: dict[str, Any], update: Update
@@ -204,6 +231,8 @@ class CudaArrays:
                 a = self.vector(a, "float64")
             elif name in ("weight", "bias"):
                 a = self.vector(a)
+            elif name in ("shown_count", "first_shown"):
+                a = self.vector(a, "int64")
             if name in ("weight", "bias", "dweight"):
                 parameter_dtype = dtype_name(a.dtype)
             elif name == "running_mean":

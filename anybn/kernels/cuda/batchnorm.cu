@@ -10,6 +10,7 @@
 //   train_group, backward_group                the same of any number of blocks, for tiles that a cluster cannot hold
 //   sums, finish_train, evaluate               training in two passes over x, for those that the GPU cannot hold
 //   gradient_sums, finish_backward, gradients  backward, likewise
+//                                              both also MASKED: by a mask that all channels share
 //   evaluate                                   evaluation
 //   commit                                     the running statistics alone
 //
@@ -42,8 +43,8 @@ template <class T, int V, bool ROWS>
 constexpr int MOST_BLOCKS(bool forward) {
   return forward && !ROWS && V > 1 && sizeof(T) < 8 ? 2 : 1;
 }
-constexpr int STREAMING_BLOCKS(bool forward, bool rows) {
-  return !forward ? 2 : !rows ? 4 : FAST_DOUBLE ? 3 : 2;  // what is in two floats takes more registers
+constexpr int STREAMING_BLOCKS(bool forward, bool many_registers) {
+  return !forward ? 2 : !many_registers ? 4 : FAST_DOUBLE ? 3 : 2;  // what is in two floats takes more of them
 }
 
 // -- one launch -------------------------------------------------------------------------------------------------------
@@ -208,35 +209,36 @@ __device__ inline void first_pass(const Call& c) {
   write_partials<Op>(part, mine, Shared<Op>(part));
 }
 
-template <class T, int V, bool ROWS>
+template <class T, int V, bool ROWS, bool MASKED = false>
 __global__ void __launch_bounds__(STREAMING_THREADS, STREAMING_BLOCKS(true, ROWS)) sums(const Call c) {
-  first_pass<Forward<T, V, ROWS>>(c);
+  first_pass<Forward<T, V, ROWS, MASKED>>(c);
 }
-template <class T, int V, bool ROWS>
+template <class T, int V, bool ROWS, bool MASKED = false>
 __global__ void __launch_bounds__(STREAMING_THREADS, STREAMING_BLOCKS(false, ROWS)) gradient_sums(const Call c) {
-  first_pass<Backward<T, V, ROWS>>(c);
+  first_pass<Backward<T, V, ROWS, MASKED>>(c);
 }
 
 /// A warp per channel: blocks of (32, warps).
-template <class T>
+template <class T, bool MASKED = false>
 __global__ void __launch_bounds__(STREAMING_THREADS, 2) finish_train(const Call c) {
   using W = typename Wide<typename Real<T>::type>::type;
   const long long channel = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (channel >= c.channels) return;
   const Sums<W> sums = sum_partials<W>(c, channel);
   if (threadIdx.x > 0) return;
-  finish_channel(c, channel, before_channel<T>(c, channel), sums, true);
-  commit_last(c, channel);
+  const Call of_shown = counted<MASKED>(c);
+  finish_channel(of_shown, channel, before_channel<T, MASKED>(c, channel), sums, true);
+  commit_last(of_shown, channel);
 }
 
-template <class T>
+template <class T, bool MASKED = false>
 __global__ void __launch_bounds__(STREAMING_THREADS, 2) finish_backward(const Call c) {
   using W = typename Wide<typename Real<T>::type>::type;
   const long long channel = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (channel >= c.channels) return;
   const Sums<W> sums = sum_partials<W>(c, channel);
   if (threadIdx.x > 0) return;
-  const Corrections k = finish_gradient<T>(c, channel, known_gradient(c, channel), sums, true);
+  const Corrections k = finish_gradient<T>(counted<MASKED>(c), channel, known_gradient(c, channel), sums, true);
   c.corrections[2 * channel] = k.k1;
   c.corrections[2 * channel + 1] = k.k2;
 }
@@ -254,13 +256,14 @@ __device__ inline void second_pass(const Call& c) {
   apply_part<Op>(part, Kept<typename Op::P>{}, Walk<typename Op::P>(part), channels);
 }
 
-template <class T, int V, bool ROWS>
-__global__ void __launch_bounds__(STREAMING_THREADS, STREAMING_BLOCKS(true, ROWS)) evaluate(const Call c) {
-  second_pass<Forward<T, V, ROWS>>(c);
+template <class T, int V, bool ROWS, bool MASKED = false>
+__global__ void __launch_bounds__(STREAMING_THREADS, STREAMING_BLOCKS(true, ROWS || (MASKED && V == 1)))
+    evaluate(const Call c) {
+  second_pass<Forward<T, V, ROWS, MASKED>>(c);
 }
-template <class T, int V, bool ROWS>
+template <class T, int V, bool ROWS, bool MASKED = false>
 __global__ void __launch_bounds__(STREAMING_THREADS, STREAMING_BLOCKS(false, ROWS)) gradients(const Call c) {
-  second_pass<Backward<T, V, ROWS>>(c);
+  second_pass<Backward<T, V, ROWS, MASKED>>(c);
 }
 
 // -- running statistics -----------------------------------------------------------------------------------------------

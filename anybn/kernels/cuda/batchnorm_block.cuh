@@ -1,9 +1,27 @@
 // How a block goes through its part of an array: sums, and then y or dx.
 
+template <class T, int V>
+__device__ inline Vector<T, V> load(const void* array, long long offset) {
+  return *reinterpret_cast<const Vector<T, V>*>(static_cast<const T*>(array) + offset);
+}
+template <class T, int V>
+__device__ inline void store(void* array, long long offset, const Vector<T, V>& v) {
+  *reinterpret_cast<Vector<T, V>*>(static_cast<T*>(array) + offset) = v;
+}
+
+/// 0 in the place of the values that are not among `these`.
+template <class T, int V>
+__device__ inline void keep_only(const Vector<unsigned char, V>& these, Vector<T, V>& of) {
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    if (!these.v[j]) of.v[j] = T{};
+  }
+}
+
 /// The part of a block's positions, first to last of the vectors of its columns. A column is a channel of planes, and
 /// of rows one of the `span` values of a channel that lie side by side. At a position, ARRAYS are read: x, and in
-/// backward dy.
-template <class T, int V, bool ROWS, int READ>
+/// backward dy. WITH_MASK, only the values at the positions that it shows count, and y and dx are 0 at others.
+template <class T, int V, bool ROWS, int READ, bool WITH_MASK>
 struct Part {
   using R = typename Real<T>::type;
   using W = typename Wide<R>::type;
@@ -12,6 +30,7 @@ struct Part {
   static constexpr int VECTOR = V;
   static constexpr bool NARROW = sizeof(T) == 2;
   static constexpr bool IN_ROWS = ROWS;
+  static constexpr bool MASKED = WITH_MASK;
   static constexpr int LANES = ROWS ? V : 1;                 // columns of a thread
   static constexpr int UNROLL = V * sizeof(T) >= 16 ? 2 : (V >= 4 ? 4 : 8) / ARRAYS;  // vectors that are loaded before
                                                                                       // one is used: a tile
@@ -45,6 +64,16 @@ struct Part {
     const int column = static_cast<int>(threadIdx.x * LANES + lane);
     return span == 1 ? column : column / span;
   }
+  /// Of the values of this thread at a position, those that the mask shows.
+  __device__ Vector<unsigned char, V> shown(long long position) const {
+    if (!ROWS) return load<unsigned char, V>(c.shown, position * V);
+    Vector<unsigned char, V> found;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      found.v[j] = j > 0 && span == 1 ? found.v[0] : c.shown[position * span + (threadIdx.x * V + j) % span];
+    }
+    return found;
+  }
 };
 
 /// Steps of a thread through its part: the offset of each position in the array, and the slot in which a block keeps it.
@@ -53,12 +82,13 @@ struct Walk {
   int left;                  // positions of this thread, with this one
   unsigned slot, slot_step;  // of all threads of a block, position by position
   unsigned to_next_plane, per_plane, step_in_plane;  // vectors
+  long long here;                                    // the position, of all of a channel
   long long offset, advance, wrap;
 
   __device__ explicit Walk(const P& part)
       : slot(threadIdx.y * blockDim.x + threadIdx.x), slot_step(blockDim.y * blockDim.x) {
     const int step = blockDim.y, position = threadIdx.y;
-    const long long here = part.first + position;
+    here = part.first + position;
     left = part.works() && position < part.size ? (part.size - position + step - 1) / step : 0;
     if (P::IN_ROWS || part.c.n == 1) {  // without divisions
       const long long apart = P::IN_ROWS ? part.end : P::VECTOR;
@@ -78,6 +108,7 @@ struct Walk {
   }
   __device__ void next() {
     slot += slot_step;
+    here += blockDim.y;
     offset += advance;
     if (P::IN_ROWS) return;
     if (step_in_plane < to_next_plane) {
@@ -94,7 +125,7 @@ template <class P, bool WHOLE>
 struct Steps {
   int valid;
   unsigned slot[P::UNROLL], last;
-  long long offset[P::UNROLL];
+  long long here[P::UNROLL], offset[P::UNROLL];
 
   __device__ explicit Steps(Walk<P>& walk) {
     valid = WHOLE ? P::UNROLL : walk.left;
@@ -102,6 +133,7 @@ struct Steps {
     for (int u = 0; u < P::UNROLL; ++u) {
       const bool is = WHOLE || u < valid;
       slot[u] = is ? walk.slot : slot[0];
+      here[u] = is ? walk.here : here[0];
       offset[u] = is ? walk.offset : offset[0];
       walk.next();
     }
@@ -121,19 +153,10 @@ struct Kept {
   __device__ typename P::Values& at(unsigned slot, int array) const { return memory[array * slots + slot]; }
 };
 
-template <class T, int V>
-__device__ inline Vector<T, V> load(const void* array, long long offset) {
-  return *reinterpret_cast<const Vector<T, V>*>(static_cast<const T*>(array) + offset);
-}
-template <class T, int V>
-__device__ inline void store(void* array, long long offset, const Vector<T, V>& v) {
-  *reinterpret_cast<Vector<T, V>*>(static_cast<T*>(array) + offset) = v;
-}
-
 /// Training and evaluation: what is summed, what a channel's sums are for, what becomes of a value.
-template <class T, int V, bool ROWS>
+template <class T, int V, bool ROWS, bool MASKED = false>
 struct Forward {
-  using P = Part<T, V, ROWS, 1>;
+  using P = Part<T, V, ROWS, 1, MASKED>;
   using R = typename P::R;
   using W = typename P::W;
   using Values = typename P::Values;
@@ -141,6 +164,7 @@ struct Forward {
   using Function = Normalizer<T>;
   struct Loaded {
     Values of[1], residual;
+    Vector<unsigned char, V> shown;
   };
 
   static __device__ const T* address(const Call& c, int, long long offset) { return static_cast<const T*>(c.x) + offset; }
@@ -160,7 +184,7 @@ struct Forward {
     }
     return v;
   }
-  static __device__ R reference(const Call& c, long long channel) { return origin_of<T>(c, channel); }
+  static __device__ R reference(const Call& c, long long channel) { return origin_of<T, MASKED>(c, channel); }
   static __device__ void add(Sums<W>& total, const R (*values)[P::UNROLL * V], int column, int valid, R origin,
                              bool exact) {
     if constexpr (FAST_DOUBLE && sizeof(T) < 8) {
@@ -177,7 +201,7 @@ struct Forward {
   static __device__ void prefetch(const Call& c, long long channel) { prefetch_channel(c, channel, false); }
   /// What has to be known of a channel before blocks wait for one another: behind that, where y is x, another one may
   /// write over the origin.
-  static __device__ Channel before(const Call& c, long long channel) { return before_channel<T>(c, channel); }
+  static __device__ Channel before(const Call& c, long long channel) { return before_channel<T, MASKED>(c, channel); }
   static __device__ Channel finish(
       const Call& c, long long channel, const Channel& before, const Sums<W>& sums, bool writes) {
     return finish_channel(c, channel, before, sums, writes);
@@ -199,9 +223,9 @@ struct Forward {
 };
 
 /// The same of backward.
-template <class T, int V, bool ROWS>
+template <class T, int V, bool ROWS, bool MASKED = false>
 struct Backward {
-  using P = Part<T, V, ROWS, 2>;
+  using P = Part<T, V, ROWS, 2, MASKED>;
   using R = typename P::R;
   using W = typename P::W;
   using Values = typename P::Values;
@@ -209,7 +233,7 @@ struct Backward {
   using Function = Differentiator<T>;
   struct Loaded {
     Values of[2], activated;  // x and dy, and y
-    Vector<unsigned char, V> active;
+    Vector<unsigned char, V> active, shown;
   };
 
   static __device__ const T* address(const Call& c, int array, long long offset) {
@@ -222,7 +246,7 @@ struct Backward {
     if (c.activated) to.activated = load<T, V>(c.activated, offset);
     if (c.active) to.active = load<unsigned char, V>(c.active, offset);
   }
-  /// dy, behind the relu.
+  /// dy, behind the mask and the relu.
   static __device__ void settle(const Call& c, Loaded& of) {
     if (c.activated) {
 #pragma unroll
@@ -230,12 +254,8 @@ struct Backward {
         if (!(value(of.activated, j) > 0)) of.of[1].v[j] = T{};
       }
     }
-    if (c.active) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        if (!of.active.v[j]) of.of[1].v[j] = T{};
-      }
-    }
+    if (c.active) keep_only(of.active, of.of[1]);
+    if (MASKED) keep_only(of.shown, of.of[1]);
   }
   static __device__ void load_residual(const Call&, long long, Loaded&) {}
   static __device__ Loaded filler(const Loaded& first) {
@@ -303,11 +323,14 @@ __device__ inline void take(const Kept<typename Op::P>& kept, const S& steps, ty
 }
 /// A tile, from the arrays.
 template <class Op, class S>
-__device__ inline void load_all(const Call& c, const S& steps, typename Op::Loaded* loaded) {
+__device__ inline void load_all(const typename Op::P& part, const S& steps, typename Op::Loaded* loaded) {
 #pragma unroll
-  for (int u = 0; u < Op::P::UNROLL; ++u) Op::load_at(c, steps.offset[u], loaded[u]);
+  for (int u = 0; u < Op::P::UNROLL; ++u) {
+    Op::load_at(part.c, steps.offset[u], loaded[u]);
+    if (Op::P::MASKED) loaded[u].shown = part.shown(steps.here[u]);
+  }
 #pragma unroll
-  for (int u = 0; u < Op::P::UNROLL; ++u) Op::settle(c, loaded[u]);
+  for (int u = 0; u < Op::P::UNROLL; ++u) Op::settle(part.c, loaded[u]);
 }
 
 /// Adds up a tile that is KEPT already, or loads it, and keeps it if there is room for all of it: the loads first, so
@@ -321,13 +344,21 @@ __device__ inline void sum_tile(const typename Op::P& part, const Kept<typename 
   if (KEPT) {
     take<Op>(kept, steps, loaded);
   } else {
-    load_all<Op>(part.c, steps, loaded);
+    load_all<Op>(part, steps, loaded);
     if (kept.has(steps.last)) {
 #pragma unroll
       for (int u = 0; u < P::UNROLL; ++u) {
 #pragma unroll
         for (int a = 0; a < P::ARRAYS; ++a) kept.at(steps.slot[u], a) = loaded[u].of[a];
       }
+    }
+  }
+  if (P::MASKED) {  // a value that is its channel's reference changes no sum
+#pragma unroll
+    for (int i = 0; i < P::UNROLL * P::VECTOR; ++i) {
+      auto& of = loaded[i / P::VECTOR];
+      const int j = i % P::VECTOR;
+      if (!of.shown.v[j]) round_to(of.of[0].v[j], reference[P::LANES > 1 ? j : 0]);
     }
   }
   if (!WHOLE) {
@@ -430,7 +461,7 @@ __device__ inline void apply_tile(bool is_kept, const typename Op::P& part, cons
   if (is_kept) {
     take<Op>(kept, steps, loaded);
   } else {
-    load_all<Op>(c, steps, loaded);
+    load_all<Op>(part, steps, loaded);
   }
   if (RESIDUAL) {
 #pragma unroll
@@ -456,6 +487,7 @@ __device__ inline void apply_tile(bool is_kept, const typename Op::P& part, cons
       }
       typename P::Values rounded;
       round_all(rounded, results);
+      if (P::MASKED) keep_only(loaded[u].shown, rounded);
       store(c.y, steps.offset[u], rounded);
       if constexpr (P::ARRAYS == 2) {
         if (c.dresidual) store(c.dresidual, steps.offset[u], loaded[u].of[1]);
@@ -474,6 +506,7 @@ __device__ inline void apply_exactly(
   for (; walk.left > 0; --walk.left, walk.next()) {
     typename Op::Loaded loaded;
     Op::load_at(part.c, walk.offset, loaded);
+    if (P::MASKED) loaded.shown = part.shown(walk.here);
     Op::settle(part.c, loaded);
     if (RESIDUAL) Op::load_residual(part.c, walk.offset, loaded);
     typename P::Values results;
@@ -483,6 +516,7 @@ __device__ inline void apply_exactly(
       const double exact = Op::template exact_result<RESIDUAL>(channel, loaded, j);
       round_to(results.v[j], Op::activated(static_cast<float>(exact), floor));
     }
+    if (P::MASKED) keep_only(loaded.shown, results);
     store(part.c.y, walk.offset, results);
     if constexpr (P::ARRAYS == 2) {
       if (part.c.dresidual) store(part.c.dresidual, walk.offset, loaded.of[1]);

@@ -5,6 +5,7 @@ struct Call {
   const void *x, *residual, *dy;  // like x; residual may be null
   const unsigned char* active;    // where the relu let values through, a byte each, or null
   const void* activated;          // or y, like x, which is above 0 there
+  const unsigned char* shown;     // the positions that count, (n, length), a byte each, of MASKED kernels
   void *y, *dresidual;            // y, or dx in backward; the gradient of the residual, or null
   const void *weight, *bias;      // (channels,) of weight_type, or null
   double *mean, *shift, *var, *m2;  // statistics: written in training, read elsewhere; shift may be null, if 0
@@ -12,6 +13,7 @@ struct Call {
   const void *running_mean, *running_var;  // of running_type; null: nothing to commit
   void *new_running_mean, *new_running_var;  // may be the same
   long long* counter;                        // batches seen so far, or null
+  const long long *shown_count, *first_shown;  // how many positions are shown, and which is the first; where that counts
   void* partials;                            // Sums of a block, (channels, parts)
   double* corrections;                       // of finish_backward: (channels, 2); null: all 0
   unsigned long long* barriers;              // of groups of blocks: (groups,)
@@ -221,12 +223,26 @@ __device__ inline void commit_last(const Call& c, long long channel) {
   if (c.counter && channel == 0) *c.counter += 1;
 }
 
-/// What the values of a channel are measured from in the sums of forward: its first one. In float64, the squares of 16
-/// bits need no origin: they are exact, and so are their sums, where there is much to cancel.
-template <class T>
+/// What the values of a channel are measured from in the sums of forward: the first one that counts. In float64, the
+/// squares of 16 bits need no origin: they are exact, and so are their sums, where there is much to cancel.
+template <class T, bool MASKED>
 __device__ inline typename Real<T>::type origin_of(const Call& c, long long channel) {
   if (FAST_DOUBLE && sizeof(T) == 2) return 0;
-  return value(static_cast<const T*>(c.x)[channel * c.length]);
+  if (MASKED && *c.shown_count == 0) return 0;
+  const long long first = MASKED ? *c.first_shown : 0;
+  return value(static_cast<const T*>(c.x)[(first / c.length * c.channels + channel) * c.length + first % c.length]);
+}
+
+/// The call as if a channel had no other values than those that count, but at least one. With constant statistics, it
+/// does not matter how many there are.
+template <bool MASKED>
+__device__ inline Call counted(Call c) {
+  if (MASKED && c.shown_count) {
+    c.n = *c.shown_count > 0 ? *c.shown_count : 1;
+    c.length = 1;
+    c.inverse = 1.0 / static_cast<double>(c.n);
+  }
+  return c;
 }
 
 /// Brings nearer what will be read of the parameters, and in backward of the statistics.
@@ -239,10 +255,10 @@ __device__ inline void prefetch_channel(const Call& c, long long channel, bool s
 }
 
 /// Of a channel before its statistics are known: mean is the origin, scale the weight.
-template <class T>
+template <class T, bool MASKED>
 __device__ inline Affine before_channel(const Call& c, long long channel) {
   const double weight = parameter(c.weight, c.weight_type, channel, 1.0);
-  return {origin_of<T>(c, channel), 0.0, weight, parameter(c.bias, c.weight_type, channel, 0.0)};
+  return {origin_of<T, MASKED>(c, channel), 0.0, weight, parameter(c.bias, c.weight_type, channel, 0.0)};
 }
 
 /// Statistics from the sums of a whole channel; what is kept of them is written if this thread is the one to do so.

@@ -37,9 +37,10 @@ OPTIONS = ("--std=c++17", "--fmad=false")
 
 #: `struct Call` of batchnorm.cu, field by field.
 _POINTERS = (
-    *("x", "residual", "dy", "active", "activated", "y", "dresidual", "weight", "bias", "mean", "shift", "var", "m2"),
-    *("dweight", "dbias", "running_mean", "running_var", "new_running_mean", "new_running_var"),
-    *("counter", "partials", "corrections", "barriers"),
+    *("x", "residual", "dy", "active", "activated", "shown", "y", "dresidual", "weight", "bias"),
+    *("mean", "shift", "var", "m2", "dweight", "dbias"),
+    *("running_mean", "running_var", "new_running_mean", "new_running_var", "counter"),
+    *("shown_count", "first_shown", "partials", "corrections", "barriers"),
 )
 _INTEGERS = ("n", "channels", "length", "parts", "keep", "width", "ddof")
 _FLAGS = ("weight_type", "running_type", "relu", "propagate", "cumulative", "training", "exact")
@@ -92,6 +93,7 @@ class Kind(NamedTuple):
     cumulative: bool = False
     exact: bool | None = None
     """None: where there are few values"""
+    masked: bool = False
 
 
 def call(op: str, gpu: Gpu, shape: tuple[int, int, int], dtype: str, **fields: Any) -> None:
@@ -115,6 +117,10 @@ def call(op: str, gpu: Gpu, shape: tuple[int, int, int], dtype: str, **fields: A
                 momentum, or cumulative=1 for 1 / (counter + 1); [counter] is increased
     ==========  =====================================================================================================
 
+    All but commit take a mask that channels share: ``shown``, one byte per position, ``(n, length)``. Where statistics
+    are x's own, ``shown_count`` says how many are not 0; in training and statistics, ``first_shown`` says which is the
+    first of these, and may be anything if there is none. Both are int64, on the device.
+
     ``y`` may be x or residual. Nothing waits for the device.
     """
     pointers = [fields.pop(name, 0) for name in _POINTERS]
@@ -124,11 +130,13 @@ def call(op: str, gpu: Gpu, shape: tuple[int, int, int], dtype: str, **fields: A
 
 def queue(gpu: Gpu, kind: Kind, pointers: list[int], eps: float, momentum: float) -> None:
     """`call` in a hurry: pointers in the order of ``_POINTERS``, which is completed here."""
-    x, residual, dy, active, activated, y, dresidual, *_ = pointers
-    misaligned = (x | residual | dy | activated | y | dresidual | active * TYPES[kind.dtype][1]) & 15
+    x, residual, dy, active, activated, shown, y, dresidual, *_ = pointers
+    misaligned = (x | residual | dy | activated | y | dresidual | (active | shown) * TYPES[kind.dtype][1]) & 15
     alignment = (misaligned & -misaligned) or 16
     if kind.op == "backward" and not kind.training and not pointers[INDEX["dweight"]]:
         kind = kind._replace(op="gradients")
+    if shown:
+        kind = kind._replace(masked=True)
     made, records = _prepared(kind, gpu.device, alignment)
     if made.cooperative and any(math.prod(one.grid) > gpu.resident(one) for one in made.launches if one.cooperative):
         made, records = _prepared(kind, gpu.device._replace(cooperative=False), alignment)
@@ -149,7 +157,7 @@ def queue(gpu: Gpu, kind: Kind, pointers: list[int], eps: float, momentum: float
 def _prepared(kind: Kind, device: Device, alignment: int) -> tuple[Plan, tuple[bytes, ...]]:
     """The launches of a call, and for each its `CALL` record but for what differs from call to call."""
     shape = kind.shape
-    made = plan(kind.op, shape, kind.dtype, device, max(alignment, TYPES[kind.dtype][1]))
+    made = plan(kind.op, shape, kind.dtype, device, max(alignment, TYPES[kind.dtype][1]), kind.masked)
     record = np.zeros((), CALL)
     record["n"], record["channels"], record["length"] = shape
     record["inverse"], record["parts"] = 1 / (shape[0] * shape[2]), made.parts

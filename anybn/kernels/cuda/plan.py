@@ -183,25 +183,29 @@ def kernels(dtype: str) -> list[str]:
     name = TYPES[dtype][0]
     shapes = [f"{name}, {v}, {str(rows).lower()}" for rows in (False, True) for v in VECTORS[dtype, rows]]
     plain = "sums", "evaluate", "gradient_sums", "gradients"
+    plain_or_masked = "", ", true"
     of_groups = [s for s in shapes if s != "double, 2, false"]
     return [
         *(f"{kernel}<{s}, {c}>" for kernel in ("train", "backward") for s in shapes for c in CLUSTERS),
         *(f"{kernel}<{s}>" for kernel in ("train_group", "backward_group") for s in of_groups),
-        *(f"{kernel}<{s}>" for kernel in plain for s in shapes),
-        *(f"{kernel}<{name}>" for kernel in ("finish_train", "finish_backward")),
+        *(f"{kernel}<{s}{mask}>" for kernel in plain for s in shapes for mask in plain_or_masked),
+        *(f"{kernel}<{name}{mask}>" for kernel in ("finish_train", "finish_backward") for mask in plain_or_masked),
         *("clear_barriers", "commit"),
     ]
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, alignment: int = 16) -> Plan:
+def plan(
+    op: str, shape: tuple[int, int, int], dtype: str, device: Device, alignment: int = 16, masked: bool = False
+) -> Plan:
     """The launches of "train", "evaluate", "backward", "statistics" (of training alone), "gradients" (dx alone, with
-    constant statistics) or "commit" on an array of this shape, not empty, whose pointers are multiples of alignment.
+    constant statistics) or "commit" on an array of this shape, not empty, whose pointers are multiples of alignment;
+    masked, in two passes.
     """
     if op == "commit":
         return Plan((Launch("commit", (1, 1), (STREAMING_THREADS, 1)),))
     tiles = tiling(shape, dtype, alignment)
-    if op in ("train", "backward"):
+    if op in ("train", "backward") and not masked:
         groups = _by_group(op, _tiling_of_groups(shape, dtype, alignment), shape[1], dtype, device)
         # Few columns of long rows: clusters would leave most multiprocessors without work.
         if groups and shape[2] == 1 and groups.parts > 1 and tiles.tiles < device.multiprocessors:
@@ -220,19 +224,21 @@ def plan(op: str, shape: tuple[int, int, int], dtype: str, device: Device, align
         "evaluate": (None, "evaluate"),
         "gradients": (None, "gradients"),
     }[op]
+    mask = ", true" if masked else ""
     launches = []
     scratch_bytes = 0
     if first is not None:
         finish = "finish_backward" if first == "gradient_sums" else "finish_train"
         shared = tiles.scratch(block, sums_bytes)
         launches = [
-            Launch(f"{first}<{tiles.arguments}>", (tiles.tiles, parts), block, shared, width=tiles.width),
-            Launch(f"{finish}<{name}>", (-(-channels // 4), 1), (WARP, 4)),
+            Launch(f"{first}<{tiles.arguments}{mask}>", (tiles.tiles, parts), block, shared, width=tiles.width),
+            Launch(f"{finish}<{name}{mask}>", (-(-channels // 4), 1), (WARP, 4)),
         ]
         scratch_bytes = channels * (parts * sums_bytes + 16)
     if last is not None:
         grid = tiles.tiles, parts
-        launches.append(Launch(f"{last}<{tiles.arguments}>", grid, block, tiles.coefficients(), width=tiles.width))
+        kernel = f"{last}<{tiles.arguments}{mask}>"
+        launches.append(Launch(kernel, grid, block, tiles.coefficients(), width=tiles.width))
     return Plan(tuple(launches), parts, scratch_bytes)
 
 
