@@ -51,7 +51,7 @@ PARTS: dict[str, Part] = {
     "copy": Part(times.measure_copy, 40),
     "compile": Part(kernels.compile_all, 75),
     "launches": Part(kernels.check_launches, 60, together=True),
-    "kernels": Part(kernels.check_kernels, 100, together=True),
+    "kernels": Part(kernels.check_kernels, 120, together=True),
     "journey": Part(libraries.check_journey, 60, together=True),
     "streams": Part(libraries.check_streams, 60, together=True),
     "capture": Part(libraries.check_capture, 60, together=True),
@@ -59,7 +59,7 @@ PARTS: dict[str, Part] = {
     "memcheck": Part(kernels.sanitizer("memcheck"), 90, together=True),
     "racecheck": Part(kernels.sanitizer("racecheck"), 90, together=True),
     "calls": Part(times.time_calls, 30),
-    "bench": Part(times.bench, 150),
+    "bench": Part(times.bench, 180),
     "network": Part(times.time_network, 60),
     "profile": Part(profiles.profile, 40),
 }

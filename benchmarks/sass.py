@@ -44,6 +44,12 @@ KERNELS = (
     "evaluate<bfloat16, 8, false>",
     "evaluate<float, 4, true>",
     "gradients<bfloat16, 4, true>",
+    "sums<bfloat16, 8, false, true>",
+    "sums<float, 4, true, true>",
+    "gradient_sums<bfloat16, 8, false, true>",
+    "evaluate<bfloat16, 8, false, true>",
+    "evaluate<float, 4, true, true>",
+    "gradients<bfloat16, 8, false, true>",
 )
 SUM_ONLY, APPLY_ONLY = {"sums", "gradient_sums"}, {"evaluate", "gradients"}
 

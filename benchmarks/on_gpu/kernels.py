@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from anybn.kernels.cuda.plan import TYPES, Device, Launch, kernels
 
 #: As it is planned for a GPU of this size, which any GPU can do: groups of blocks, and two passes, for small arrays.
 SMALL = Device(multiprocessors=4, shared_bytes=24 * 1024, capability=(8, 0))
-FAMILIES = {"train", "backward", "train_group", "backward_group", "sums", "gradient_sums"}
+FAMILIES = {"train", "backward", "train_group", "backward_group", "sums", "gradient_sums", "masked sums"}
 
 
 def compile_one(kernel: str) -> None:
@@ -73,8 +74,8 @@ def check_launches() -> None:
 
 
 def check_kernels() -> None:
-    """Training and backward at odd shapes, in every dtype, aligned or not, as planned for this GPU and for a small one,
-    against long double; twice the same bits. Every family of kernels must have run."""
+    """Training and backward at odd shapes, in every dtype, aligned or not, with a mask or without, as planned for this
+    GPU and for a small one, against long double; twice the same bits. Every family of kernels must have run."""
     import torch
 
     shapes = [(4, 3, 49), (3, 5, 64), (2, 2, 1156), (5, 1, 31), (64, 68, 1), (301, 3, 1), (2, 1023, 1)]
@@ -85,30 +86,36 @@ def check_kernels() -> None:
         shapes += [(64, 1, 12544), (7001, 96, 1), (1, 1, 2_000_003)]  # groups of blocks on a large GPU
     launched: list[Launch] = []
     wrong, worst = [], dict.fromkeys(TYPES, 0.0)
-    for dtype, shape, offset, device in itertools.product(TYPES, shapes, (0, 1), (None, SMALL)):
-        if device is not None and math.prod(shape) > 200_000:
+    for dtype, shape, offset, device, masked in itertools.product(TYPES, shapes, (0, 1), (None, SMALL), (False, True)):
+        if (device is not None or masked) and math.prod(shape) > 200_000:
             continue
         rng = np.random.default_rng(0)
         x, dy = (rng.standard_normal(shape) + mean for mean in (1e3, 0))
+        mask = rng.random((shape[0], shape[2])) < 0.6 if masked else None
+        if mask is not None:
+            mask.flat[0], mask.flat[-2:] = False, True
         tensors = [torch.empty(a.size + offset, dtype=getattr(torch, dtype), device=place())[offset:] for a in (x, dy)]
         for tensor, a in zip(tensors, (x, dy), strict=True):
             tensor.copy_(torch.from_numpy(a.reshape(-1)))
         x, dy = (as_numpy(tensor, shape) for tensor in tensors)
-        first, second = (outputs(shape, *tensors, device, launched) for _ in range(2))
-        found = oracle.statistics(x)
-        gradients = oracle.gradients(dy, x, found.mean, found.var(), count=found.count)
+        first, second = (outputs(shape, *tensors, device, launched, mask) for _ in range(2))
+        found = oracle.statistics(x, mask=mask)
+        gradients = oracle.gradients(dy, x, found.mean, found.var(), count=found.count, mask=mask)
+        y = oracle.normalize(x, found.mean, found.var(), mask=mask)
         size = 1 if dtype != "float64" else np.maximum(1, gradients.x_size * np.abs(dy).max())
         errors = {
-            "y": oracle.error(as_numpy(first["y"], shape), oracle.normalize(x, found.mean, found.var()), dtype),
+            "y": oracle.error(as_numpy(first["y"], shape), y, dtype),
             "dx": oracle.error(as_numpy(first["dx"], shape), gradients.x, dtype, size),
-            "mean": np.abs(as_numpy(first["mean"], shape[1:2]) - x.mean((0, 2))).max() * 1e6,
+            "mean": np.abs(as_numpy(first["mean"], shape[1:2]) - sum(found.mean)).max() * 1e6,
         }
         errors |= {f"{n} from run to run": 9.0 * (not same_bits(first[n], second[n])) for n in first}
         worst[dtype] = max(worst[dtype], errors["y"], errors["dx"])
         bad = {name: float(error) for name, error in errors.items() if not error <= BAR[dtype]}
         if bad:
-            wrong.append(f"{dtype} {shape} + {offset} on {device}: {bad} by {launched[-4:]}")
-    missing = FAMILIES - {launch.kernel.partition("<")[0] for launch in launched}
+            of = "with a mask" if masked else "without"
+            wrong.append(f"{dtype} {shape} + {offset} {of} on {device}: {bad} by {launched[-4:]}")
+    names = (launch.kernel for launch in launched)
+    missing = FAMILIES - {"masked " * bool(re.search("(true|false), true>", n)) + n.partition("<")[0] for n in names}
     worst = {name: round(float(error), 3) for name, error in worst.items()}
     print(f"kernels: {len(shapes)} shapes in {len(TYPES)} dtypes, worst error in eps {worst}")
     assert not wrong, f"{len(wrong)} wrong: " + "\n".join(wrong[:10])
@@ -126,7 +133,12 @@ def same_bits(a: Any, b: Any) -> bool:
 
 
 def outputs(
-    shape: tuple[int, int, int], x: Any, dy: Any, device: Device | None, launched: list[Launch]
+    shape: tuple[int, int, int],
+    x: Any,
+    dy: Any,
+    device: Device | None,
+    launched: list[Launch],
+    mask: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Of training and of backward, on memory that was NaN."""
     import torch
@@ -134,13 +146,16 @@ def outputs(
     y, dx = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
     mean, shift, var, m2 = torch.full((4, shape[1]), torch.nan, dtype=torch.float64, device=place())
     kept = {"mean": mean, "var": var} | ({"shift": shift} if x.dtype == torch.float64 else {})
+    if mask is not None:
+        shown, counted = (torch.from_numpy(a).to(place()) for a in (mask, np.array([mask.sum(), mask.argmax()])))
+        kept |= {"shown": shown, "shown_count": counted[:1], "first_shown": counted[1:]}
     call("train", shape, launched, device, x=x, y=y, m2=m2, eps=EPS, **kept)
     call("backward", shape, launched, device, x=x, dy=dy, y=dx, eps=EPS, training=1, **kept)
     return {"y": y, "dx": dx, "mean": mean, "var": var, "m2": m2}
 
 
 def check_sanitized() -> None:
-    """Three small cases, a cluster, groups of blocks, two passes, by CuPy alone: torch takes long under a checker."""
+    """Small cases, a cluster, groups of blocks, two passes, a mask, by CuPy alone: torch takes long under a checker."""
     if machine.options.rehearse:
         library, gpu = np, simulated()
     else:
@@ -158,11 +173,16 @@ def check_sanitized() -> None:
         return a.ctypes.data if machine.options.rehearse else int(a.data.ptr)
 
     alone = SMALL._replace(cooperative=False)
-    for shape, device in (((16, 2, 4096), gpu.device), ((1501, 68, 1), SMALL), ((371, 12, 49), alone)):
+    cases = ((16, 2, 4096), gpu.device), ((1501, 68, 1), SMALL), ((371, 12, 49), alone)
+    masked = ((16, 2, 512), SMALL), ((1501, 12, 1), SMALL)
+    for shape, device in (*cases, *masked):
         x, dy = (library.asarray(np.random.default_rng(i).standard_normal(shape), np.float32) for i in range(2))
         y, dx = library.empty_like(x), library.empty_like(x)
         mean, var, m2 = library.empty((3, shape[1]))
         arrays = {"x": x, "mean": mean, "var": var}
+        if (shape, device) in masked:  # of which everything is shown
+            arrays |= {"shown": library.ones(shape[::2], bool), "shown_count": library.asarray([x.size // shape[1]])}
+            arrays |= {"first_shown": library.zeros(1, int)}
         chosen = gpu._replace(device=device)
         for op, more in (("train", {"y": y, "m2": m2}), ("backward", {"dy": dy, "y": dx})):
             pointers = {name: address(a) for name, a in (arrays | more).items()}
@@ -170,7 +190,7 @@ def check_sanitized() -> None:
         y = y if machine.options.rehearse else library.asnumpy(y)
         assert np.abs(y.mean((0, 2))).max() < 1e-6
         assert np.abs(y.var((0, 2)) - 1).max() < 1e-3
-    print("sanitized: three cases have run")
+    print("sanitized: all cases have run")
 
 
 def sanitizer(tool: str) -> Run:

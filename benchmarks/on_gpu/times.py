@@ -17,7 +17,8 @@ from on_gpu.machine import BAR, EPS, Time, call, place, synchronize, timed, wher
 
 from anybn.kernels.cuda.plan import Launch
 
-OPS = ("train", "backward", "evaluate", "step")
+#: "step" is of bn + add + relu, by modules. With a mask, torch's time is that without one: it has none.
+OPS = ("train", "backward", "evaluate", "step", "masked-train", "masked-backward")
 #: Batch norms of ResNet-50 on 64 images, one of its smallest, and a matrix; the first few already say most.
 SHAPES: tuple[tuple[int, ...], ...] = (
     (64, 256, 56, 56),
@@ -94,7 +95,7 @@ class Case:
         residual and y, then dy, x, y, dx and the residual's gradient."""
         import torch
 
-        arrays = {"train": 2, "evaluate": 2, "backward": 3, "step": 8}[self.op]
+        arrays = {"train": 2, "evaluate": 2, "backward": 3, "step": 8}[self.op.removeprefix("masked-")]
         return arrays * math.prod(self.shape) * getattr(torch, self.dtype).itemsize
 
 
@@ -105,6 +106,8 @@ def cases() -> Iterator[Case]:
     for shape, op, dtype, layout in itertools.product(
         shapes, machine.options.op, machine.options.dtype, machine.options.layout
     ):
+        if op.startswith("masked") and shape in SHAPES[1:-1]:  # a few say enough
+            continue
         if len(shape) == 4 or layout == "nhwc":
             yield Case(op, dtype, layout if len(shape) == 4 else "nc", shape)
 
@@ -151,31 +154,36 @@ def kernels_alone(case: Case) -> tuple[Callable[[Any], Any], Callable[[Any], Any
     import torch
     import torch.nn.functional as F
 
-    a = arrays_of(case)
+    a, op = arrays_of(case), case.op.removeprefix("masked-")
     x, shape, channels, launched = a.xs[0], case.memory_shape, case.shape[1], list[Launch]()
     mean, var, m2, running_mean, running_var = torch.ones((5, channels), dtype=torch.float64, device=place())
     narrow = running_mean.float(), running_var.float()
     running = {"running_mean": running_mean, "running_var": running_var}
     running |= {f"new_{name}": buffer for name, buffer in running.items()}
-    known = {"mean": mean, "var": var, "eps": EPS}
+    known, keep, count = {"mean": mean, "var": var, "eps": EPS}, 1.0, x.numel() // channels
+    if op != case.op:
+        shown = torch.rand((x.shape[0], 1, *x.shape[2:]), device=place()) < 0.7
+        keep, count = shown.double(), shown.sum()
+        known |= {"shown": shown, "shown_count": count, "first_shown": shown.view(torch.uint8).argmax()}
 
     def forward(x: Any) -> None:
         fields = {"x": x, "y": a.y, "weight": a.weight, "bias": a.bias, **known}
-        if case.op == "evaluate":
+        if op == "evaluate":
             call("evaluate", shape, launched, **fields)
         else:
             call("train", shape, launched, m2=m2, momentum=0.1, ddof=1, **fields, **running)
 
     axes = tuple(i for i in range(x.ndim) if i != 1)
-    double = x.double()
-    true_var, true_mean = (mean, var)[::-1] if case.op == "evaluate" else torch.var_mean(double, axes, correction=0)
+    xhat = x.double()
+    true_mean = mean if op == "evaluate" else (xhat * keep).sum(axes) / count
+    xhat = (xhat - along(true_mean, x)) * keep
+    true_var = var if op == "evaluate" else xhat.square().sum(axes) / count
     rstd = along((true_var + EPS).rsqrt(), x)
-    xhat = (double - along(true_mean, x)) * rstd
-    del double
+    xhat *= rstd
     forward(x)
-    if case.op != "backward":
-        expected = xhat * along(a.weight, x) + along(a.bias, x)
-        batch = case.op == "train"
+    if op != "backward":
+        expected = (xhat * along(a.weight, x) + along(a.bias, x)) * keep
+        batch = op == "train"
         theirs = lambda x: F.batch_norm(x, *narrow, a.weight, a.bias, batch, 0.1, EPS)  # noqa: E731
         return forward, theirs, error_of(a.y, expected), names_of(launched), a
 
@@ -187,8 +195,8 @@ def kernels_alone(case: Case) -> tuple[Callable[[Any], Any], Callable[[Any], Any
         call("backward", shape, launched, x=x, **fields)
 
     backward(x)
-    g = a.dy.double()
-    g = g - g.mean(axes, keepdim=True) - xhat * (g * xhat).mean(axes, keepdim=True)
+    g = a.dy.double() * keep
+    g = (g - g.sum(axes, keepdim=True) / count - xhat * (g * xhat).sum(axes, keepdim=True) / count) * keep
     expected = g * rstd * along(a.weight, x)
     _, saved_mean, saved_rstd, reserve = torch.ops.aten._batch_norm_with_update(x, a.weight, a.bias, *narrow, 0.1, EPS)
 
@@ -280,7 +288,7 @@ def bench() -> None:
             continue
         write(row)
         print(
-            f"{case.op:9}{case.dtype:9}{case.layout:5}{case.shape!s:20}{row['us']:8.1f} us torch {row['torch_us']:8.1f}"
+            f"{case.op:16}{case.dtype:9}{case.layout:5}{case.shape!s:19}{row['us']:8.1f} us torch {row['torch_us']:8.1f}"
             f"  copy {row['copy_us']:8.1f}  error {row['error_eps']:.2f}  {row['kernel']}",
             flush=True,
         )

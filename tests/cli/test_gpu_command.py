@@ -41,7 +41,8 @@ def test_a_rehearsal_runs_what_needs_no_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "failed: nothing"
     rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
-    assert {"copy", "call: training", "train", "backward", "evaluate", "step"} <= {row["op"] for row in rows}
+    timed = {"train", "backward", "evaluate", "step", "masked-train", "masked-backward"}
+    assert {"copy", "call: training", *timed} <= {row["op"] for row in rows}
     assert all({"device", "versions", "us", "spread"} <= set(row) for row in rows)
 
 

@@ -61,26 +61,38 @@ def main() -> None:
         "clusters": (Pairs(2, 60 * 1024, (9, 0), cooperative=False), ((3, 2, 4096), (7, 4, 251), (131, 20, 1))),
         "groups": (Grouped(**small, capability=(8, 0)), ((601, 20, 1), (371, 4, 49))),
         "two passes": (Device(3, 1, (8, 0)), ((9, 3, 64), (601, 20, 1))),
+        "a mask": (Device(3, 60 * 1024, (8, 0)), ((9, 3, 64), (601, 20, 1))),
     }
+    masks = {shape: np.random.default_rng(2).random(shape[::2]) < 0.7 for shape in places["a mask"][1]}
+
+    def of_mask(place: str, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+        if place != "a mask":
+            return {}
+        shown = masks[shape]
+        return {"shown": shown, "shown_count": np.array([shown.sum()]), "first_shown": np.array([shown.argmax()])}
+
     launches: list[tuple[Launch, bytes]] = []
-    for device, shapes in places.values():
+    for place, (device, shapes) in places.items():
         for shape in shapes:
             planned = gpu(device)._replace(launch=lambda launch, record: launches.append((launch, b"")))
             for op in ("train", "backward"):
-                _cuda.call(op, planned, shape, "float32", x=16, y=16, dy=16, training=int(op == "backward"))
+                pointers = dict.fromkeys(("x", "y", "dy", *of_mask(place, shape)), 16)
+                _cuda.call(op, planned, shape, "float32", **pointers, training=int(op == "backward"))
     module = Module(sorted({launch.kernel for launch, _ in launches}), source)
     for place, (device, shapes) in places.items():
         here = gpu(device)._replace(launch=lambda launch, record: module.run(launch, np.frombuffer(record, np.uint8)))
         for shape in shapes:
             x, dy = (np.random.default_rng(i).standard_normal(shape).astype(np.float32) for i in range(2))
             y, dx, statistics = np.empty_like(x), np.empty_like(x), [np.empty(shape[1]) for _ in range(3)]
-            arrays = {"x": x, **dict(zip(("mean", "var", "m2"), statistics, strict=True))}
+            arrays = {"x": x, **dict(zip(("mean", "var", "m2"), statistics, strict=True)), **of_mask(place, shape)}
             for op, more in (("train", {"y": y}), ("backward", {"y": dx, "dy": dy, "activated": y})):
                 pointers = {name: a.ctypes.data for name, a in (arrays | more).items()}
                 _cuda.call(op, here, shape, "float32", **pointers, eps=1e-5, training=int(op == "backward"))
-            found = oracle.statistics(x)
             if not sys.argv[1:]:
-                assert oracle.error(y, oracle.normalize(x, found.mean, found.var()), "float32") <= 2, (place, shape)
+                mask = masks[shape] if place == "a mask" else None
+                found = oracle.statistics(x, mask=mask)
+                expected = oracle.normalize(x, found.mean, found.var(), mask=mask)
+                assert oracle.error(y, expected, "float32") <= 2, (place, shape)
     print("all launches have run")
 
 

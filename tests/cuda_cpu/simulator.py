@@ -7,6 +7,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -108,6 +109,11 @@ class Grouped(Device):
 def module(dtype: str, fast_double: bool = True) -> Module:
     """All kernels for a dtype, as compiled for a GPU whose float64 is fast or not."""
     return Module(kernels(dtype), f"#define FAST_DOUBLE {int(fast_double)}\n{_cuda.source()}")
+
+
+def is_masked(kernel: str) -> bool:
+    """Whether a kernel, with its template arguments, is one for a call with a mask."""
+    return re.search(r"(true|false), true>|finish_\w+<\w+, true>", kernel) is not None
 
 
 def resident(device: Device, launch: Launch) -> int:

@@ -49,7 +49,7 @@ struct Part {
     const long long positions = c.n * per_plane, share = (positions + parts - 1) / parts;
     first = min(part * share, positions);
     size = static_cast<int>(min(share, positions - first));
-    span = ROWS ? static_cast<int>(c.length) : 1;
+    span = ROWS && !MASKED ? static_cast<int>(c.length) : 1;
     columns = static_cast<int>(c.width) * LANES;
     channels = columns / span;
     first_channel = tile * channels;
@@ -64,14 +64,12 @@ struct Part {
     const int column = static_cast<int>(threadIdx.x * LANES + lane);
     return span == 1 ? column : column / span;
   }
-  /// Of the values of this thread at a position, those that the mask shows.
+  /// Of the values of this thread at a position, those that the mask shows. Rows have one column a channel.
   __device__ Vector<unsigned char, V> shown(long long position) const {
     if (!ROWS) return load<unsigned char, V>(c.shown, position * V);
     Vector<unsigned char, V> found;
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      found.v[j] = j > 0 && span == 1 ? found.v[0] : c.shown[position * span + (threadIdx.x * V + j) % span];
-    }
+    for (int j = 0; j < V; ++j) found.v[j] = c.shown[position];
     return found;
   }
 };
@@ -82,7 +80,7 @@ struct Walk {
   int left;                  // positions of this thread, with this one
   unsigned slot, slot_step;  // of all threads of a block, position by position
   unsigned to_next_plane, per_plane, step_in_plane;  // vectors
-  long long here;                                    // the position, of all of a channel
+  long long here;  // the position, of all of a channel; only where MASKED
   long long offset, advance, wrap;
 
   __device__ explicit Walk(const P& part)
@@ -108,7 +106,7 @@ struct Walk {
   }
   __device__ void next() {
     slot += slot_step;
-    here += blockDim.y;
+    if (P::MASKED) here += blockDim.y;
     offset += advance;
     if (P::IN_ROWS) return;
     if (step_in_plane < to_next_plane) {
@@ -133,7 +131,7 @@ struct Steps {
     for (int u = 0; u < P::UNROLL; ++u) {
       const bool is = WHOLE || u < valid;
       slot[u] = is ? walk.slot : slot[0];
-      here[u] = is ? walk.here : here[0];
+      if (P::MASKED) here[u] = is ? walk.here : here[0];
       offset[u] = is ? walk.offset : offset[0];
       walk.next();
     }

@@ -133,8 +133,11 @@ class Tiling(NamedTuple):
         return -(-self.columns // self.span * PER_CHANNEL // 16) * 16
 
 
-def tiling(shape: tuple[int, int, int], dtype: str, alignment: int, row_bytes: int = 256) -> Tiling:
-    """row_bytes: the most that a tile of rows takes of each, where a channel is one column."""
+def tiling(
+    shape: tuple[int, int, int], dtype: str, alignment: int, row_bytes: int = 256, masked: bool = False
+) -> Tiling:
+    """row_bytes: the most that a tile of rows takes of each, where a channel is one column. masked: planes stay planes,
+    so that a row is one position of the mask."""
     n, channels, length = shape
     name, itemsize, _ = TYPES[dtype]
 
@@ -144,9 +147,10 @@ def tiling(shape: tuple[int, int, int], dtype: str, alignment: int, row_bytes: i
 
     rows, vector, span, width = length == 1, widest(length == 1), 1, 1
     together = length // math.gcd(length, widest(True))  # vectors, at least, that hold whole channels of a row
+    many = n >= 8 and channels * length >= WARP * widest(True)
     if rows:
         width = min(WARP, row_bytes // (vector * itemsize), _power_of_2(channels // vector))
-    elif vector < widest(True) and n >= 8 and together <= MOST_TOGETHER and channels * length >= WARP * widest(True):
+    elif vector < widest(True) and together <= MOST_TOGETHER and many and not masked:
         # Up to a warp, a power of two, so that a warp's threads can share columns.
         rows, vector, span = True, widest(True), length
         width = WARP if WARP % together == 0 else -(-(WARP + 1) // together) * together
@@ -200,11 +204,11 @@ def plan(
 ) -> Plan:
     """The launches of "train", "evaluate", "backward", "statistics" (of training alone), "gradients" (dx alone, with
     constant statistics) or "commit" on an array of this shape, not empty, whose pointers are multiples of alignment;
-    masked, in two passes.
+    with a mask, in two passes.
     """
     if op == "commit":
         return Plan((Launch("commit", (1, 1), (STREAMING_THREADS, 1)),))
-    tiles = tiling(shape, dtype, alignment)
+    tiles = tiling(shape, dtype, alignment, masked=masked)
     if op in ("train", "backward") and not masked:
         groups = _by_group(op, _tiling_of_groups(shape, dtype, alignment), shape[1], dtype, device)
         # Few columns of long rows: clusters would leave most multiprocessors without work.
