@@ -288,8 +288,8 @@ def bench() -> None:
             continue
         write(row)
         print(
-            f"{case.op:16}{case.dtype:9}{case.layout:5}{case.shape!s:19}{row['us']:8.1f} us torch {row['torch_us']:8.1f}"
-            f"  copy {row['copy_us']:8.1f}  error {row['error_eps']:.2f}  {row['kernel']}",
+            f"{case.op:16}{case.dtype:9}{case.layout:5}{case.shape!s:20}{row['us']:8.1f} us"
+            f" torch {row['torch_us']:8.1f}  copy {row['copy_us']:8.1f}  error {row['error_eps']:.2f}  {row['kernel']}",
             flush=True,
         )
         if not machine.options.rehearse:
