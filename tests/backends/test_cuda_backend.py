@@ -21,7 +21,16 @@ import anybn
 from anybn.backends._on_gpu import CudaBackend
 from anybn.backends.base import Backend
 from anybn.backends.numpy import NumPyBackend
-from anybn.conformance import inputs, oracle, test_accuracy, test_errors, test_gradients, test_state
+from anybn.conformance import (
+    inputs,
+    oracle,
+    test_accuracy,
+    test_errors,
+    test_gradients,
+    test_state,
+    test_statistics,
+    test_variants,
+)
 from anybn.conformance.targets import Target
 from anybn.core import formulas
 from anybn.core.call import Call
@@ -81,7 +90,7 @@ def target() -> Iterator[Target]:
         anybn.unregister_backend("simulated")
 
 
-for module in (test_accuracy, test_errors, test_gradients, test_state):
+for module in (test_accuracy, test_errors, test_gradients, test_state, test_statistics, test_variants):
     prefix = module.__name__.rpartition(".")[2]
     tests = {name: test for name, test in vars(module).items() if name.startswith("test_")}
     tests.pop("test_ten_million_values_in_one_channel", None)  # test_cuda_kernels.py has one million, in less time

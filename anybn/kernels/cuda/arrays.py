@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -74,7 +75,11 @@ class CudaArrays:
 
     def takes_mask(self, call: Call) -> bool:
         """Whether there are kernels for the call's mask: for one that all channels share."""
-        return call.mask is None or bool(call.mask.shape[call.spec.axis] == 1)
+        if call.mask is None:
+            return True
+        shape, axis = call.x.shape, call.spec.axis
+        positions = math.prod(shape) // shape[axis]
+        return positions < 2**31 and bool(call.mask.shape[axis] == 1)  # CuPy's argmax counts no further
 
     def batch_statistics(self, call: Call) -> Statistics:
         with self.on(call.x):
