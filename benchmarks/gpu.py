@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 PARTS: dict[str, Part] = {
     "copy": Part(times.measure_copy, 40),
-    "compile": Part(kernels.compile_all, 75),
+    "compile": Part(kernels.compile_all, 100),
     "launches": Part(kernels.check_launches, 60, together=True),
     "kernels": Part(kernels.check_kernels, 120, together=True),
     "journey": Part(libraries.check_journey, 60, together=True),
