@@ -18,7 +18,7 @@ from anybn.core.call import Call, Gradients, Statistics, Update
 from anybn.core.formulas import Over
 from anybn.kernels.cpu import columns, rows, runs, values
 from anybn.kernels.cpu.plan import BACKWARD_RUN, Plan, plan_of
-from anybn.kernels.cpu.sharing import ALONE, hands, note_wait, share
+from anybn.kernels.cpu.sharing import ALONE, note_wait, share
 from anybn.kernels.cpu.step import Steps, steps_of
 from anybn.kernels.cpu.step import evaluate as evaluate_in_one_step
 from anybn.kernels.cpu.step import statistics as statistics_in_one_step
@@ -86,7 +86,7 @@ def train(call: Call) -> tuple[np.ndarray, Statistics, tuple[np.ndarray, np.ndar
         0.0 if spec.relu else _NO_FLOOR,
         spec.eps,
         rows,
-        ALONE if steps.alone else hands(),
+        steps.hands(),
         *steps.of_train,
     )
     if waited:
@@ -121,7 +121,7 @@ def batch_statistics(call: Call) -> Statistics:
     """Mean and variance of every channel."""
     steps, x = _steps_on(call.x, call.spec.axis)
     shown, rows = _positions(call.mask, x.shape, call.spec.axis, steps.order), np.empty((5, x.shape[call.spec.axis]))
-    waited = statistics_in_one_step(shown, x.ravel("K"), rows, ALONE if steps.alone else hands(), *steps.of_statistics)
+    waited = statistics_in_one_step(shown, x.ravel("K"), rows, steps.hands(), *steps.of_statistics)
     if waited:
         note_wait(waited)
     return _statistics_of_rows(rows, x, shown)
@@ -149,7 +149,7 @@ def evaluate(call: Call, statistics: Statistics) -> np.ndarray:
         0.0 if spec.relu else _NO_FLOOR,
         spec.eps,
         None,
-        ALONE if steps.alone else hands(),
+        steps.hands(),
         *steps.of_evaluate,
     )
     if waited:
@@ -271,7 +271,7 @@ def _gradients_in_one_step(
         x.shape[axis],
         call.spec.eps,
         rows,
-        ALONE if steps.alone else hands(),
+        steps.hands(),
         *steps.of_backward,
     )
     if waited:

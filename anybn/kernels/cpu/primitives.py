@@ -94,16 +94,16 @@ def pointer(typing_context, like, address):
     return types.CPointer(like.dtype)(like, address), _as_pointer
 
 
-@intrinsic
-def integers(typing_context, address):
-    """The address as a pointer to int64."""
-    return types.CPointer(types.int64)(types.int64), _as_pointer
+def _pointer_to(kind):
+    @intrinsic
+    def made(_, address):
+        return types.CPointer(kind)(types.int64), _as_pointer
+
+    return made
 
 
-@intrinsic
-def doubles(typing_context, address):
-    """The address as a pointer to float64."""
-    return types.CPointer(types.float64)(types.int64), _as_pointer
+#: The address as a pointer to int64, and to float64.
+integers, doubles = _pointer_to(types.int64), _pointer_to(types.float64)
 
 
 def address_of(symbol):
@@ -203,32 +203,26 @@ else:
     nanoseconds = njit(lambda: 0)  # only OpenMP's threads are timed: see `openmp`
 
 
-def _call_of_environment(builder, name, place):
-    if HAS_ENVIRONMENT:
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, [_POINTER]), name)
-        builder.call(function, [builder.bitcast(place, _POINTER)])
+def _of_environment(name):
+    """``name(place)``, one of C's functions for a thread's floating-point environment: its rounding, and whether small
+    numbers are flushed to 0."""
+
+    @intrinsic
+    def made(_, array, index):
+        def generate(context, builder, signature, arguments):
+            if HAS_ENVIRONMENT:
+                place = builder.bitcast(_element(context, builder, signature.args[0], *arguments), _POINTER)
+                called = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, [_POINTER]), name)
+                builder.call(called, [place])
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp), generate
+
+    return made
 
 
-@intrinsic
-def save_environment(_, array, index):
-    """The thread's floating-point environment (rounding, whether small numbers are flushed to 0) into the array."""
-
-    def generate(context, builder, signature, arguments):
-        _call_of_environment(builder, "fegetenv", _element(context, builder, signature.args[0], *arguments))
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), generate
-
-
-@intrinsic
-def restore_environment(_, array, index):
-    """The thread gets the environment that `save_environment` wrote."""
-
-    def generate(context, builder, signature, arguments):
-        _call_of_environment(builder, "fesetenv", _element(context, builder, signature.args[0], *arguments))
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), generate
+#: The environment into an array, from an index on; and the thread gets what is written there.
+save_environment, restore_environment = _of_environment("fegetenv"), _of_environment("fesetenv")
 
 
 @intrinsic

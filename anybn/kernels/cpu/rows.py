@@ -17,12 +17,13 @@ from numba import njit
 
 from anybn.core.call import Call, Gradients, Statistics
 from anybn.kernels.cpu.cached import cached
-from anybn.kernels.cpu.columns import gather, merge_parts, spread
+from anybn.kernels.cpu.columns import merge_parts
 from anybn.kernels.cpu.plan import ROW_BLOCK, ROW_GROUP, RUN_BLOCK, RowPlan, has_few_long_rows, row_plan_of
 from anybn.kernels.cpu.primitives import part_of_callers, writes_apart
 from anybn.kernels.cpu.sharing import WAITED, begin, proceed, share, shared, tickets_of
 from anybn.kernels.cpu.sharing import hands_for as hands_for  # these two for who calls by address
 from anybn.kernels.cpu.sharing import note_wait as note_wait
+from anybn.kernels.cpu.spreading import gather, spread
 from anybn.kernels.cpu.step import array_at, store_at
 from anybn.kernels.cpu.step import parameter as parameter_at
 from anybn.kernels.cpu.values import (
