@@ -30,6 +30,9 @@ _loaded: dict[str, Backend] = {}
 _cores: dict[str, ArrayAPIBackend] = {}
 _by_type: dict[type, Backend] = {}
 _entry_points_read = False
+#: Whether nobody has ever registered or preferred a backend, as is known once entry points have been read: then each
+#: type's is the one in this folder. For callers to whom a call of `backend_for` is long, right after an operation.
+built_in_alone = False
 #: Why an entry point could not be loaded, by its name.
 _broken: dict[str, str] = {}
 _preferred: ContextVar[Backend | None] = ContextVar("anybn_preferred_backend", default=None)
@@ -73,6 +76,8 @@ def register_backend(backend: Backend | type[Backend]) -> None:
             f"backend is {backend!r}; register_backend needs a subclass of Backend, from anybn.backends, "
             "with a name and the root modules of its array types in libraries"
         )
+    global built_in_alone
+    built_in_alone = False
     _registered[instance.name] = instance
     _by_type.clear()
 
@@ -94,10 +99,10 @@ def _read_entry_points() -> None:
 
 def _register_entry_points() -> list[str]:
     """What there is to warn of."""
-    global _entry_points_read
+    global _entry_points_read, built_in_alone
     from importlib.metadata import entry_points  # 15 ms, a third of what NumPy takes
 
-    _entry_points_read = True
+    _entry_points_read, built_in_alone = True, not _registered
     warned = []
     for entry_point in entry_points(group="anybn.backends"):
         if entry_point.name in _registered:
@@ -238,7 +243,8 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if not isinstance(name, str):
         raise TypeError(f"name is {name!r}, a {type(name).__name__}; it must be the name of a backend")
-    token = _preferred.set(backend_named(name))
+    global built_in_alone
+    token, built_in_alone = _preferred.set(backend_named(name)), False
     try:
         yield
     finally:

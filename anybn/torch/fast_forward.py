@@ -16,7 +16,7 @@ from torch._C import _current_graph_task_id
 from torch.nn import Parameter
 
 from anybn import _lock
-from anybn.backends.registry import backend_for
+from anybn.backends import registry
 from anybn.backends.torch import TorchBackend, cpu
 from anybn.backends.torch.autograd import Recorded, op_by_op_here
 from anybn.backends.torch.cuda import TorchArrays
@@ -56,7 +56,9 @@ def fast_forward(
     module: Any, x: torch.Tensor, residual: torch.Tensor | None, activation: str | None
 ) -> torch.Tensor | None:
     """y; or None, with nothing done, for whatever is special or wrong: `anybn.batch_norm` takes that."""
-    if type(x) is not Tensor or type(backend_for(x)) is not TorchBackend or op_by_op_here():
+    if type(x) is not Tensor or op_by_op_here():
+        return None
+    if not registry.built_in_alone and type(registry.backend_for(x)) is not TorchBackend:
         return None
     if x.is_cpu and (y := through_operator(module, x, residual, activation)) is not None:
         return y
@@ -132,5 +134,7 @@ def fast_forward(
         return None  # x shares memory with the state
     steps.note_wait(waited)
     if learns:
-        learn(mean, var, batches, momentum, x, statistics.ctypes.data)
+        rows, new = statistics.ctypes.data, -1.0 if momentum is None else momentum
+        at = mean_at, var_at, batches.data_ptr()
+        learn(steps.update, (example, rows, channels, size // channels, new, *at), (mean, var, batches))
     return y

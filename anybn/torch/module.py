@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.fx import Proxy
 from torch.nn import Parameter
 
@@ -70,14 +70,14 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         as they were; StateError in torch.func.vmap if the buffers would have to become batched and are not.
         """
         given, activation = activation, activation or self.activation
-        if is_compiling():
+        if is_dynamo_compiling():
             return compiled.forward(self, input, residual, activation)
         alone = self.group is None and self._block is None
         y = fast_forward(self, input, residual, activation) if alone else None
         if y is None:
             if isinstance(input, Proxy):
                 return _traced(self, input, {"residual": residual, "activation": given})
-            if compiled.in_onnx_export():
+            if is_compiling() or compiled.in_onnx_export():
                 return compiled.forward(self, input, residual, activation)
             try:
                 self._check_input_dim(input)

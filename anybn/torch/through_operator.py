@@ -7,6 +7,7 @@ import functools
 import importlib
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +33,13 @@ class State(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    at: tuple[int, int]
+    batches: Any
+    at: tuple[int, int, int]
     """what their ``_cdata`` says, which `torch.utils.swap_tensors` changes"""
+    what: int
     operand: Tensor
+    address: int
+    """of the operand's words, which are `what` and `at`: see `anybn.kernels.cpu.operator`"""
     scale: float
     """what stands for the operand's address where the operator takes a number"""
 
@@ -81,23 +86,34 @@ saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_ho
 
 
 def _called(
-    x: Tensor, residual: Tensor | None, weight: Any, bias: Any, state: State, trains: bool, relu: bool, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Any,
+    bias: Any,
+    statistics: tuple[Tensor, Tensor | None],
+    state: State,
+    trains: bool,
+    relu: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor] | None:
     """y and the rows that the operator gives; None, with nothing done, if it takes no such call."""
     # Who keeps tensors for autograd may count them, as checkpointing does: it is to see no call that fails.
-    if saved_tensors_hooks(True) is not None and not _prepare(x, residual, weight, trains, relu):
+    to_prepare = x, residual, weight, state, trains, relu
+    if is_grad_enabled() and saved_tensors_hooks(True) is not None and not _prepare(*to_prepare):
         return None
     for _ in range(2):
         try:
             if residual is None:
-                y, _, _, rows = cudnn_batch_norm(x, weight, bias, state.operand, None, True, trains + 2 * relu, eps)
+                y, _, _, rows = cudnn_batch_norm(
+                    x, weight, bias, *statistics, True, state.what + trains + 2 * relu, eps
+                )
             else:
                 y, rows, _, _ = attention(x, _alias(residual), weight, bias, trains, eps, relu, scale=state.scale)
         except RuntimeError:  # of sparse tensors and their like, for which there is no kernel
             return None
         if y is not None:
             return (y if residual is None or relu else _alias(y)), rows
-        if not _prepare(x, residual, weight, trains, relu):
+        if not _prepare(*to_prepare):
             return None
     return None
 
@@ -110,24 +126,32 @@ def _alias(a: Tensor) -> Tensor:
     return _unsafe_view(a, a.shape) if a.requires_grad and is_grad_enabled() else a
 
 
-def _prepare(x: Tensor, residual: Tensor | None, weight: Tensor, trains: bool, relu: bool) -> bool:
+def _prepare(x: Tensor, residual: Tensor | None, weight: Tensor, state: State, trains: bool, relu: bool) -> bool:
     dtypes, examples = (x.dtype, weight.dtype), cpu.examples()
-    if not all(dtype in examples for dtype in dtypes):
+    if not all(dtype in examples for dtype in dtypes) or not state.what >> operator().RANKS >> x.dim() & 1:
         return False
     numbers, found = (_numbers[dtype] for dtype in dtypes), (examples[dtype] for dtype in dtypes)
     prepared, follows = operator().prepared, relu + 2 * (residual is not None)
     return bool(prepared.prepare(x.shape, x.stride(), tuple(numbers), tuple(found), follows, trains, is_grad_enabled()))
 
 
-def _new_state(module: Any, mean: Any, var: Any) -> State | None:
-    if operator() is None or not all(type(a) is Tensor and not a.is_neg() for a in (mean, var)):
+def _new_state(module: Any, mean: Any, var: Any, batches: Any) -> State | None:
+    if (compiled := operator()) is None or not all(type(a) is Tensor and not a.is_neg() for a in (mean, var)):
         return None
-    at = mean._cdata, var._cdata
+    at = _at(mean, var, batches)
+    words = *at[:2], at[2] if is_count(batches) else 0
+    what = compiled.OURS + sum(1 << compiled.RANKS + rank for rank in module._ranks if rank <= compiled.abi.MOST_AXES)
     with torch.inference_mode(False):  # else autograd could not keep it
-        operand = torch.tensor((operator().MAGIC, *at), device="cpu")
-    (scale,) = struct.unpack("d", struct.pack("Q", operator().NAN << 48 | operand.data_ptr()))
-    module._operand = State(mean, var, at, operand, scale)
+        operand = torch.tensor((what, *words), device="cpu")
+    address = operand.data_ptr()
+    (scale,) = struct.unpack("d", struct.pack("Q", compiled.NAN << 48 | address))
+    module._operand = State(mean, var, batches, at, what, operand, address, scale)
     return module._operand
+
+
+def _at(mean: Tensor, var: Tensor, batches: Tensor | None) -> tuple[int, int, int]:
+    """See `State.at`."""
+    return mean._cdata, var._cdata, 0 if batches is None else batches._cdata
 
 
 def tensors_of(module: Any) -> tuple[Any, Any, Any, Any, Any] | None:
@@ -141,39 +165,52 @@ def tensors_of(module: Any) -> tuple[Any, Any, Any, Any, Any] | None:
 
 
 def through_operator(module: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor | None:
-    """y; or None, with nothing done, for whatever the operator does not take. x is no subclass, and on the CPU."""
+    """y; or None, with nothing done, for whatever the operator does not take. x is no subclass, and on the CPU.
+
+    After a convolution each look at a tensor takes 5 us, whose memory and code are in no cache. So the operator looks
+    where it can, and Python at what the operator cannot see.
+    """
     if (tensors := tensors_of(module)) is None:
         return None
     weight, bias, mean, var, batches = tensors
-    state, eps, relu, momentum = module._operand, module.eps, activation is not None, module.momentum
+    state, eps, relu, trains = module._operand, module.eps, activation is not None, module.training
     if not (
         (type(weight) is Parameter or type(weight) is Tensor)
         and (type(bias) is Parameter or type(bias) is Tensor)
+        and type(mean) is Tensor
+        and type(var) is Tensor
         and (relu is False or activation == "relu")
         and eps > 0
-        and x.dim() in module._ranks
         and (residual is None or (type(residual) is Tensor and residual.is_cpu and weight.is_cpu and bias.is_cpu))
     ):
         return None
-    if state is None or mean is not state.mean or var is not state.var or (mean._cdata, var._cdata) != state.at:
-        state = _new_state(module, mean, var)
+    by_address = trains or residual is not None or is_grad_enabled()
+    if (
+        state is None
+        or mean is not state.mean
+        or var is not state.var
+        or batches is not state.batches
+        or (by_address and _at(mean, var, batches) != state.at)
+    ):
+        state = _new_state(module, mean, var, batches)
     if state is None:
         return None
-    call = x, residual, weight, bias, state, module.training, relu, eps
-    if not module.training:
+    statistics = (state.operand, None) if by_address else (mean, var)
+    call = x, residual, weight, bias, statistics, state, trains, relu, eps
+    if not trains:
         before = _lock.writes
         found = _called(*call)
         if before & 1 or before != _lock.writes:  # another thread was at a module's statistics, perhaps these
             with _lock.commits:
                 found = _called(*call)
         return None if found is None else found[0]
-    tracks = module.track_running_stats and _current_graph_task_id() == -1  # see `recomputes`
-    if not (momentum is None or 0 <= momentum <= 1) or (tracks and not is_count(batches)):
+    momentum = module.momentum
+    if not (momentum is None or 0 <= momentum <= 1) or (found := _called(*call)) is None:
         return None
-    if (found := _called(*call)) is None:
-        return None
-    if tracks:
-        learn(mean, var, batches, momentum, x, found[1].data_ptr())
+    if module.track_running_stats and _current_graph_task_id() == -1:  # see `recomputes`
+        new = -1.0 if momentum is None else momentum
+        if not learn(operator().learn, (state.address, found[1].data_ptr(), x.numel(), new), (mean, var, batches)):
+            return None
     return found[0]
 
 
@@ -184,12 +221,12 @@ def is_count(a: Any) -> bool:
     return type(a) is Tensor and a.dtype is torch.int64 and not a.shape and a.is_cpu and a.data_ptr() != 0
 
 
-def learn(mean: Tensor, var: Tensor, batches: Tensor, momentum: float | None, x: Tensor, rows: int) -> None:
-    """Fold the statistics of x, as a compiled step has left them at this address, into running ones, and count x."""
-    channels, new, example = len(mean), -1.0 if momentum is None else momentum, cpu.examples()[x.dtype]
+def learn(update: Callable[..., bool], arguments: tuple[Any, ...], buffers: tuple[Tensor, Tensor, Tensor]) -> bool:
+    """Have compiled code fold a batch into running statistics, and count it, in these buffers; whether it could."""
     with _lock.commits:
         _lock.writes |= 1
-        at = mean.data_ptr(), var.data_ptr(), batches.data_ptr()
-        cpu.steps().update(example, rows, channels, x.numel() // channels, new, *at)
+        done = update(*arguments)
         _lock.writes += 1
-    increment_version((mean, var, batches))
+    if done:
+        increment_version(buffers)
+    return done

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch._C import (  # there is no public way to ask
     _are_functorch_transforms_active,
-    _get_tracing_state,
+    _is_tracing,
     _len_torch_dispatch_stack,
 )
 from torch._C import _functorch as functorch
@@ -35,7 +35,7 @@ def op_by_op_here() -> bool:
         forward_ad._current_level >= 0
         or _are_functorch_transforms_active()
         or _len_torch_dispatch_stack() > 0
-        or _get_tracing_state() is not None
+        or _is_tracing()
     )
 
 

@@ -8,8 +8,10 @@ autograd's graph, which torch makes, runs and frees by itself.
 
 ``aten::cudnn_batch_norm`` takes a layer without a residual. What its arguments mean here:
 
-- ``running_mean``: a layer's state, int64: `MAGIC`, then what ``_cdata`` says of its running mean and variance;
-- ``exponential_average_factor``: `TRAINS` and `RELUS`, added up; ``training`` is True, for the derivative's sake;
+- ``running_mean, running_var``: what they say, where nothing is recorded. Autograd would keep them, and they change:
+  elsewhere, the first is a layer's state, int64: see `WHAT` and the words after it;
+- ``exponential_average_factor``: what the state's first word is, with `TRAINS` and `RELUS` added; ``training`` is True,
+  for the derivative's sake;
 - the results: y, y again after a relu, nothing, the rows that `step.train` or `step.evaluate` fills, unless an
   evaluation is not recorded. The derivative keeps the last three; it copies the last, which has to be there, where the
   graph is to be used again.
@@ -18,11 +20,14 @@ autograd's graph, which torch makes, runs and frees by itself.
 
 - ``query, key, value, attn_bias``: x, residual, weight, bias;
 - ``compute_log_sumexp, is_causal, dropout_p``: whether it trains, whether a relu follows, eps;
-- ``scale``: a NaN whose lower bits are the address of the state's values, which no other caller has;
+- ``scale``: a NaN whose lower bits are the address of the state's words, which no other caller has;
 - the results: y, the rows, nothing, nothing. The derivative keeps them, and all that is given.
 
 A kernel here cannot raise. Forward gives no y for whatever is special: a layout that `prepared` has not seen, state of
 another length or elsewhere, memory that x shares with it. Backward leaves the special to an operator in Python.
+
+What the words of a state say, `learn` reads as well, which folds a batch into the running statistics: cold, a call
+through Python that asks three tensors for their addresses takes twice as long.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
@@ -36,15 +41,19 @@ from numba import carray, njit
 from numba.core.config import DISABLE_JIT
 
 from anybn._lock import after_fork
-from anybn.kernels.cpu import openmp, prepared, sharing, threads
+from anybn.kernels.cpu import openmp, prepared, sharing, step, threads
 from anybn.kernels.cpu import torch_abi as abi
-from anybn.kernels.cpu.cached import Callback
+from anybn.kernels.cpu.cached import Callback, cached
 from anybn.kernels.cpu.prepared import CALL, PLAN, context
 from anybn.kernels.cpu.primitives import doubles, integers
-from anybn.kernels.cpu.values import EXACT
+from anybn.kernels.cpu.values import EXACT, KERNEL
 
-MAGIC = 0x616E79626E5F3031
-TRAINS, RELUS = 1, 2
+#: The words of a state: `OURS` with the numbers of axes that x may have; and what ``_cdata`` says of the running mean,
+#: the variance and the count of batches, 0 for none.
+WHAT, MEAN_AT, VAR_AT, BATCHES_AT, STATE = range(5)
+#: What nobody else has for a factor. The eight bits below are `TRAINS`, `RELUS` and from `RANKS` on, one for each
+#: number of axes.
+OURS, TRAINS, RELUS, RANKS = 0x616E79626E00, 1, 2, 2
 #: What is above an address, of 48 bits, in the NaN that stands for it.
 NAN = 0xFFF8
 #: Operators in the namespace anybn: backward, and what it leaves the special to, of the same arguments and results,
@@ -60,20 +69,11 @@ SCHEMA = (
 
 
 @njit(**EXACT)
-def _fill_in_state(address, channels, call):
-    """Whether the state at this address and its statistics are as they are to be; fills their addresses in."""
-    if address == 0 or carray(integers(address), (3,))[0] != MAGIC:
-        return False
-    call[prepared.MEAN] = abi.data_in_order(address + 8, context()[prepared.FLOAT64], 0, channels)
-    call[prepared.VAR] = abi.data_in_order(address + 16, context()[prepared.FLOAT64], 0, channels)
-    return call[prepared.MEAN] != 0 and call[prepared.VAR] != 0
-
-
-@njit(**EXACT)
-def _normalize(x, residual, weight, bias, state, trains, relu, eps, made):
+def _normalize(x, residual, weight, bias, mean, var, what, trains, relu, eps, made):
     """Whether y and the rows are made, as they are to be."""
     follows = (prepared.RELU if relu else 0) + (prepared.ADDS if residual else 0)
-    address = prepared.plan_at(x, weight, follows) if bias != 0 else 0
+    given = bias != 0 and mean != 0 and var != 0 and what >> 8 == OURS >> 8
+    address = prepared.plan_at(x, weight, follows) if given else 0
     if address == 0:
         return False
     plan, call = carray(integers(address), (PLAN,)), np.zeros(CALL, np.int64)
@@ -82,15 +82,19 @@ def _normalize(x, residual, weight, bias, state, trains, relu, eps, made):
     call[prepared.X], call[prepared.RESIDUAL] = abi.data_of(x), abi.data_in(residual, plan) if residual else 0
     call[prepared.WEIGHT] = abi.data_in_order(weight, dtype, 0, channels)
     call[prepared.BIAS] = abi.data_in_order(bias, dtype, 0, channels)
+    call[prepared.MEAN] = abi.data_in_order(mean, context()[prepared.FLOAT64], 0, channels)
+    call[prepared.VAR] = abi.data_in_order(var, context()[prepared.FLOAT64], 0, channels)
     carray(doubles(call.ctypes.data), (CALL,))[prepared.EPS] = eps
     if (
         kernel == 0
+        or (what >> RANKS >> plan[abi.NDIM]) & 1 == 0
         or (plan[prepared.DIFFERENTIATE] == 0 and records)
         or call[prepared.X] == 0
         or (residual and call[prepared.RESIDUAL] == 0)
         or call[prepared.WEIGHT] == 0
         or call[prepared.BIAS] == 0
-        or not _fill_in_state(state, channels, call)
+        or call[prepared.MEAN] == 0
+        or call[prepared.VAR] == 0
         or not abi.new_in(plan, made.ctypes.data)
     ):
         return False
@@ -119,12 +123,14 @@ def _give(stack, made, done, at_rows):
 def _forward(stack, _inputs, _outputs):
     """``aten::cudnn_batch_norm``"""
     given, numbers, made = carray(integers(stack), (8,)).copy(), carray(doubles(stack), (8,)), np.zeros(2, np.int64)
-    what, eps, state = np.int64(numbers[6]), numbers[7], 0
+    what, eps = np.int64(numbers[6]), numbers[7]
     for i in range(2, 5):
         given[i] = abi.take(given[i])
-    if given[3] != 0:
-        state = abi.data_in_order(given[3], context()[prepared.INT64], 0, 3)
-    done = _normalize(given[0], 0, given[1], given[2], state, what & TRAINS, what & RELUS, eps, made)
+    mean, var = given[3], given[4]
+    if mean != 0 and var == 0:
+        state = abi.data_in_order(mean, context()[prepared.INT64], 0, STATE)
+        mean, var = (state + 8 * MEAN_AT, state + 8 * VAR_AT) if state != 0 else (0, 0)
+    done = _normalize(given[0], 0, given[1], given[2], mean, var, what, what & TRAINS, what & RELUS, eps, made)
     _give(stack, made, done, 3)
     if done and what & RELUS:
         y_again = carray(integers(stack), (4,))[1:]
@@ -139,10 +145,29 @@ def _forward_adding(stack, _inputs, _outputs):
     given, eps, made = carray(integers(stack), (8,)).copy(), carray(doubles(stack), (8,))[5], np.zeros(2, np.int64)
     given[3], scale = abi.take(given[3]), np.uint64(abi.take(given[7]))
     state = np.int64(scale & np.uint64((1 << 48) - 1)) if scale >> np.uint64(48) == np.uint64(NAN) else 0
-    done = _normalize(given[0], given[1], given[2], given[3], state, given[4] & 1, given[6] & 1, eps, made)
+    what = carray(integers(state), (STATE,))[WHAT] if state != 0 else 0
+    arrays = given[0], given[1], given[2], given[3], state + 8 * MEAN_AT, state + 8 * VAR_AT
+    done = _normalize(*arrays, what, given[4] & 1, given[6] & 1, eps, made)
     _give(stack, made, done, 1)
     for i in range(4):
         abi.drop(given[i])
+
+
+@cached(**KERNEL)
+def learn(state, rows, size, momentum):
+    """Fold the statistics of x, of so many values, which forward left at the address rows, into those of the state
+    whose words are at this address. Whether it could be done. See `step.update`."""
+    words, mean = carray(integers(state), (STATE,)), np.empty(abi.LAYOUT, np.int64)
+    if words[BATCHES_AT] == 0 or not abi.describe(state + 8 * MEAN_AT, mean):
+        return False
+    channels, float64 = mean[abi.SIZES], context()[prepared.FLOAT64]
+    mean_at = abi.data_in_order(state + 8 * MEAN_AT, float64, 0, channels)
+    var_at = abi.data_in_order(state + 8 * VAR_AT, float64, 0, channels)
+    batches_at = abi.data_of_number(state + 8 * BATCHES_AT, context()[prepared.INT64])
+    if mean_at == 0 or var_at == 0 or batches_at == 0:
+        return False
+    like_x = np.empty(0)  # of float64: forward leaves a shift of 0 for others
+    return step.update(like_x, rows, channels, size // channels, momentum, mean_at, var_at, batches_at)
 
 
 # -- backward --------------------------------------------------------------------------------------------------

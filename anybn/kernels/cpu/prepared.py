@@ -18,7 +18,7 @@ from anybn.kernels.cpu import sharing, step, threads
 from anybn.kernels.cpu import torch_abi as abi
 from anybn.kernels.cpu.cached import cached
 from anybn.kernels.cpu.primitives import address_of, by_types, doubles, integers, invoke, nanoseconds, outlined, pointer
-from anybn.kernels.cpu.values import EXACT, if_given
+from anybn.kernels.cpu.values import EXACT, SHIFT, fill, if_given, shift_in
 
 #: Addresses that compiled code finds under one name: of the buckets of plans, `threads.limit`, `sharing.team` and the
 #: names of the operators for backward, ended by 0; and torch's numbers of two dtypes.
@@ -133,6 +133,8 @@ def _rows_at(address, count, channels):
 def _forward_call(like_x, like_weight, trains, residual, size, channels, floor, last, call):
     c, numbers = carray(integers(call), (CALL,)), carray(doubles(call), (CALL,))
     rows, hands = _rows_at(c[ROWS], 2 if trains is None else 5, channels), (c[THREADS], c[OPENMP], 0)
+    if trains is not None and shift_in(rows, like_x) is None:
+        fill(rows[SHIFT], 0.0)
     arrays = like_x, like_weight, c[X], c[Y], if_given(residual, c[RESIDUAL]), c[WEIGHT], c[BIAS], c[MEAN], c[VAR]
     options = size, channels, floor, numbers[EPS], rows, hands
     c[WAITED] = _forward(trains, last, *(arrays + options))

@@ -214,7 +214,7 @@ def train_in_parts(
 
 @cached(**_COMPILED)
 def update(like_x, rows, channels, count, momentum, running_mean, running_var, batches):
-    """Fold statistics of `train` into the running ones, and count the batch, all at addresses.
+    """Fold statistics of `train` into the running ones, and count the batch, all at addresses. Returns True.
 
     momentum below 0 is the cumulative average, and running_var unbiased, as torch has it.
     """
@@ -223,6 +223,7 @@ def update(like_x, rows, channels, count, momentum, running_mean, running_var, b
     new = momentum if momentum >= 0.0 else 1.0 / tracked[0]
     mean, var = array_at(statistics, running_mean, channels), array_at(statistics, running_var, channels)
     update_running(statistics[MEAN], shift_in(statistics, like_x), statistics[M2], count, 1, new, False, mean, var)
+    return True
 
 
 @cached(**_COMPILED)

@@ -140,6 +140,13 @@ def data_in_order(handle, dtype, rows, columns):
 
 
 @njit(**EXACT)
+def data_of_number(handle, dtype):
+    """The address of the value of a tensor without axes; 0 for any other."""
+    own = np.empty(LAYOUT, np.int64)
+    return data_of(handle) if describe(handle, own) and own[NDIM] == 0 and own[DTYPE] == dtype else 0
+
+
+@njit(**EXACT)
 def defined(handle):
     """The handle, or 0 for one that no tensor is behind, which is dropped."""
     found = np.zeros(1, np.int64)
