@@ -88,6 +88,35 @@ def test_takes_what_nets_have(dtype, kind, activation, adds, training):
         assert gradient.is_contiguous(memory_format=kind)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_takes_what_is_not_recorded(dtype, activation, adds, training):
+    """Evaluation gives the operator the statistics themselves then."""
+    bn, x, residual = module().train(training), tensor(dtype=dtype), tensor(7, dtype) if adds else None
+    bn.running_mean.fill_(0.5)
+    expected = copy.deepcopy(bn)(x, residual=residual, activation=activation)
+    assert takes(expected)
+    with torch.no_grad():
+        y = through_operator.through_operator(bn, x, residual, activation)
+    assert torch.equal(y, expected)
+    assert int(bn.num_batches_tracked) == training
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("records", [True, False])
+def test_only_as_many_axes_as_the_module_takes(training, records):
+    bn, anyhow = module().train(training), anybn.torch.convert(torch.nn.SyncBatchNorm(8)).train(training)
+    with torch.set_grad_enabled(records):
+        bn(tensor())
+        for x in (tensor()[..., 0].contiguous(), tensor()[..., None]):
+            assert through_operator.through_operator(bn, x, None, None) is None
+            assert through_operator.through_operator(anyhow, x, None, None) is not None
+            with pytest.raises(ValueError, match=r"BatchNorm2d needs \(N, C, H, W\)"):
+                bn(x)
+
+
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("training", [True, False])
@@ -271,6 +300,23 @@ def test_buffers_that_change_their_memory():
         for each in (bn, fresh):
             each(x)
         assert torch.equal(bn.running_mean, fresh.running_mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_count_that_changes_its_memory(dtype, swaps):
+    """Also to a dtype that the operator does not count in."""
+    bn, count = module(), torch.tensor(5, dtype=dtype)
+    bn(tensor())
+    if swaps:
+        torch.utils.swap_tensors(bn.num_batches_tracked, count)
+    else:
+        bn.num_batches_tracked.data = count
+    gc.collect()
+    mean = bn.running_mean.clone()
+    bn(tensor(1))
+    assert int(bn.num_batches_tracked) == 6
+    assert not torch.equal(bn.running_mean, mean)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
