@@ -362,6 +362,7 @@ class Backend:
         dweight = dbias = None
         with np.errstate(all="ignore"):
             rows = Call(formulas.in_rows(xp, xp.astype(x, working), spec), plain)
+            statistics = statistics._replace(count=rows.x.shape[2])  # kernels count no negatives
             dy = xp.reshape(xp.astype(dy, working), spec.shape)
             dxhat = formulas.in_rows(xp, formulas.scaled(xp, dy, weight, None), spec)
             dx = formulas.from_rows(xp, self.gradients(rows, statistics, dxhat, None, False).x, spec)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import anybn
+from anybn import norms
 from anybn.conformance import inputs, oracle
 
 torch = pytest.importorskip("torch", reason="torch: not installed, pip install torch")
@@ -182,6 +183,39 @@ def test_forward_mode_and_torch_func(x):
     with pytest.raises(anybn.StateError, match="was not passed into this traced call"):
         torch.func.vmap(lambda v: anybn.batch_norm(v, state, training=True))(torch.stack([values, values + 1]))
     assert state._arrays is arrays
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd, torch.func.hessian])
+def test_states_outlive_the_transforms_of_torch_func(x, library, training, transform):
+    state, values = trained_state().to(library), x.detach()
+    expected = state.copy()
+    anybn.batch_norm(values, expected, training=training)
+    transform(lambda v: (anybn.batch_norm(v, state, training=training) ** 2).sum())(values)
+    y = anybn.batch_norm(values, state)
+    assert torch.allclose(y, anybn.batch_norm(values, expected), rtol=1e-12)
+    assert state.num_batches_tracked == expected.num_batches_tracked
+
+
+CALLS = {
+    "training": lambda x: anybn.batch_norm(x, anybn.BatchNormState(4, like=x), training=True),
+    "evaluation": lambda x: anybn.batch_norm(x, anybn.BatchNormState(4, like=x), activation="relu"),
+    "layer_norm": norms.layer_norm,
+    "group_norm": lambda x: norms.group_norm(x, num_groups=2),
+    "rms_norm": norms.rms_norm,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_gradients_at_once(name, dtype):
+    x = torch.from_numpy(inputs.normal((20, 4)) * 2 + 1).to(dtype).requires_grad_()
+    y, many = CALLS[name](x), torch.from_numpy(inputs.normal((3, 20, 4), seed=1)).to(dtype)
+    found = torch.autograd.grad(y, x, many, is_grads_batched=True, retain_graph=True)[0]
+    for dy, dx in zip(many, found, strict=True):
+        assert torch.allclose(dx, torch.autograd.grad(y, x, dy, retain_graph=True)[0], atol=8 * torch.finfo(dtype).eps)
 
 
 def test_parameters_stay_in_training():

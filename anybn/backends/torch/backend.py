@@ -57,6 +57,10 @@ class _Namespace:
         exact = torch.from_numpy(np.sqrt(cpu.view(x)))
         return root + (exact - root.detach())  # keeps the derivatives
 
+    @staticmethod
+    def concat(arrays: list[torch.Tensor], axis: int) -> torch.Tensor:
+        return torch.cat(arrays, axis)  # torch.concat takes no gradients that are many at a time
+
 
 _NAMESPACE = _Namespace()
 
@@ -122,7 +126,7 @@ class TorchBackend(Backend):
 
     def from_numpy(self, array: np.ndarray, device: torch.device) -> torch.Tensor:
         array = np.array(array)
-        with torch.inference_mode(False):  # what a state keeps must be good for training later
+        with torch.inference_mode(False), torch._C._DisableFuncTorch():  # what a state keeps must be good for later
             return self._from_numpy(array, device)
 
     def _from_numpy(self, array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -155,6 +159,13 @@ class TorchBackend(Backend):
 
     def detached(self, x: Any) -> Any:
         return unwrapped(x).detach() if isinstance(x, torch.Tensor) else x
+
+    def frozen(self, x: torch.Tensor) -> torch.Tensor:
+        if not in_torch_func() or self.is_traced(x):
+            return x
+        x = unwrapped(x)  # what torch.func's derivatives wrap is lost with them
+        with torch._C._DisableFuncTorch():
+            return x.detach()
 
     def copy(self, x: torch.Tensor) -> torch.Tensor:
         with self.no_grad():
