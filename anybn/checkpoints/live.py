@@ -103,6 +103,11 @@ class Torch(_ByAttributes):
 
     def assign(self, variable: Any, value: np.ndarray) -> None:
         torch = sys.modules["torch"]
+        if not variable.is_leaf:
+            raise ValueError(
+                "model has a batch norm whose weight or bias a parametrization computes, and a value written to it "
+                "would be lost: remove the parametrization"
+            )
         with torch.no_grad():
             variable.copy_(torch.from_numpy(np.asarray(value, None if value.dtype.kind in "iub" else np.float64)))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
 
 from anybn.groups.engines import TorchGroup
 from anybn.torch import compiled
@@ -167,6 +168,18 @@ def ours_for(theirs: Any, also: Mapping[type, type[_BatchNorm]]) -> type[_BatchN
         return None
     checks = next(cls for cls in theirs.__mro__ if "_check_input_dim" in vars(cls))
     return _joined(theirs, (OURS.get(checks, _Checked), theirs))
+
+
+def base_of(module: torch.nn.Module) -> type:
+    """The module's class, under the one that torch.nn.utils.parametrize makes for a module."""
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
+
+
+def set_base(module: torch.nn.Module, cls: type) -> None:
+    """Make module an instance of cls, which `base_of` gives then."""
+    if is_parametrized(module):
+        cls = type(f"Parametrized{cls.__name__}", (cls,), dict(vars(type(module))))
+    module.__class__ = cls
 
 
 def theirs_of(ours: type) -> type | None:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar, overload
 
 import torch
+from torch.nn.utils import parametrize
 
 from anybn import _settings
 from anybn.groups import engines
@@ -108,9 +109,9 @@ def convert(
     left: dict[str, str] = {}
     refused: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (_BatchNorm, *keep)) or classes.theirs_of(type(module)):
+        if isinstance(module, (_BatchNorm, *keep)) or _theirs(module):
             continue
-        ours = classes.ours_for(type(module), also)
+        ours = classes.ours_for(classes.base_of(module), also)
         if problem := _problem(module, ours):
             left[name or "model"] = problem
         elif ours is not None and (problem := _refused_settings(module)):
@@ -130,7 +131,7 @@ def convert(
         result = model if fuse is None else fusing.fused(model, tuple(fuse), _BatchNorm)
     except BaseException:
         for module in changed:
-            if classes.theirs_of(type(module)):
+            if _theirs(module):
                 _revert(module)
         raise
     if group is not None:
@@ -154,7 +155,7 @@ def revert(model: Model) -> Model:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    ours = [(name, module) for name, module in model.named_modules() if classes.theirs_of(type(module))]
+    ours = [(name, module) for name, module in model.named_modules() if _theirs(module)]
     for name, module in ours:
         if module.activation is not None:
             raise TypeError(
@@ -169,8 +170,12 @@ def revert(model: Model) -> Model:
     return model
 
 
+def _theirs(module: Any) -> Any:
+    return classes.theirs_of(classes.base_of(module))
+
+
 def _convert(module: Any, ours: type) -> None:
-    module.__class__ = ours
+    classes.set_base(module, ours)
     if isinstance(module, _BatchNorm):
         set_running_dtype(module, lambda buffer: running_dtype(buffer.device))
     if hasattr(module, "converted"):
@@ -178,7 +183,7 @@ def _convert(module: Any, ours: type) -> None:
 
 
 def _revert(module: Any) -> None:
-    module.__class__ = classes.theirs_of(type(module))
+    classes.set_base(module, _theirs(module))
     module.__dict__.pop("group", None)
     parameter = module.bias if module.weight is None else module.weight
     set_running_dtype(module, lambda _: torch.float32 if parameter is None else parameter.dtype)
@@ -190,7 +195,7 @@ _NEEDED = ("num_features", "eps", "momentum", "track_running_stats", "weight", "
 
 def _problem(module: Any, ours: type | None) -> str:
     """What is wrong with converting this module, after "it is"; "" for nothing, and for what is no batch norm."""
-    kind = f"a {type(module).__name__}"
+    kind = f"a {classes.base_of(module).__name__}"
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted, and its code is fixed: convert before scripting"
     if ours is None:
@@ -204,6 +209,8 @@ def _problem(module: Any, ours: type | None) -> str:
         )
     if missing := [name for name in (*_NEEDED, *BUFFERS) if not hasattr(module, name) and not hasattr(ours, name)]:
         return f"{kind} without {', '.join(missing)}, which {ours.__name__} needs: give that class what it lacks"
+    if parametrized := [name for name in BUFFERS if parametrize.is_parametrized(module, name)]:
+        return f"{kind} whose {parametrized[0]} is parametrized, and no step can write to it: keep it, or remove that"
     if "forward" in vars(module):
         return f"{kind} whose forward was replaced on the object: convert before that is done, or keep it"
     return ""

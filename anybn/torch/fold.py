@@ -118,7 +118,7 @@ def _fold_away(node: Any, model: torch.fx.GraphModule) -> str:
 
 def _what_follows(norm: Any) -> list[nn.Module] | None:
     """The modules that this class calls after batch norm; None if nobody knows."""
-    ours = type(norm) if isinstance(norm, _BatchNorm) else classes.ours_for(type(norm), {})
+    ours = type(norm) if isinstance(norm, _BatchNorm) else classes.ours_for(classes.base_of(norm), {})
     if ours is not None and issubclass(ours, classes.ThenDropAndAct):
         behind = (norm._modules.get(name) for name in ("drop", "act"))
         return [module for module in behind if module is not None and type(module) is not nn.Identity]

@@ -165,6 +165,11 @@ class ModuleStore(Store):
             for name, target in found.items():
                 if problem := _TORCH.write_problem(target):
                     raise ValueError(f"{name} {problem}")
+                if name not in self._module._parameters and name not in self._module._buffers:
+                    raise ValueError(
+                        f"{name} is what a parametrization computes, and a value written to it would be lost: remove "
+                        "the parametrization, or set it on the module itself"
+                    )
             filling = [_filling(name, values[name], target) for name, target in found.items()]
             _lock.at_once(*_TORCH.writes(list(found.values()), filling))
 

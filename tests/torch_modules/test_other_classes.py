@@ -7,6 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch: not installed, pip install torch")
 
+from torch.nn.utils import parametrize  # noqa: E402
 from torch_modules.pairs import X, assert_close, nn  # noqa: E402
 
 import anybn.torch  # noqa: E402
@@ -250,3 +251,45 @@ def test_a_sync_batch_norm_becomes_one_with_a_group(tmp_path):
     assert_close(model[1].running_var, expected[1].running_var)
     assert_close(model.eval()(X.double()), expected.eval()(X.double()))
     assert type(anybn.torch.revert(model)[1]) is nn.SyncBatchNorm
+
+
+class Exponential(nn.Module):
+    def forward(self, weight):
+        return weight.exp()
+
+    def right_inverse(self, weight):
+        return weight.log()
+
+
+@pytest.mark.parametrize("theirs", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_parametrized_modules(theirs):
+    """Whatever comes first of a parametrization, the conversion and their ends, what was asked for is there."""
+    model, x = nn.Sequential(theirs(3, dtype=torch.float64).eval()), X.double()
+    bn, expected = model[0], copy.deepcopy(model)(x)
+    parametrize.register_parametrization(bn, "weight", Exponential())
+    anybn.torch.convert(model)
+    assert isinstance(bn, anybn.torch.module._BatchNorm)
+    assert_close(copy.deepcopy(model)(x), expected)
+    parametrize.remove_parametrizations(bn, "weight")
+    assert isinstance(bn, anybn.torch.module._BatchNorm)
+    parametrize.register_parametrization(bn, "weight", Exponential())
+    anybn.torch.revert(model)
+    assert not isinstance(bn, anybn.torch.module._BatchNorm)
+    parametrize.remove_parametrizations(bn, "weight")
+    assert type(bn) is theirs
+
+
+def test_what_is_computed_cannot_be_written_to():
+    bn = nn.BatchNorm2d(3)
+    parametrize.register_parametrization(bn, "weight", Exponential())
+    model = anybn.torch.convert(nn.Sequential(bn))
+    states = anybn.load_batch_norms(model)
+    with pytest.raises(ValueError, match=r"weight is what a parametrization computes, .* lost: remove"):
+        bn.state.load_state_dict(states["0"].state_dict())
+    with pytest.raises(ValueError, match=r"model has a batch norm whose weight .* lost: remove"):
+        anybn.save_batch_norms(model, states)
+    bn = nn.BatchNorm2d(3)
+    parametrize.register_parametrization(bn, "running_var", Exponential())
+    with pytest.raises(TypeError, match="model is a BatchNorm2d whose running_var is parametrized"):
+        anybn.torch.convert(bn)
+    assert type(bn).__bases__ == (nn.BatchNorm2d,)
