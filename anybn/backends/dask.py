@@ -203,7 +203,7 @@ def _moments_of_chunk(x: np.ndarray, mask: np.ndarray | None, spec: Spec) -> np.
 def _rows(parts: np.ndarray, axis: tuple[int, ...]) -> np.ndarray:
     """(parts, C)."""
     (channels,) = set(range(parts.ndim)) - set(axis)
-    return np.moveaxis(parts, channels, -1).reshape(-1, parts.shape[channels])
+    return np.moveaxis(parts, channels, -1).reshape(math.prod(parts.shape[i] for i in axis), parts.shape[channels])
 
 
 def _in_place_of(axis: tuple[int, ...], keepdims: bool, channel: np.ndarray) -> np.ndarray:

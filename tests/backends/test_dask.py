@@ -24,7 +24,9 @@ def nothing_computes():
         yield
 
 
-@pytest.mark.parametrize("chunks", [(12, 4, 6), (5, 4, 6), (12, 3, 6), (12, 4, 1), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "chunks", [(12, 4, 6), (5, 4, 6), (12, 3, 6), (12, 4, 1), (1, 1, 1), ((5, 0, 7), (0, 2, 0, 2), (6, 0))]
+)
 def test_lazy_and_right(chunks, nothing_computes):
     state, expected = anybn.BatchNormState(4), anybn.BatchNormState(4)
     x = da.from_array(X, chunks=chunks)
