@@ -292,7 +292,7 @@ def _run(
             with backend.no_grad():
                 learnt = backend.statistics(Call(backend.detached(x), spec, mask=call.mask))
         finish(checked, learnt)
-        return _Done(checked, ghosts._replace(virtual=1, axis=spec.axis), y, running, (weight, bias), None)
+        return _Done(checked, ghosts, y, running, (weight, bias), None)
     correction = None
     parts, mask_parts = ghosts.split(xp, x), ghosts.split(xp, call.mask)
     if mask_parts is not None and ghosts.virtual > 1:
@@ -322,20 +322,19 @@ def _ghosts(x: Array, axis: int, virtual_batch_size: int | None) -> _Ghosts:
     batch = 1 if axis == 0 else 0
     n = shape[batch]
     size = n if virtual_batch_size is None else _settings.positive("virtual_batch_size", virtual_batch_size)
-    if n % max(size, 1):
+    if size == n or 0 in shape:
+        return _Ghosts(1, shape, tuple(range(len(shape))), axis)
+    if n % size:
         raise ValueError(
             f"x has {n} samples, which virtual batches of {size} cannot share evenly: virtual_batch_size must divide "
             "them"
         )
-    virtual = n // size if n else 1
-    count = math.prod(shape) // shape[axis] // virtual if shape[axis] else 0
-    if virtual > 1 and count < 2:
+    virtual = n // size
+    if (count := math.prod(shape) // shape[axis] // virtual) < 2:
         raise ValueError(
             f"virtual batches of {size} have {count} value per channel, x has shape {shape}; they need more than 1: "
             "use a larger virtual_batch_size"
         )
-    if virtual == 1:
-        return _Ghosts(1, shape, tuple(range(len(shape))), axis)
     split = (*shape[:batch], virtual, size, *shape[batch + 1 :])
     channels = axis + 1 if axis > batch else axis
     order = [i for i in range(len(split)) if i != batch]

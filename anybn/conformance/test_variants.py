@@ -190,7 +190,8 @@ def test_errors_and_empty(target: Target) -> None:
     for options in ({"renorm": (2, 1)}, {"statistics": "running"}):
         with pytest.raises(ValueError, match="the state has track_running_stats=False"):
             variants.batch_norm(x, bare, **options)
-    empty = target.array(np.zeros((0, 3), np.float32))
-    y, pullback = variants.batch_norm_vjp(empty, state, virtual_batch_size=4, renorm=(2, 1))
-    assert target.numpy(y).shape == target.numpy(pullback(empty).x).shape == (0, 3)
+    for shape in ((0, 3), (4, 3, 0)):
+        empty = target.array(np.zeros(shape, np.float32))
+        y, pullback = variants.batch_norm_vjp(empty, state, virtual_batch_size=2, renorm=(2, 1))
+        assert target.numpy(y).shape == target.numpy(pullback(empty).x).shape == shape
     assert inputs.state_values(state) == before
