@@ -169,6 +169,8 @@ def backend_for(x: Any, argument: str = "x") -> Backend:
     if preferred is not None and preferred.owns(cls):
         return preferred
     if (backend := _by_type.get(cls)) is None:
+        if len(_by_type) == 256:  # keeps them alive, and some classes are made for one array; weak ones take 0.1 us
+            _by_type.clear()
         backend = _by_type[cls] = _find(x, cls, argument)
     return backend
 

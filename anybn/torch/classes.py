@@ -6,7 +6,7 @@ Classes are found by their exact type or by its dotted name, so that nobody's pa
 from __future__ import annotations
 
 import copyreg
-import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -187,9 +187,14 @@ def theirs_of(ours: type) -> type | None:
     return _THEIRS.get(ours) or vars(ours).get("_theirs")
 
 
-@functools.cache
+#: The classes that `_joined` has made, by its arguments, as long as there are instances.
+_made: weakref.WeakValueDictionary[tuple[Any, ...], type] = weakref.WeakValueDictionary()
+
+
 def _joined(theirs: Any, bases: tuple[type, ...]) -> type[_BatchNorm]:
-    """A class of these bases with the name of theirs. Its instances are pickled by what it is made of."""
+    """The class of these bases with the name of theirs. Its instances are pickled by what it is made of."""
+    if (made := _made.get((theirs, bases))) is not None:
+        return made
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
         make, arguments, *rest = super(cls, self).__reduce_ex__(protocol)
@@ -200,7 +205,7 @@ def _joined(theirs: Any, bases: tuple[type, ...]) -> type[_BatchNorm]:
     names = ("__module__", "__qualname__", "__doc__")
     contents = {name: getattr(theirs, name) for name in names}
     cls: Any = type(theirs.__name__, bases, contents | {"_theirs": theirs, "__reduce_ex__": __reduce_ex__})
-    return cls
+    return _made.setdefault((theirs, bases), cls)
 
 
 def _new(theirs: type, bases: tuple[type, ...]) -> Any:

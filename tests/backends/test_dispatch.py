@@ -1,12 +1,14 @@
 """Which backend gets an array; third-party backends; and the suite's verdict on good and faulty ones."""
 
 import decimal
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +157,18 @@ def test_arrays_of_jaxlib_are_jaxs(monkeypatch):
     cls = type("Array", (), {"__module__": "jaxlib.elsewhere", "__array_namespace__": lambda _: jax.numpy})
     assert registry.backend_for(cls()) is backend
     registry._by_type.pop(cls)
+
+
+def test_classes_made_for_one_array_do_not_pile_up():
+    made = [weakref.ref(made_for_one_array(i)) for i in range(600)]
+    gc.collect()
+    assert sum(cls() is not None for cls in made) <= 256
+
+
+def made_for_one_array(i):
+    cls = type(f"Array{i}", (np.ndarray,), {})
+    anybn.moments(np.zeros((3, 2)).view(cls))
+    return cls
 
 
 def test_devices_that_are_not_there():

@@ -1,7 +1,9 @@
 """Batch norms of other classes: what converts by itself, by name, by also= and register, and what is refused."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 
@@ -251,6 +253,16 @@ def test_a_sync_batch_norm_becomes_one_with_a_group(tmp_path):
     assert_close(model[1].running_var, expected[1].running_var)
     assert_close(model.eval()(X.double()), expected.eval()(X.double()))
     assert type(anybn.torch.revert(model)[1]) is nn.SyncBatchNorm
+
+
+def test_classes_made_for_a_model_end_with_it():
+    cls = type("MadeHere", (nn.BatchNorm2d,), {})
+    model = anybn.torch.convert(cls(3))
+    made = weakref.ref(cls), weakref.ref(type(model))
+    del cls, model
+    for _ in range(2):  # theirs is known as long as ours is there
+        gc.collect()
+    assert [cls() for cls in made] == [None, None]
 
 
 class Exponential(nn.Module):
