@@ -266,6 +266,9 @@ def test_torch_compile_ends_its_graph_at_a_group(torch):
         assert torch.equal(eager, compiled)
     with pytest.raises(Exception, match="disable"):
         torch.compile(net, backend="eager", fullgraph=True)(x)
+    state = anybn.BatchNormState(3, like=x)
+    whole = torch.compile(lambda x: anybn.batch_norm(x, state, group=group), backend="eager", fullgraph=True)
+    assert torch.equal(whole(x), anybn.batch_norm(x, state))  # which needs no other member
     with pytest.raises(Exception, match=r"torch\.export cannot take a group or accumulate"):
         torch.export.export(net, (x,))
 

@@ -120,7 +120,11 @@ def batch_norm(
     out: Tensor | None = None,
 ) -> Tensor:
     """What `anybn.batch_norm` is inside torch.compile, which cannot follow its dispatch; the state is replaced too."""
-    if group is not None:
+    if not isinstance(state, BatchNormState):
+        raise NotImplementedError(f"torch.compile takes states of anybn into its graph, and no {type(state).__name__}")
+    store = state._store
+    over_group = group is not None and (training or not state.track_running_stats)
+    if over_group or (store.block is not None and training):
         options = {"mask": mask, "residual": residual, "nonfinite": nonfinite, "group": group, "out": out}
         call = eagerly(_functional.batch_norm)
         return call(x, state, training=training, axis=axis, activation=activation, **options)
@@ -128,9 +132,6 @@ def batch_norm(
         raise NotImplementedError("torch.compile cannot take out, or nonfinite='raise', into its graph: leave them")
     if not isinstance(x, Tensor):
         raise NotImplementedError("torch.compile takes batch norm of torch tensors into its graph, and no other arrays")
-    if not isinstance(state, BatchNormState):
-        raise NotImplementedError(f"torch.compile takes states of anybn into its graph, and no {type(state).__name__}")
-    store = state._store
     if type(store) is not Store:
         raise NotImplementedError("torch.compile cannot take a module's state into its graph: call the module itself")
     arrays = store.arrays

@@ -193,6 +193,15 @@ def test_the_functional_form_compiles_whole(axis, momentum):
     assert torch.equal(compiled(x), layers[1](x, residual=x) * 2)
 
 
+def test_accumulated_batches_of_the_functional_form():
+    layers = [anybn.BatchNorm2d(3) for _ in range(2)]
+    for layer, call in zip(layers, (torch.compile(layers[0], backend="eager"), layers[1]), strict=True):
+        layer.state.to(X)
+        with anybn.accumulate(layer):
+            call(X), call(X + 1)
+    assert layers[0].state.equals(layers[1].state)
+
+
 def test_what_the_functional_form_cannot_do_there():
     state = anybn.BatchNormState(3)
 
