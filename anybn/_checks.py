@@ -75,18 +75,18 @@ def _not_a_batch(name: str, shape: tuple[int, ...], axis: int, num_features: int
     return f"{name} has {shape[axis]} channels on axis {axis} but the state has {num_features}; {advice}"
 
 
-def same_place(name: str, value: Array, x: Array, backend: Backend) -> None:
+def same_place(name: str, value: Array, x: Array, backend: Backend, beside: str = "x") -> None:
     if not backend.owns(type(value)):
         cls = type(value)
         if lost := beside_values(cls):
             raise TypeError(f"{name} is a {cls.__module__}.{cls.__qualname__}, {lost}")
         raise TypeError(
-            f"{name} is a {cls.__module__}.{cls.__qualname__} but x is a {backend.name} array: "
-            f"pass {name} as an array of x's library"
+            f"{name} is a {cls.__module__}.{cls.__qualname__} but {beside} is a {backend.name} array: "
+            f"pass {name} as an array of {beside}'s library"
         )
     if backend.device_of(value) != backend.device_of(x):
         raise ValueError(
-            f"{name} is on {backend.device_of(value)} but x is on {backend.device_of(x)}: move one to the other"
+            f"{name} is on {backend.device_of(value)} but {beside} is on {backend.device_of(x)}: move one to the other"
         )
 
 

@@ -76,7 +76,8 @@ def fold(
     backend = backend_for(weight, "weight")
     dtype = _checks.floating_array("weight", weight, backend).dtype
     shape, c = _checks.shape_of(weight), state.num_features
-    axis = int(after) if channel_axis is None else _settings.axis(channel_axis)
+    after = _settings.flag("after", after)
+    axis = int(after) if channel_axis is None else _settings.axis(channel_axis, "channel_axis")
     if not -len(shape) <= axis < len(shape):
         raise ValueError(f"channel_axis is {axis} but weight has shape {shape}")
     groups = _settings.positive("groups", groups)
@@ -89,7 +90,7 @@ def fold(
     split, of_channels, of_outputs = views
     outputs = math.prod(split[i] for i in of_outputs)
     if bias is not None:
-        _checks.same_place("bias", bias, weight, backend)
+        _checks.same_place("bias", bias, weight, backend, "weight")
         if _checks.shape_of(_checks.floating_array("bias", bias, backend)) != (outputs,):
             raise ValueError(f"bias has shape {_checks.shape_of(bias)}; it must be ({outputs},)")
     xp = backend.namespace(weight)
@@ -151,4 +152,8 @@ def _by_group_behind(shape: tuple[int, ...], axis: int, groups: int, channels: i
 
 
 def _pads(padding: Any) -> bool:
-    return padding != "valid" and (isinstance(padding, str) or bool(np.any(np.asarray(padding))))
+    if isinstance(padding, str):
+        return _settings.choice("padding", padding, ("same", "valid")) == "same"
+    if (sizes := np.asarray(padding)).dtype.kind not in "iu":
+        raise TypeError(f"padding is {padding!r}; it must be an int, several of them, 'same' or 'valid'")
+    return bool(np.any(sizes))

@@ -127,19 +127,19 @@ class Found(NamedTuple):
     """of a file of our own"""
 
 
-def found_in(source: Any, convention: ConventionName | None) -> Found:
+def found_in(source: Any, convention: ConventionName | None, argument: str = "source") -> Found:
     """The batch norms of a source as they are written there. Raises as `load_batch_norms` does."""
     rows = list(CONVENTIONS.values()) if convention is None else [convention_called(convention)]
     if (model := live.model_of(source)) is not None:
         return Found("the model", model.layers(), model.contents())
     if isinstance(source, (str, os.PathLike)):
         return _found_in_file(Path(source), rows)
-    arrays = dict(flattened(_mapping(source)))
+    arrays = dict(flattened(_mapping(source, argument)))
     by_name = finding.batch_norms_among(arrays, rows)
     return Found("the mapping", finding.layers_of(by_name, arrays), finding.what_there_is(arrays), by_name)
 
 
-def _mapping(source: Any) -> Mapping[Any, Any]:
+def _mapping(source: Any, argument: str) -> Mapping[Any, Any]:
     """names to arrays, as a mapping or, from Flax and MLX, as pairs."""
     if isinstance(source, Sequence) and source:
         named = (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], (str, tuple)) for item in source)
@@ -147,8 +147,8 @@ def _mapping(source: Any) -> Mapping[Any, Any]:
             return dict(source)
     if not isinstance(source, Mapping):
         raise TypeError(
-            f"source is a {type(source).__name__}; it must be a model of torch, Keras or Flax NNX, (model, state) of "
-            "Equinox, a path or a mapping of names to arrays"
+            f"{argument} is a {type(source).__name__}; it must be a model of torch, Keras or Flax NNX, (model, state) "
+            "of Equinox, a path or a mapping of names to arrays"
         )
     return source
 
@@ -287,9 +287,9 @@ def save_batch_norms(
         return model.written(_values(states, model.layers(), convention, "the model"))
     if isinstance(target, (str, os.PathLike)):
         return _save_file(Path(target), states, convention, None if like is None else Path(like))
-    found = found_in(target, convention)
+    found = found_in(target, convention, "target")
     values = _values(states, found.layers, convention, found.origin)
-    return _replaced(_mapping(target), _by_key(values, found.by_name), "")
+    return _replaced(_mapping(target, "target"), _by_key(values, found.by_name), "")
 
 
 def _values(
@@ -315,8 +315,8 @@ def _values(
         except ValueError as error:
             problems.append(f"layer {name!r}: {error}")
     if problems:
-        known = f"; {origin} has {', '.join(map(repr, [*layers][:5]))}{', ...' if len(layers) > 5 else ''}"
-        raise CheckpointError(f"nothing was saved: {'; '.join(problems)}{known}")
+        known = f"{', '.join(map(repr, [*layers][:5])) or 'no batch norm'}{', ...' if len(layers) > 5 else ''}"
+        raise CheckpointError(f"nothing was saved: {'; '.join(problems)}; {origin} has {known}")
     return values
 
 

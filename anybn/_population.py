@@ -148,8 +148,19 @@ def tools_for(model: Any, purpose: str) -> ModuleType | None:
     return None
 
 
+def check_batches(batches: Any) -> None:
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(f"batches is a {type(batches).__name__}; it must be an iterable, as a list or a DataLoader is")
+
+
+def check_forward(forward: Any) -> None:
+    if not (forward is None or callable(forward)):
+        raise TypeError(f"forward is a {type(forward).__name__}; it must be a function, forward(model, batch)")
+
+
 def with_progress(batches: Iterable[Any], progress: bool, description: str) -> Iterator[Any]:
     """batches, behind a progress bar if there is to be one."""
+    check_batches(batches)
     if not progress:
         return iter(batches)
     with required("progress=True needs tqdm", "tqdm"):

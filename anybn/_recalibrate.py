@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from anybn._layer import BatchNorm
 from anybn._moments import Moments
-from anybn._population import Participants, Population, tools_for, with_progress
+from anybn._population import Participants, Population, check_forward, tools_for, with_progress
 from anybn.state.state import BatchNormState
 
 Target = TypeVar("Target")
@@ -66,6 +66,7 @@ def recalibrate(
     >>> anybn.recalibrate(bn, batches).state.running_mean  # 4 * 26 / 104, where the mean of means is 13
     array([1.])
     """
+    check_forward(forward)
     if (models := tools_for(target, "population")) is not None:
         return models.recalibrate(target, batches, group, one_pass, forward, progress)
     if one_pass or forward is not None:

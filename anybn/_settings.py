@@ -97,10 +97,10 @@ def ddof(value: Any) -> int:
     return value
 
 
-def axis(value: Any) -> int:
+def axis(value: Any, name: str = "axis") -> int:
     if type(value) is int:  # in every call; what is a Number takes longer to ask
         return value
-    return int(_number("axis", value, numbers.Integral, "an int, the channel axis of x"))
+    return int(_number(name, value, numbers.Integral, "an int, that of the channels"))
 
 
 def axes(value: Any) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from anybn._layer import BatchNorm
 from anybn._moments import Moments
-from anybn._population import tools_for, with_progress
+from anybn._population import check_forward, tools_for, with_progress
 from anybn.diagnosis.findings import findings_of
 from anybn.diagnosis.layer import Kept, measured
 from anybn.diagnosis.observed import Observed
@@ -93,6 +93,7 @@ def diagnose(
     """
     if axis != 1 and not isinstance(target, (BatchNormState, Mapping)):
         raise ValueError("axis is for states: layers and models have their own, drop it")
+    check_forward(forward)
     training, scores = None, None
     if (models := tools_for(target, "diagnosis")) is not None:
         if training_batches is not None:

@@ -137,13 +137,13 @@ def register(theirs: type | str, ours: type[_BatchNorm]) -> None:
     tensor([[-2., -2.],
             [ 2.,  2.]])
     """
-    if not isinstance(theirs, (type, str)):
-        raise TypeError(f"theirs is a {type(theirs).__name__}; it must be a class or its name")
     _registered[theirs] = checked(ours, theirs)
 
 
 def checked(ours: Any, theirs: type | str) -> type[_BatchNorm]:
     """ours, if it can stand for theirs."""
+    if not isinstance(theirs, (type, str)):
+        raise TypeError(f"theirs is a {type(theirs).__name__}; it must be a class or its name")
     if not (isinstance(ours, type) and issubclass(ours, _BatchNorm)):
         name = theirs if isinstance(theirs, str) else theirs.__name__
         raise TypeError(

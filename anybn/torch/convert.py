@@ -104,6 +104,13 @@ def convert(
     if fuse is not None and not strict:
         raise ValueError("strict=False returns what was left, fuse a new model: convert first, then again with fuse")
     group = None if group is None else engines.as_group(group)
+    strict = _settings.flag("strict", strict)
+    if not (isinstance(keep, (tuple, list)) and all(isinstance(cls, type) for cls in keep)):
+        raise TypeError(f"keep is {keep!r}; it must be a tuple of classes, ({getattr(keep, '__name__', 'Class')},)")
+    if not isinstance(also, Mapping):
+        raise TypeError(f"also is a {type(also).__name__}; it must be a mapping of their classes to ours")
+    if not (fuse is None or isinstance(fuse, (tuple, list))):
+        raise TypeError(f"fuse is a {type(fuse).__name__}; it must be a tuple of the arguments of model(...), as (x,)")
     also = {theirs: classes.checked(ours, theirs) for theirs, ours in also.items()}
     found: list[tuple[torch.nn.Module, type]] = []
     left: dict[str, str] = {}

@@ -31,7 +31,13 @@ def fused(model: torch.nn.Module, example_inputs: tuple[Any, ...], batch_norm: A
     modes = {name: m.training for name, m in model.named_modules()}
     for name, m in module.named_modules():  # those that hold others are new
         m.training = modes.get(name, model.training)
-    _propagate(module, example_inputs)
+    try:
+        _propagate(module, example_inputs)
+    except Exception as error:
+        raise ValueError(
+            f"fuse has {len(example_inputs)} arguments, and model(...) does not run with them ({error}): give those of "
+            "a call"
+        ) from error
     for node in list(graph.nodes):
         if _is_relu(node, module):
             _fuse_into(node, module, batch_norm)

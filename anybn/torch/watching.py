@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from anybn._population import check_batches
+
 Layer = torch.nn.modules.batchnorm._BatchNorm
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -20,6 +22,7 @@ def check(layers: list[Any], batches: Any, one_pass: bool) -> None:
             raise ValueError("a batch norm of the model is lazy and has no channels yet: run a batch through it first")
     if not layers:
         raise ValueError("the model has no batch norm with running statistics")
+    check_batches(batches)
     if not one_pass and len(layers) > 1 and iter(batches) is batches:
         raise ValueError(
             f"batches is an iterator, which can be read once, and {len(layers)} batch norms take as many passes: pass "

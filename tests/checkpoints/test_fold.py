@@ -218,10 +218,15 @@ def test_results_keep_weights_dtype():
         ),
         ({"weight": np.ones((4, 6, 1)), "after": True, "channel_axis": 2}, "pass the axis of the input channels"),
         ({"weight": np.ones((4, 6)), "after": True, "bias": np.ones(6)}, r"bias has shape \(6,\); it must be \(4,\)"),
+        ({"weight": np.ones((4, 6)), "after": True, "padding": "full"}, "padding is 'full'; it must be one of 'same'"),
+        ({"weight": np.ones((4, 6)), "after": True, "padding": None}, "padding is None; it must be an int, several"),
+        ({"weight": np.ones((6, 3)), "after": 1}, "after is 1, a int; it must be True or False"),
+        ({"weight": np.ones((6, 3)), "channel_axis": "0"}, "channel_axis is '0', a str; it must be an int"),
+        ({"weight": np.ones((6, 3)), "bias": torch.ones(6)}, "bias is a torch.Tensor but weight is a numpy array"),
     ],
 )
-def test_shapes_that_do_not_fit(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_does_not_fit(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
         anybn.fold(state_of(6), **arguments)
     with pytest.raises(ValueError, match="state has track_running_stats=False, so there are no constants to fold"):
         anybn.fold(anybn.BatchNormState(6, track_running_stats=False), np.ones((6, 2)))

@@ -185,6 +185,10 @@ def test_wrong_calls(tmp_path):
         anybn.save_batch_norms(tmp_path / "x.npz", {"": state}, like=tmp_path / "own.safetensors")
     with pytest.raises(TypeError, match="states is a BatchNormState; it must be a mapping"):
         anybn.save_batch_norms({}, state)
+    with pytest.raises(TypeError, match="target is a int; it must be a model of torch, Keras"):
+        anybn.save_batch_norms(3, {"bn": state})
+    with pytest.raises(anybn.CheckpointError, match=r"no layer 'bn'; the mapping has no batch norm$"):
+        anybn.save_batch_norms({}, {"bn": state})
     with pytest.raises(TypeError, match=r"states\['bn'\] is a dict; it must be a BatchNormState"):
         anybn.save_batch_norms({}, {"bn": {}})
 

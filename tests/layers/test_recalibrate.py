@@ -126,6 +126,7 @@ def test_errors_leave_the_state_alone(monkeypatch):
         ([values[:1, :, :1]], ValueError, "batches gave 1 values per channel"),
         ([values, values[:, :2]], ValueError, "x has 2 channels on axis 1 but the state has 3"),
         ([values, anybn.moments(values[:, :2])], ValueError, "a batch's moments are of 2 channels but the state has 3"),
+        (None, TypeError, "batches is a NoneType; it must be an iterable"),
         ([values, "x"], TypeError, "a batch is a str, not an array that anybn knows"),
         (uneven(bad), anybn.NonFiniteError, r"NaN or infinite in 1 of 3 channels \(1\)"),
         (broken(), RuntimeError, "no more"),
@@ -249,6 +250,10 @@ def test_model_errors_and_other_ways(torch):
         anybn.recalibrate(model, batches, forward=breaks)
     with pytest.raises(ValueError, match="batches is an iterator, which can be read once, and 4 batch norms take"):
         anybn.recalibrate(model, iter(batches))
+    with pytest.raises(TypeError, match="batches is a int; it must be an iterable"):
+        anybn.recalibrate(model, 3)
+    with pytest.raises(TypeError, match="forward is a int; it must be a function"):
+        anybn.recalibrate(model, batches, forward=3)
     with pytest.raises(ValueError, match="no batch reached a batch norm"):
         anybn.recalibrate(model, [])
     with pytest.raises(ValueError, match="the model has no batch norm"):

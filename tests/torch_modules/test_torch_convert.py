@@ -168,6 +168,21 @@ def test_what_cannot_be_converted_is_named():
         assert type(model[0]) is nn.BatchNorm1d
         assert model[0].running_var.dtype == torch.float32
     model = nn.Sequential(nn.BatchNorm1d(3), Mine(3))
+    for options, error, message in (
+        (
+            {"fuse": torch.ones(2, 3)},
+            TypeError,
+            r"fuse is a Tensor; it must be a tuple of the arguments of model\(...\)",
+        ),
+        ({"fuse": (), "keep": (Mine,)}, ValueError, "fuse has 0 arguments, and model.* does not run with them"),
+        ({"keep": Mine}, TypeError, r"keep is .*Mine.*; it must be a tuple of classes, \(Mine,\)"),
+        ({"also": Mine}, TypeError, "also is a type; it must be a mapping"),
+        ({"also": {"Mine": 3}}, TypeError, "ours for Mine is 3; it must be a subclass"),
+        ({"strict": None}, TypeError, "strict is None, a NoneType; it must be True or False"),
+    ):
+        with pytest.raises(error, match=message):
+            anybn.torch.convert(model, **options)
+        assert type(model[0]) is nn.BatchNorm1d
     anybn.torch.convert(model, keep=(Mine,))
     assert [type(m) for m in model] == [anybn.torch.BatchNorm1d, Mine]
     lazy(torch.ones(2, 5))
