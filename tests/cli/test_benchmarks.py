@@ -1,4 +1,4 @@
-"""The scripts in benchmarks/ still run: with their smallest arguments where that is quick, else as far as imports go."""
+"""The scripts in benchmarks/ still run: with their smallest arguments where that is quick, else as far as imports."""
 
 import importlib.util
 import shutil
