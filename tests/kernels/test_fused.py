@@ -248,10 +248,12 @@ def test_impossible_numbers_of_threads(count, error, message):
 
 def test_threads_follow_the_environment():
     code = "import anybn; print(anybn.get_num_threads())"
-    for value, expected in (("5", "5"), ("nonsense", str(len(os.sched_getaffinity(0))))):
+    wanted = "it must be 1 or more, in digits: set that, or unset it"
+    bad = ((value, f"ValueError: ANYBN_NUM_THREADS is {value!r}; {wanted}") for value in ("two", "0", "-1"))
+    for value, expected in (("5", "5"), ("", str(len(os.sched_getaffinity(0)))), *bad):
         environment = {**os.environ, "ANYBN_NUM_THREADS": value}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == expected
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert (done.stdout + done.stderr).splitlines()[-1] == expected
 
 
 @pytest.mark.parametrize("selection", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])

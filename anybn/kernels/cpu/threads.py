@@ -28,11 +28,15 @@ def get_num_threads() -> int:
 
     What `set_num_threads` was given, else the environment variable ANYBN_NUM_THREADS, else the number of CPUs that the
     process may use; where torch is loaded, no more than ``torch.get_num_threads()``.
+
+    Raises ValueError, as calls that ask for it do, if ANYBN_NUM_THREADS is set to anything but 1 or more.
     """
     if not limit[0]:
         given = os.environ.get("ANYBN_NUM_THREADS", "")
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        limit[0] = max(1, int(given)) if given.isdecimal() else available
+        if given and not (given.isdecimal() and int(given)):
+            raise ValueError(f"ANYBN_NUM_THREADS is {given!r}; it must be 1 or more, in digits: set that, or unset it")
+        limit[0] = min(int(given or available), np.iinfo(np.int32).max)
     of_torch = getattr(sys.modules.get("torch"), "get_num_threads", None)
     return int(limit[0]) if of_torch is None else min(int(limit[0]), of_torch())
 
