@@ -1,9 +1,11 @@
 """What a call of a torch module costs on (8, 16), where computing costs nothing: anybn.torch beside torch.nn.
 
-    python benchmarks/overhead.py            # half a minute, into benchmarks/results/overhead.json and docs/speed.md
+    python benchmarks/overhead.py            # a minute, into benchmarks/results/overhead.json and docs/speed.md
 
 Medians over rounds in which each contestant has one turn, in random order; every result is checked first. "grad" is
-with gradients recorded, as in training, "no grad" without.
+with gradients recorded, as in training, "no grad" without. Each call follows upon a small operation, when its code and
+its data are in the caches; and then, as in a net, upon a convolution that has filled them, and before it a call of the
+same module.
 """
 
 from __future__ import annotations
@@ -54,14 +56,29 @@ def contestants(training: bool, recorded: bool) -> dict[str, Run]:
     return {name: (lambda call=bn: call(x)) for name, bn in callables.items()}
 
 
+def behind_convolutions(runs: dict[str, Run]) -> dict[str, Run]:
+    """What comes before each call in a net."""
+    convolution, images = torch.nn.Conv2d(256, 256, 3, padding=1), torch.randn(8, 256, 14, 14)
+
+    def before(call: Run) -> None:
+        call()
+        with torch.no_grad():
+            convolution(images)
+
+    return {name: partial(before, call) for name, call in runs.items()}
+
+
 def table(rows: list[dict]) -> str:
     """Microseconds, a line for each of the modules."""
     columns = [
         ("training" if r["training"] else "evaluation") + (", with gradients" if r["grad"] else "") for r in rows
     ]
     lines = [f"| one call on (8, 16) | {' | '.join(columns)} |", "|---" * (len(rows) + 1) + "|"]
-    for name in ("anybn.torch", "torch.nn"):
-        lines.append(f"| `{name}.BatchNorm1d` | " + " | ".join(f"{r['us'][name]:.0f} us" for r in rows) + " |")
+    for key, where in (("us", ""), ("us_after_convolution", ", after a convolution")):
+        for name in ("anybn.torch", "torch.nn"):
+            lines.append(
+                f"| `{name}.BatchNorm1d`{where} | " + " | ".join(f"{r[key][name]:.0f} us" for r in rows) + " |"
+            )
     return "\n".join(lines)
 
 
@@ -71,13 +88,15 @@ def main() -> None:
     for training in (True, False):
         for recorded in (True, False):
             runs = contestants(training, recorded)
-            with torch.set_grad_enabled(recorded):
-                before: dict[str, Run] = dict.fromkeys(runs, partial(torch.mul, torch.ones(SHAPE), 1.0))
-                measured = watched(runs, rounds=100, seconds=5, before=before)
-            us = {name: round(timing.median * 1e6, 2) for name, timing in measured.timings.items()}
-            row = {"training": training, "grad": recorded, "us": us, "busy": round(measured.busy, 2)}
-            rows.append(row | {"ratio": round(us["torch.nn"] / us["anybn.torch"], 2)})
-            print(rows[-1])
+            small: dict[str, Run] = dict.fromkeys(runs, partial(torch.mul, torch.ones(SHAPE), 1.0))
+            row = {"training": training, "grad": recorded}
+            for key, before in (("us", small), ("us_after_convolution", behind_convolutions(runs))):
+                with torch.set_grad_enabled(recorded):
+                    measured = watched(runs, rounds=100, seconds=10, before=before)
+                row[key] = {name: round(timing.median * 1e6, 2) for name, timing in measured.timings.items()}
+                row[f"busy_{key}"] = round(measured.busy, 2)
+            rows.append(row)
+            print(row)
     write(RESULTS / "overhead.json", json.dumps({"context": context(2, False), "shape": SHAPE, "rows": rows}, indent=1))
     fill("small arrays", table(rows))
 
