@@ -58,7 +58,7 @@ class _Namespace:
         return root + (exact - root.detach())  # keeps the derivatives
 
     @staticmethod
-    def concat(arrays: list[torch.Tensor], axis: int) -> torch.Tensor:
+    def concat(arrays: list[torch.Tensor], axis: int = 0) -> torch.Tensor:
         return torch.cat(arrays, axis)  # torch.concat takes no gradients that are many at a time
 
 
