@@ -90,9 +90,10 @@ def main() -> None:
             runs = contestants(training, recorded)
             small: dict[str, Run] = dict.fromkeys(runs, partial(torch.mul, torch.ones(SHAPE), 1.0))
             row = {"training": training, "grad": recorded}
-            for key, before in (("us", small), ("us_after_convolution", behind_convolutions(runs))):
+            cold = behind_convolutions(runs)
+            for key, before, rounds in (("us", small, 100), ("us_after_convolution", cold, 25)):
                 with torch.set_grad_enabled(recorded):
-                    measured = watched(runs, rounds=100, seconds=10, before=before)
+                    measured = watched(runs, rounds, seconds=5, before=before)
                 row[key] = {name: round(timing.median * 1e6, 2) for name, timing in measured.timings.items()}
                 row[f"busy_{key}"] = round(measured.busy, 2)
             rows.append(row)
