@@ -135,8 +135,8 @@ def _prepare(x: Tensor, residual: Tensor | None, weight: Tensor, state: State, t
     return bool(prepared.prepare(x.shape, x.stride(), tuple(numbers), tuple(found), follows, trains, is_grad_enabled()))
 
 
-def _new_state(module: Any, mean: Any, var: Any, batches: Any) -> State | None:
-    if (compiled := operator()) is None or not all(type(a) is Tensor and not a.is_neg() for a in (mean, var)):
+def _new_state(module: Any, mean: Tensor, var: Tensor, batches: Any) -> State | None:
+    if (compiled := operator()) is None or mean.is_neg() or var.is_neg():
         return None
     at = _at(mean, var, batches)
     words = *at[:2], at[2] if is_count(batches) else 0
